@@ -1,0 +1,100 @@
+"""What can go wrong outside of a request's own content. Bad input is a value (`domain.Fault`), never one of these.
+
+    ProcessorError
+    |- SettingsError            a setting is missing, malformed or contradicts another: fix it and start again
+    |- TopicsError              a topic is missing or would break a law: run `topics create` or fix the broker
+    |- LeaseLost                the partition belongs to somebody else now: drop the work, it will be delivered again
+    |- DeliveryFailed           the broker did not acknowledge in time: exit, be restarted, replay
+    |- CacheUnavailable         L2 did not answer in its budget: go without it
+    |- RegistryUnavailable      the schema registry did not answer: retry, nothing is lost
+    |- EmbeddedUnavailable      an embedded server is not installed or did not start: see the message
+    |- StoreError               the aggregator's local store is unusable or belongs to another topic: see the message
+    `- ProviderError            one provider call failed; the subclass says what to do
+       |- ProviderTransient     no answer, 5xx, broken body: try again with a new attempt
+       |- ProviderThrottled     429 with a wait: try again after `retry_after_s`
+       |- ProviderPaused        auth or quota: pause the stream, keep the lag, health says why
+       |- CallTooLarge          the composition of the call is at fault: halve it
+       |- InputRejected         one of the texts is at fault: bisect the call
+       `- ModelRejected         the model is at fault: error results for its chunks
+"""
+
+from __future__ import annotations
+
+
+class ProcessorError(Exception):
+    """Base of all errors of this package. Messages carry ids and codes, never a text, a vector or a secret."""
+
+
+class SettingsError(ProcessorError):
+    """Fix the named settings and start again; all faults are reported together."""
+
+
+class TopicsError(ProcessorError):
+    """A topic is missing or its configuration would break a law; the message names the topic and the command."""
+
+
+class LeaseLost(ProcessorError):
+    """The partition's lease is over. The work is dropped here and delivered again to its new owner."""
+
+
+class DeliveryFailed(ProcessorError):
+    """The broker did not acknowledge a record in time or refused it. The process ends and its work is replayed."""
+
+
+class CacheUnavailable(ProcessorError):
+    """The shared cache did not answer within its budget. Steps go without it; check Redis."""
+
+
+class RegistryUnavailable(ProcessorError):
+    """The schema registry did not answer. Nothing is lost; check the registry's address and health."""
+
+
+class EmbeddedUnavailable(ProcessorError):
+    """An embedded server is not installed or did not start; the message names the extra or quotes its output."""
+
+
+class StoreError(ProcessorError):
+    """The aggregator's local store can't be used as it is; the message says whether to delete or to rebuild it."""
+
+
+class ProviderError(ProcessorError):
+    """One provider call failed.
+
+    `http_status` is set when the provider answered (then a `failed` receipt with a bill of 0 is due); None: no
+    answer arrived and whether it was billed is unknown. `code` is a word of ours, never the provider's text.
+    """
+
+    def __init__(self, code: str, *, http_status: int | None = None) -> None:
+        super().__init__(f"{code} (HTTP {http_status})" if http_status else code)
+        self.code = code
+        self.http_status = http_status
+
+
+class ProviderTransient(ProviderError):
+    """The call may succeed if it is made again."""
+
+
+class ProviderThrottled(ProviderError):
+    """The provider asks to wait. `retry_after_s` is None when it did not say for how long."""
+
+    def __init__(
+        self, code: str, *, http_status: int | None = None, retry_after_s: float | None = None
+    ) -> None:
+        super().__init__(code, http_status=http_status)
+        self.retry_after_s = retry_after_s
+
+
+class ProviderPaused(ProviderError):
+    """Key or quota: check the account. The stream is paused and loses nothing."""
+
+
+class CallTooLarge(ProviderError):
+    """The call as a whole is over a limit of the provider; smaller calls may pass."""
+
+
+class InputRejected(ProviderError):
+    """One of the call's texts is refused for good."""
+
+
+class ModelRejected(ProviderError):
+    """The provider does not serve this model or these parameters."""
