@@ -1,0 +1,546 @@
+"""The nouns of the processor: requests, items, outcomes, usage, provider calls, and the words of their open sets.
+
+Nothing here does I/O or reads a clock. Anything that holds a customer's text or a vector leaves it out of its
+`repr`, so a stray log line can't leak it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+Vector = NDArray[np.float32]
+
+
+class Action(StrEnum):
+    """What a request asks for. On the wire a string; unknown words are `invalid_request`."""
+
+    GENERATE = "generate"
+    BATCH_PROCESS = "batch_process"
+    GENERATE_QUERY = "generate_query"
+    VALIDATE = "validate"
+    DELETE = "delete"
+    DOCUMENT_MANIFEST = "document_manifest"
+
+
+ACTION_ALIASES: Mapping[str, Action] = {
+    **{action.value: action for action in Action},
+    "embedding.generate": Action.GENERATE,
+    "embedding.generate_query": Action.GENERATE_QUERY,
+    "embedding.validate": Action.VALIDATE,
+    "embedding.batch_process": Action.BATCH_PROCESS,
+    "embedding.batch.process": Action.BATCH_PROCESS,
+}
+
+EMBEDDING_ACTIONS = frozenset({Action.GENERATE, Action.BATCH_PROCESS, Action.GENERATE_QUERY})
+INTERACTIVE_ACTIONS = frozenset({Action.GENERATE, Action.GENERATE_QUERY, Action.VALIDATE})
+
+
+class Operation(StrEnum):
+    """What the tokens were spent on, as usage events name it."""
+
+    DOCUMENT = "document"
+    BATCH = "batch"
+    QUERY = "query"
+    INTERNAL = "internal"
+
+
+OPERATION_OF: Mapping[Action, Operation] = {
+    Action.GENERATE: Operation.DOCUMENT,
+    Action.BATCH_PROCESS: Operation.BATCH,
+    Action.GENERATE_QUERY: Operation.QUERY,
+}
+
+
+class Status(StrEnum):
+    OK = "ok"
+    ERROR = "error"
+    VALID = "valid"
+    INVALID = "invalid"
+
+
+class CacheLevel(StrEnum):
+    """Where a vector came from. `coalesced`: another item of the same fold was embedded for it."""
+
+    MISS = "miss"
+    L1 = "l1"
+    L2 = "l2"
+    COALESCED = "coalesced"
+
+
+class InputType(StrEnum):
+    DOCUMENT = "document"
+    QUERY = "query"
+
+
+class Truncate(StrEnum):
+    """What to do with a text over the model's token limit."""
+
+    ERROR = "error"
+    END = "truncate_end"
+    START = "truncate_start"
+
+
+class Lane(StrEnum):
+    BULK = "bulk"
+    INTERACTIVE = "interactive"
+
+
+class TokenSource(StrEnum):
+    """Who counted: the provider's bill, an exact local tokenizer, or an estimate."""
+
+    PROVIDER = "provider"
+    TOKENIZER = "tokenizer"
+    ESTIMATE = "estimate"
+
+
+class ErrorCode(StrEnum):
+    """Why a chunk or a request has no vector. Results, headers, metrics and docs use the same words."""
+
+    INVALID_REQUEST = "invalid_request"
+    EMPTY_TEXT = "empty_text"
+    TEXT_TOO_LONG = "text_too_long"
+    UNKNOWN_MODEL = "unknown_model"
+    MODEL_NOT_SERVED = "model_not_served"
+    BAD_DIMENSIONS = "bad_dimensions"
+    REPLY_NOT_ALLOWED = "reply_not_allowed"
+    DEADLINE_EXCEEDED = "deadline_exceeded"
+    BUDGET_EXCEEDED = "budget_exceeded"
+    WRONG_LANE = "wrong_lane"
+    DOCUMENT_TOO_LARGE = "document_too_large"
+    SINK_VIEW_OFF = "sink_view_off"
+    PROVIDER_REJECTS = "provider_rejects"
+    PROVIDER_MODEL_ERROR = "provider_model_error"
+
+
+CHUNK_ERRORS = frozenset(
+    {
+        ErrorCode.EMPTY_TEXT,
+        ErrorCode.TEXT_TOO_LONG,
+        ErrorCode.DEADLINE_EXCEEDED,
+        ErrorCode.BUDGET_EXCEEDED,
+        ErrorCode.PROVIDER_REJECTS,
+        ErrorCode.PROVIDER_MODEL_ERROR,
+    }
+)
+"""Codes that fail one chunk; every other code fails its whole request with chunk_index -1."""
+
+
+class DlqClass(StrEnum):
+    UNDECODABLE = "undecodable"
+    UNKNOWN_SCHEMA = "unknown_schema"
+    TOO_LARGE = "too_large"
+    NO_IDENTITY = "no_identity"
+    LETHAL = "lethal"
+
+
+WHOLE_REQUEST = -1
+"""The chunk_index of an error that stands for all chunks of its request."""
+
+TOKEN_TYPE_EMBEDDING = "embedding"
+
+
+class Source(NamedTuple):
+    """Where a record stands in the log. Tuples compare by (topic, partition, offset)."""
+
+    topic: str
+    partition: int
+    offset: int
+    append_ms: int
+
+    @property
+    def version(self) -> str:
+        """`source_version`: append_ms(13)-partition(5)-offset(19), zero-padded, compares as text."""
+        return f"{self.append_ms:013d}-{self.partition:05d}-{self.offset:019d}"
+
+
+class Record(NamedTuple):
+    """One fetched Kafka record. `value` may be a customer's text: never print a Record."""
+
+    source: Source
+    key: bytes | None
+    value: bytes | None
+    headers: Sequence[tuple[str, bytes]] = ()
+
+    def __repr__(self) -> str:
+        return f"Record({self.source!r}, value={len(self.value or b'')} bytes)"
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    chunk_id: str
+    text: str = field(repr=False)
+    metadata: Mapping[str, str] = field(default_factory=dict, repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class ReplyTo:
+    topic: str
+    partition: int
+    reply_type: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """An `EmbeddingRequest` as sent; `action` keeps the sender's spelling (see `ACTION_ALIASES`).
+
+    `chunk_count` is that of the whole document when the client split it, else None (= the length of this request).
+    """
+
+    tenant_id: str
+    correlation_id: str
+    action: str
+    model: str | None = None
+    dimensions: int | None = None
+    input_type: str | None = None
+    use_cache: bool = True
+    truncate: str | None = None
+    collection: str | None = None
+    document_id: str | None = None
+    task_id: str | None = None
+    task_total: int | None = None
+    agent_id: str | None = None
+    agent_owner_id: str | None = None
+    conversation_id: str | None = None
+    reply_to: ReplyTo | None = None
+    deadline_ms: int | None = None
+    source_service: str = ""
+    requested_at_ms: int = 0
+    run_id: str | None = None
+    vector_spaces: Sequence[str] = ()
+    metadata: Mapping[str, str] = field(default_factory=dict, repr=False)
+    first_chunk_index: int = 0
+    chunk_count: int | None = None
+    chunks: Sequence[Chunk] = field(default=(), repr=False)
+    chunk_ids: Sequence[str] = field(default=(), repr=False)
+
+    @property
+    def payer_id(self) -> str:
+        """Who pays: the owner of a shared agent, else the tenant. A function of the request alone."""
+        return self.agent_owner_id or self.tenant_id
+
+    @property
+    def length(self) -> int:
+        """How many chunks (or ids of a delete) this request holds."""
+        return len(self.chunks) or len(self.chunk_ids)
+
+    @property
+    def whole_count(self) -> int:
+        return self.chunk_count if self.chunk_count is not None else self.length
+
+
+class Item(NamedTuple):
+    """The identity of one chunk in intents, cache entries and results. `index` counts from the whole's first chunk."""
+
+    request_id: str
+    index: int
+
+
+@dataclass(frozen=True, slots=True)
+class VectorSpace:
+    """Vectors of one space may be compared with one another; those of two spaces never."""
+
+    weights: str
+    revision: str
+    dimensions: int
+    normalised: bool
+
+    def __str__(self) -> str:
+        return f"{self.weights}@{self.revision}/{self.dimensions}/{'l2' if self.normalised else 'raw'}"
+
+
+@dataclass(frozen=True, slots=True)
+class Price:
+    """Nano-dollars per 1,000,000 tokens from `effective_ms` on; `version` names the price list it came from."""
+
+    nanos_per_million: int
+    effective_ms: int
+    version: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSpec:
+    """One model of the catalogue.
+
+    `dimensions` are the allowed ones, the default first. `answers_as` are model names a response may carry; empty:
+    the server echoes any name. `tokenizer` names a counter ("cl100k_base", "wordpiece:<path>"), None: estimate.
+    """
+
+    name: str
+    weights: str
+    revision: str = "1"
+    dimensions: tuple[int, ...]
+    normalised: bool = True
+    max_input_tokens: int = 8192
+    max_inputs_per_call: int = 2048
+    max_tokens_per_call: int = 300_000
+    tokenizer: str | None = None
+    prefixes: Mapping[InputType, str] = field(default_factory=dict)
+    answers_as: frozenset[str] | None = None
+    prices: tuple[Price, ...] = ()
+
+    def space(self, dimensions: int) -> VectorSpace:
+        return VectorSpace(self.weights, self.revision, dimensions, self.normalised)
+
+    def price_at(self, at_ms: int) -> Price | None:
+        """The price in force at that time; None when unpriced (never 0)."""
+        return max(
+            (p for p in self.prices if p.effective_ms <= at_ms), key=lambda p: p.effective_ms, default=None
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingFunction:
+    """What turns a text into a vector: equal functions and equal texts give the same vector. Cache key and queue key."""
+
+    model: ModelSpec = field(compare=False)
+    space: VectorSpace
+    input_type: InputType
+    prefix: str
+    truncate: Truncate
+
+    @property
+    def dimensions(self) -> int:
+        return self.space.dimensions
+
+    def __str__(self) -> str:
+        return f"{self.space}|{self.input_type}|{self.prefix}|{self.truncate}"
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A vector that somebody paid for: the leader item's share of the bill of one attempt (U3)."""
+
+    vector: Vector = field(repr=False)
+    tokens: int
+    leader: Item
+    attempt_id: str
+    token_source: TokenSource
+    truncated: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """Why a chunk or request has no vector. `message` names the field and the fix, never the text."""
+
+    code: ErrorCode
+    field: str
+    message: str
+    retryable: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """One `EmbeddingResult`: one chunk's outcome, or with chunk_index -1 the whole request's.
+
+    `vector` is float32 of shape (dimensions,) or None. `length` is 1 for a chunk, the number of chunks for -1.
+    `cost_nanos` is informative and None when unpriced. `request` carries what is echoed.
+    """
+
+    request: Request
+    source: Source
+    request_id: str
+    chunk_index: int
+    first_chunk_index: int
+    length: int
+    chunk_id: str
+    chunk_metadata: Mapping[str, str] = field(default_factory=dict, repr=False)
+    status: Status
+    vector: Vector | None = field(default=None, repr=False)
+    vector_id: str | None = None
+    provider: str = ""
+    model: str = ""
+    vector_space: str = ""
+    dimensions: int = 0
+    token_count: int = 0
+    token_source: TokenSource = TokenSource.ESTIMATE
+    cache: CacheLevel = CacheLevel.MISS
+    truncated: bool = False
+    cost_nanos: int | None = None
+    time_taken_ms: int = 0
+    completed_at_ms: int = 0
+    error: Fault | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Amounts:
+    """Texts, tokens, characters and their price. `cost_nanos` None: unpriced."""
+
+    texts: int = 0
+    tokens: int = 0
+    characters: int = 0
+    cost_nanos: int | None = None
+
+
+class Part(NamedTuple):
+    """How many billed tokens of a usage event come from one attempt."""
+
+    attempt_id: str
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    """One `TokenUsage` event: the charge of one request (U4). Its idempotency key is the request id.
+
+    Invariant: sum of `parts` tokens == `billed.tokens`. `charged_at_ms` is the append time of the source record.
+    """
+
+    request: Request
+    source: Source
+    request_id: str
+    payer_id: str
+    operation: Operation
+    model: str
+    provider: str
+    vector_space: str
+    billed: Amounts
+    saved: Amounts
+    texts: int
+    characters: int
+    failed_texts: int
+    cached_texts: int
+    parts: Sequence[Part]
+    token_source: TokenSource
+    price_nanos_per_million: int | None
+    price_version: str | None
+    charged_at_ms: int
+    completed_at_ms: int
+    time_taken_ms: int
+
+    @property
+    def idempotency_key(self) -> str:
+        return self.request_id
+
+
+class CallItem(NamedTuple):
+    """A leader item of a provider call, with who pays and the local token count its share is split by."""
+
+    request_id: str
+    index: int
+    payer_id: str
+    local_tokens: int
+
+
+class CallKind(StrEnum):
+    INTENT = "intent"
+    RECEIPT = "receipt"
+
+
+class CallOutcome(StrEnum):
+    """Of a receipt. `invalid`: a paid response that failed verification; `failed`: an answered HTTP error, billed 0."""
+
+    OK = "ok"
+    INVALID = "invalid"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProviderCall:
+    """A ledger record of one attempt (= one HTTP request): the intent before it, or the receipt after it (U1)."""
+
+    kind: CallKind
+    attempt_id: str
+    at_ms: int
+    worker_id: str
+    provider: str
+    model: str
+    vector_space: str
+    items: Sequence[CallItem] = ()
+    estimated_tokens: int = 0
+    confirm_by_ms: int | None = None
+    outcome: CallOutcome | None = None
+    billed_tokens: int | None = None
+    http_status: int | None = None
+    time_taken_ms: int = 0
+    price_nanos_per_million: int | None = None
+    price_version: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DocumentManifest:
+    """The whole list of a document's chunk ids in the spaces meant; empty deletes the document."""
+
+    tenant_id: str
+    collection: str | None
+    document_id: str
+    chunk_ids: Sequence[str] = field(repr=False)
+    vector_spaces: Sequence[str]
+    source_version: str
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeadLetter:
+    """A record for the DLQ: the original key and bytes, untouched. `by_reference`: too large or lethal, value null."""
+
+    record: Record
+    reason: DlqClass
+    code: str
+    at_ms: int
+    by_reference: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Tombstone:
+    """Deletes one vector id from the sink view."""
+
+    vector_id: str
+    source_version: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UsageSums:
+    """Running sums of a bucket. Unpriced billed tokens are summed apart from cost (None costs add nothing)."""
+
+    requests: int = 0
+    billed_texts: int = 0
+    billed_tokens: int = 0
+    billed_characters: int = 0
+    billed_cost_nanos: int = 0
+    saved_texts: int = 0
+    saved_tokens: int = 0
+    saved_characters: int = 0
+    saved_cost_nanos: int = 0
+    unpriced_tokens: int = 0
+    failed_texts: int = 0
+    cached_texts: int = 0
+
+
+class BucketKey(NamedTuple):
+    """`bucket` is a UTC day "2026-11-21" or month "2026-11"; dimension: all, model, operation, agent, collection."""
+
+    payer_id: str
+    bucket: str
+    dimension: str
+    value: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UsageTotal:
+    """One `token-usage-totals` record: the bucket's sums per usage partition, each with its last folded offset.
+
+    The published total is the sum over `partitions`; a payer's events normally lie in one partition.
+    """
+
+    key: BucketKey
+    partitions: Mapping[int, tuple[int, UsageSums]]
+    """partition -> (last_offset, sums)"""
+    updated_at_ms: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskProgress:
+    """Progress of a `task_id` from the first copies of its usage events."""
+
+    tenant_id: str
+    task_id: str
+    done: int
+    failed: int
+    total: int | None
+    updated_at_ms: int

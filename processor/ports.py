@@ -1,0 +1,217 @@
+"""What the steps need from the outside, each port small and named for the need. Adapters implement them.
+
+One contract suite per port (tests/contract) runs over every adapter and over the fakes that the unit tests use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+from processor.domain import (
+    DeadLetter,
+    DlqClass,
+    DocumentManifest,
+    EmbeddingFunction,
+    Entry,
+    ModelSpec,
+    ProviderCall,
+    Record,
+    Request,
+    Result,
+    TaskProgress,
+    TokenSource,
+    Tombstone,
+    Usage,
+    UsageTotal,
+    Vector,
+)
+
+
+class Clock(Protocol):
+    """Time is passed in; no step reads it elsewhere."""
+
+    def now_ms(self) -> int:
+        """UTC milliseconds since 1970, for records."""
+        ...
+
+    def monotonic(self) -> float:
+        """Seconds, for durations and leases."""
+        ...
+
+    async def sleep(self, seconds: float) -> None: ...
+
+
+class Undecodable(NamedTuple):
+    """Why bytes are no request. `code` is a word of ours for the DLQ header."""
+
+    reason: DlqClass
+    code: str
+
+
+class RequestDecoder(Protocol):
+    """Step 1. Never raises for bad bytes; may raise RegistryUnavailable for an unknown schema id."""
+
+    async def decode(self, record: Record) -> Request | Undecodable:
+        """The request, or why the record is for the DLQ. Bytes are capped first and consumed to the end."""
+        ...
+
+
+class Lease(Protocol):
+    """Owning one partition for one generation of the group. Replaced, never revived, on a rebalance."""
+
+    topic: str
+    partition: int
+    generation: int
+
+    def held(self) -> bool:
+        """False once revoked, or once the session may have run out since the last acknowledged heartbeat was sent."""
+        ...
+
+    def finish(self, offset: int) -> None:
+        """Step 8: the record's outcomes are acknowledged by the broker. Does nothing on a revoked lease.
+
+        The committed offset is the lowest unfinished one: contiguous over expected offsets, whatever the order of
+        the calls.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A fetched run of records of one partition, in offset order."""
+
+    lease: Lease
+    records: Sequence[Record]
+
+
+class RunHandler(Protocol):
+    """What an engine drives."""
+
+    async def on_run(self, run: Run) -> None:
+        """Take a run. Waiting here is backpressure: nothing more is fetched meanwhile, and the group is not left."""
+        ...
+
+    async def on_revoke(self, leases: Sequence[Lease], budget_s: float) -> None:
+        """Finish what is nearly done within the budget, then drop what is left. Returns when nothing more is sent."""
+        ...
+
+    async def positions(self, partitions: Sequence[tuple[str, int]]) -> Mapping[tuple[str, int], int]:
+        """Next offsets that override the committed ones (an aggregator's own store); empty: use the committed ones."""
+        ...
+
+
+Outgoing = Result | Usage | ProviderCall | DocumentManifest | DeadLetter | Tombstone | UsageTotal | TaskProgress
+
+
+class Destination(NamedTuple):
+    """A message and the logical topic it goes to. Names: results, replies, sink, usage, calls, documents, dlq,
+    totals, progress, late. Replies carry an explicit topic and partition."""
+
+    name: str
+    message: Outgoing
+    topic: str | None = None
+    partition: int | None = None
+
+
+class Outbox(Protocol):
+    """Sends messages to Kafka, encoded and keyed as `topics.yaml` says."""
+
+    async def send(self, messages: Sequence[Destination], *, leases: Sequence[Lease] = ()) -> None:
+        """Returns when the broker has acknowledged every message; empty input does nothing.
+
+        Order is kept per destination partition, within and across calls. Each lease is checked right before
+        producing: LeaseLost if one is gone, and then nothing of this call was sent. DeliveryFailed on a delivery
+        that is not acknowledged within the deadline or refused; the process must end then.
+        """
+        ...
+
+    async def post(self, message: Destination) -> Awaitable[None]:
+        """Hand one message over and get the awaitable of its acknowledgement (for receipts: awaited in step 7)."""
+        ...
+
+
+class VectorCache(Protocol):
+    """Vectors already paid for. Losing one costs money, never correctness.
+
+    Empty input makes no round trip. An unreachable store raises CacheUnavailable; the steps catch it, count it and
+    go on. The first entry stands: storing again never changes who paid, until it expires.
+    """
+
+    async def get_many(self, keys: Sequence[bytes], dimensions: int) -> Mapping[bytes, Entry]:
+        """Known keys only; an entry that fails its check is deleted and left out."""
+        ...
+
+    async def put_many(self, entries: Mapping[bytes, Entry]) -> None: ...
+
+
+class ProviderAnswer(NamedTuple):
+    """An unverified response. `vectors[j]` belongs to input `indices[j]`; float32 of shape (n, d)."""
+
+    vectors: Sequence[Vector]
+    indices: Sequence[int]
+    model: str
+    billed_tokens: int | None
+
+
+class EmbeddingProvider(Protocol):
+    """Something that embeds texts for money or for heat. One call is one HTTP request: no retries inside."""
+
+    name: str
+
+    async def embed(
+        self, texts: Sequence[str], function: EmbeddingFunction, attempt_id: str
+    ) -> ProviderAnswer:
+        """Embed 1..max_inputs_per_call texts (prefixes already applied). Raises ProviderError subclasses only."""
+        ...
+
+    async def list_models(self) -> Sequence[str]:
+        """For health and doctor; never embeds."""
+        ...
+
+    async def close(self) -> None: ...
+
+
+class TokenCounts(NamedTuple):
+    counts: Sequence[int]
+    source: TokenSource
+    """TOKENIZER (exact for this model) or ESTIMATE (each at least 1)."""
+
+
+class TokenCounter(Protocol):
+    """Local token counts; special tokens count as ordinary text. May be CPU-bound: call it for misses only."""
+
+    def count(self, texts: Sequence[str], model: ModelSpec) -> TokenCounts: ...
+
+    def truncate(self, text: str, model: ModelSpec, limit: int, *, keep_end: bool) -> str:
+        """The longest head (or tail with keep_end) of at most `limit` tokens."""
+        ...
+
+
+class Catalogue(Protocol):
+    """Which models there are and which this worker serves."""
+
+    default_model: str
+
+    def find(self, name: str) -> ModelSpec | None:
+        """Any listed model."""
+        ...
+
+    def served(self, name: str) -> bool:
+        """Whether this worker's route serves it."""
+        ...
+
+
+@dataclass(slots=True)
+class Events:
+    """Observers the composition root hangs on the steps (metrics, logs); each is called with plain numbers and words.
+
+    Steps call them; none may raise. Default: nothing is observed.
+    """
+
+    count: Callable[[str, float, Mapping[str, str]], None] = field(default=lambda name, value, labels: None)
+    observe: Callable[[str, float, Mapping[str, str]], None] = field(default=lambda name, value, labels: None)
+    window: Callable[[Mapping[str, object]], None] = field(default=lambda fields: None)
+
+

@@ -1,0 +1,204 @@
+"""Every setting, with its unit in its name, a sane default and the help text that the docs table is made of.
+
+Environment variables carry the prefix EMBEDDING_ (EMBEDDING_WINDOW_MAX_TEXTS=256); the names of the systems that this
+one replaces (OPENAI_API_KEY, ...) are accepted as aliases. `load()` reports all faults together.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+from pydantic import AliasChoices, Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from processor.domain import Lane, Truncate
+from processor.errors import SettingsError
+
+PREFIX = "EMBEDDING_"
+
+
+def _alias(*others: str) -> AliasChoices:
+    return AliasChoices(*others)
+
+
+class Settings(BaseSettings):
+    """One frozen object for a worker, an aggregator and the command line."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX, frozen=True, extra="ignore", env_file=".env", populate_by_name=True
+    )
+
+    # Kafka
+    bootstrap_servers: str = Field(
+        "localhost:9092",
+        description="Kafka brokers, host:port separated by commas.",
+        validation_alias=_alias("EMBEDDING_BOOTSTRAP_SERVERS", "KAFKA_BOOTSTRAP_SERVERS"),
+    )
+    security_protocol: str = Field("PLAINTEXT", description="PLAINTEXT, SSL, SASL_PLAINTEXT or SASL_SSL.")
+    sasl_mechanism: str | None = Field(None, description="PLAIN, SCRAM-SHA-256 or SCRAM-SHA-512.")
+    sasl_username: str | None = Field(None, description="SASL user name.")
+    sasl_password: SecretStr | None = Field(None, description="SASL password; or the file below.")
+    sasl_password_file: Path | None = Field(None, description="File that holds the SASL password.")
+    ssl_ca_file: Path | None = Field(None, description="PEM file of the certificate authority of the brokers.")
+    ssl_cert_file: Path | None = Field(None, description="PEM file of our certificate (mutual TLS).")
+    ssl_key_file: Path | None = Field(None, description="PEM file of our key (mutual TLS).")
+    topic_prefix: str = Field("", description="Put before the name of every topic.")
+    group_id: str = Field("embedding-processor", description="Consumer group of the workers; the lane is appended.")
+    aggregator_group_id: str = Field("embedding-aggregator", description="Consumer group of the aggregator.")
+    group_instance_id: str | None = Field(None, description="Static membership id, unique per process.")
+    session_timeout_s: float = Field(30.0, gt=1, description="Group session: a silent worker is replaced after this.")
+    heartbeat_interval_s: float = Field(3.0, gt=0, description="Time between heartbeats to the group.")
+    lease_margin_s: float = Field(
+        2.0, ge=0, description="A worker stops sending this long before its session may have run out."
+    )
+    revoke_budget_s: float = Field(10.0, gt=0, description="Time to finish work in flight when partitions are revoked.")
+    delivery_timeout_s: float = Field(
+        60.0, gt=0, description="A record not acknowledged by the broker in this time ends the process."
+    )
+    commit_interval_s: float = Field(1.0, gt=0, description="Time between offset commits.")
+    max_record_bytes: int = Field(1_000_000, gt=1000, description="Largest record that is decoded or produced, bytes.")
+    producer_linger_ms: int = Field(5, ge=0, description="How long the producer waits to fill a batch (interactive: 0).")
+    producer_compression: str | None = Field(None, description="gzip, snappy, lz4 or zstd; default none.")
+    producer_idempotent: bool = Field(True, description="Off only for the embedded broker, which knows no such producer.")
+    require_log_append_time: bool = Field(
+        True, description="Refuse topics whose timestamps are the client's. Off only for the embedded broker."
+    )
+    schema_registry_url: str | None = Field(
+        None, description="Confluent-compatible registry; none: Avro single-object encoding."
+    )
+    schema_registry_timeout_s: float = Field(5.0, gt=0, description="Time limit of one registry request.")
+
+    # Worker
+    lane: Lane = Field(Lane.BULK, description="bulk takes embedding-requests, interactive takes embedding-queries.")
+    models: Annotated[tuple[str, ...], NoDecode] = Field(
+        (), description="Models this worker serves, separated by commas; none: all of the provider's catalogue."
+    )
+    sink_view: bool = Field(True, description="Keep embedding-vectors, the compacted view for sinks.")
+    reply_topics: Annotated[tuple[str, ...], NoDecode] = Field(
+        ("embedding-replies",), description="Topics (without prefix) a request may name in reply_to, separated by commas."
+    )
+    window_max_texts: int = Field(512, gt=0, description="A window closes at this many texts.")
+    window_max_tokens: int = Field(200_000, gt=0, description="A window closes at this many tokens (bytes / 4).")
+    window_max_wait_ms: int = Field(50, ge=0, description="A window closes after this wait; interactive: at once.")
+    max_concurrent_calls: int = Field(4, gt=0, description="Provider calls in flight per worker.")
+    read_ahead_bytes: int = Field(
+        64 * 1024 * 1024, gt=0, description="Bytes of fetched records not yet finished; then fetching waits."
+    )
+    max_text_bytes: int = Field(900_000, gt=0, description="Largest request body that is embedded, bytes.")
+    truncate: Truncate = Field(Truncate.ERROR, description="Policy for over-long texts when a request names none.")
+    shutdown_timeout_s: float = Field(25.0, gt=0, description="A watchdog ends a shutdown that takes longer.")
+    http_host: str = Field("127.0.0.1", description="Address of the internal port: metrics, health, models.")
+    http_port: int = Field(8080, ge=0, le=65535, description="Internal port; 0 picks a free one.")
+    log_level: str = Field(
+        "INFO", description="DEBUG, INFO, WARNING or ERROR.", validation_alias=_alias("EMBEDDING_LOG_LEVEL", "LOG_LEVEL")
+    )
+    log_format: str = Field("json", description="json, or console for people.")
+
+    # Provider
+    provider: str = Field("openai", description="openai (or any server of its embeddings API), or local (ONNX).")
+    default_model: str | None = Field(
+        None,
+        description="Model of requests that name none; default: the provider's first.",
+        validation_alias=_alias("EMBEDDING_DEFAULT_MODEL", "OPENAI_DEFAULT_MODEL"),
+    )
+    openai_base_url: str | None = Field(
+        None,
+        description="Base URL of the embeddings API; default OpenAI's.",
+        validation_alias=_alias("EMBEDDING_OPENAI_BASE_URL", "OPENAI_BASE_URL"),
+    )
+    openai_api_key: SecretStr | None = Field(
+        None, description="API key.", validation_alias=_alias("EMBEDDING_OPENAI_API_KEY", "OPENAI_API_KEY")
+    )
+    openai_api_key_file: Path | None = Field(None, description="File that holds the API key.")
+    provider_timeout_s: float = Field(
+        60.0,
+        gt=0,
+        description="Time limit of one whole provider call.",
+        validation_alias=_alias("EMBEDDING_PROVIDER_TIMEOUT_S", "OPENAI_TIMEOUT_SECONDS"),
+    )
+    provider_connect_timeout_s: float = Field(5.0, gt=0, description="Time limit of connecting to the provider.")
+    retry_initial_s: float = Field(0.5, gt=0, description="First backoff after a transient fault; doubles, full jitter.")
+    retry_max_s: float = Field(30.0, gt=0, description="Longest backoff between attempts.")
+    poison_attempts: int = Field(
+        5, gt=0, description="A text that failed so often while others succeeded is bisected out as provider_rejects."
+    )
+    local_model_path: Path | None = Field(None, description="Directory of an ONNX export; default: the built-in model.")
+    local_threads: int = Field(0, ge=0, description="Threads of the local model; 0: one less than the cores, at least 1.")
+    catalogue_file: Path | None = Field(None, description="YAML file that extends or overrides the model catalogue.")
+    default_dimensions_by_model: Annotated[dict[str, int], NoDecode] = Field(
+        default_factory=dict,
+        description='Dimensions of requests that name none, JSON such as {"text-embedding-3-large": 1024}.',
+        validation_alias=_alias(
+            "EMBEDDING_DEFAULT_DIMENSIONS_BY_MODEL", "DEFAULT_DIMENSIONS_BY_MODEL", "PREFERRED_DIMENSIONS"
+        ),
+    )
+
+    # Cache
+    redis_url: str | None = Field(
+        None,
+        description="redis:// or rediss:// of the shared cache (L2); none: L1 alone.",
+        validation_alias=_alias("EMBEDDING_REDIS_URL", "REDIS_URL"),
+    )
+    redis_timeout_ms: int = Field(250, gt=0, description="Time budget of a look-up; then the cache is gone without.")
+    cache_ttl_s: int = Field(86_400, gt=0, description="Life of a cache entry.")
+    l1_bytes: int = Field(64 * 1024 * 1024, ge=0, description="Size of the in-process cache.")
+    cache_secret: SecretStr = Field(
+        SecretStr("embedding-processor"), description="Key of the cache-key hash; set one of your own, or the file below."
+    )
+    cache_secret_file: Path | None = Field(None, description="File that holds the cache secret.")
+
+    # Aggregator
+    aggregator_store: Path = Field(Path("aggregator.sqlite"), description="The aggregator's local store; can be lost.")
+    horizon_days: int = Field(35, gt=0, description="Copies of a usage event closer together than twice this are one.")
+    ledger_confirm_margin_s: float = Field(
+        30.0, gt=0, description="Added to call and session timeout: an intent without receipt is then unconfirmed."
+    )
+
+    @field_validator("models", "reply_topics", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+    @field_validator("default_dimensions_by_model", mode="before")
+    @classmethod
+    def _parse_json(cls, value: Any) -> Any:
+        return json.loads(value) if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.heartbeat_interval_s * 3 > self.session_timeout_s:
+            raise ValueError("heartbeat_interval_s must be at most a third of session_timeout_s")
+        if self.lease_margin_s + self.heartbeat_interval_s >= self.session_timeout_s:
+            raise ValueError("lease_margin_s plus heartbeat_interval_s must stay below session_timeout_s")
+        if self.provider not in {"openai", "local"}:
+            raise ValueError("provider must be openai or local")
+        return self
+
+    def topic(self, name: str) -> str:
+        """The full name of a topic of ours."""
+        return self.topic_prefix + name
+
+    def secret(self, name: str) -> str | None:
+        """The value of a secret setting, from its file when `<name>_file` is set; surrounding blanks are cut."""
+        path: Path | None = getattr(self, f"{name}_file")
+        if path is not None:
+            try:
+                return path.read_text(encoding="utf-8").strip()
+            except OSError as error:
+                raise SettingsError(f"{PREFIX}{name.upper()}_FILE: can't read {path}: {error.strerror}") from None
+        value: SecretStr | None = getattr(self, name)
+        return value.get_secret_value() if value is not None else None
+
+
+def load(**overrides: Any) -> Settings:
+    """Settings from the environment and `.env`, overrides first. Raises SettingsError with every fault at once."""
+    try:
+        return Settings(**overrides)
+    except ValidationError as error:
+        faults = "\n".join(
+            f"  {PREFIX}{'_'.join(map(str, fault['loc'])).upper().removeprefix(PREFIX)}: {fault['msg']}"
+            for fault in error.errors()
+        )
+        raise SettingsError(f"settings are not usable, fix these and start again:\n{faults}") from None
