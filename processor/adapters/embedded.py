@@ -1,8 +1,8 @@
-"""A Kafka-protocol broker (Tansu) and a Redis-protocol cache (Valkey) as child processes, for the demo and for tests.
+"""A Kafka-protocol broker (Tansu) and a Redis-protocol cache (Valkey) as child processes, for demo and tests.
 
-What Tansu 0.6 does not do, measured: InitProducerId fails (no idempotent producer); `message.timestamp.type` is
-stored but ignored, records keep the producer's time; a topic that does not exist is made by the first record.
-A group's first member waits half its session timeout for others. Memory only: never a claim about durability.
+Measured with Tansu 0.6: InitProducerId fails, so no idempotent producer; LogAppendTime is stored but ignored,
+records keep the producer's time; a record to an unknown topic creates the topic; a group's first member waits
+half its session timeout. Both keep everything in memory: never a claim about durability.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ def dying_with_parent(command: Sequence[str]) -> list[str]:
 class ChildServer:
     """A server program as a child process: it answers once entered, and is gone when left.
 
-    `answers` makes one round trip in the server's own protocol. What the program prints goes to a file without a
-    name, so nothing is left behind whatever happens; its end is quoted when the program does not start.
+    `answers` makes one round trip in the server's own protocol. What the program prints goes to a file
+    without a name, so nothing is left behind; its end is quoted when the program does not start.
     """
 
     def __init__(
@@ -92,9 +92,8 @@ class ChildServer:
                 if self._process.poll() is not None:
                     raise EmbeddedUnavailable(f"{self.name} ended at start: {self._last_output()}")
                 if time.monotonic() > deadline:
-                    raise EmbeddedUnavailable(
-                        f"{self.name} gave no answer within {self._start_timeout_s:g} s: {self._last_output()}"
-                    )
+                    limit = f"{self._start_timeout_s:g} s"
+                    raise EmbeddedUnavailable(f"{self.name}: no answer within {limit}: {self._last_output()}")
                 time.sleep(0.02)
         except BaseException:
             self.stop()
