@@ -267,7 +267,7 @@ class Price:
 class ModelSpec:
     """One model of the catalogue.
 
-    `dimensions` are the allowed ones, the default first. `answers_as` are model names a response may carry; empty:
+    `dimensions` are the allowed ones, the default first; with `shortenable` any from 1 to the default. `answers_as` are model names a response may carry; empty:
     the server echoes any name. `tokenizer` names a counter ("cl100k_base", "wordpiece:<path>"), None: estimate.
     """
 
@@ -275,6 +275,7 @@ class ModelSpec:
     weights: str
     revision: str = "1"
     dimensions: tuple[int, ...]
+    shortenable: bool = False
     normalised: bool = True
     max_input_tokens: int = 8192
     max_inputs_per_call: int = 2048
@@ -283,6 +284,15 @@ class ModelSpec:
     prefixes: Mapping[InputType, str] = field(default_factory=dict)
     answers_as: frozenset[str] | None = None
     prices: tuple[Price, ...] = ()
+
+    def allows(self, dimensions: int) -> bool:
+        return dimensions in self.dimensions or (self.shortenable and 1 <= dimensions <= self.dimensions[0])
+
+    def describe_dimensions(self) -> str:
+        """The allowed dimensions in words, for an error message."""
+        if self.shortenable:
+            return f"1 to {self.dimensions[0]} dimensions"
+        return f"{', '.join(map(str, self.dimensions))} dimensions"
 
     def space(self, dimensions: int) -> VectorSpace:
         return VectorSpace(self.weights, self.revision, dimensions, self.normalised)

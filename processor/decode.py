@@ -1,0 +1,164 @@
+"""Step 1, second half: a decoded request is checked against the contract. Bad input becomes a value (`Fault`).
+
+Each check names the field and the fix. Order matters only where one check makes the next one safe.
+"""
+
+from __future__ import annotations
+
+from processor.domain import (
+    ACTION_ALIASES,
+    EMBEDDING_ACTIONS,
+    INTERACTIVE_ACTIONS,
+    OPERATION_OF,
+    Action,
+    EmbeddingFunction,
+    ErrorCode,
+    Fault,
+    InputType,
+    Lane,
+    ModelSpec,
+    Request,
+    Truncate,
+)
+from processor.ports import Catalogue
+from processor.work import Plan, Policy
+
+
+def check(
+    request: Request, size_bytes: int, *, policy: Policy, catalogue: Catalogue, dimensions: dict[str, int]
+) -> Plan | Fault:
+    """What the request asks for, or why it is refused as a whole. `dimensions` are defaults by model name."""
+    action = ACTION_ALIASES.get(request.action)
+    if action is None:
+        return _invalid("action", f"must be one of {', '.join(sorted(ACTION_ALIASES))}")
+    if policy.lane is Lane.INTERACTIVE and action not in INTERACTIVE_ACTIONS:
+        return Fault(ErrorCode.WRONG_LANE, "action", f"{action} is served on the request topic, send it there")
+    return (
+        _check_size(request, action, size_bytes, policy)
+        or _check_lists(request, action, policy)
+        or _check_numbers(request)
+        or _check_reply(request, policy)
+        or (_check_sink(request, policy) if action in {Action.DELETE, Action.DOCUMENT_MANIFEST} else None)
+        or _resolve(request, action, policy=policy, catalogue=catalogue, dimensions=dimensions)
+    )
+
+
+def _invalid(field: str, message: str) -> Fault:
+    return Fault(ErrorCode.INVALID_REQUEST, field, f"{field}: {message}")
+
+
+def _check_size(request: Request, action: Action, size_bytes: int, policy: Policy) -> Fault | None:
+    if size_bytes > policy.max_request_bytes:
+        limit = f"over {policy.max_request_bytes} bytes"
+        if action is Action.DOCUMENT_MANIFEST:
+            return Fault(
+                ErrorCode.DOCUMENT_TOO_LARGE, "chunk_ids", f"chunk_ids: {limit}; use fewer or shorter chunk ids"
+            )
+        return _invalid("chunks", f"the request is {limit}; split it into parts with first_chunk_index")
+    if metadata_bytes(request) > policy.max_metadata_bytes:
+        return _invalid("metadata", f"over {policy.max_metadata_bytes} bytes; it is copied into each result")
+    return None
+
+
+def metadata_bytes(request: Request) -> int:
+    return sum(len(key.encode()) + len(value.encode()) for key, value in request.metadata.items())
+
+
+def _check_lists(request: Request, action: Action, policy: Policy) -> Fault | None:
+    listed, other = ("chunk_ids", "chunks") if action in _LISTS_IDS else ("chunks", "chunk_ids")
+    if getattr(request, other):
+        return _invalid(other, f"must be empty for {action}; it takes {listed}")
+    ids = [chunk.chunk_id for chunk in request.chunks] or list(request.chunk_ids)
+    if not ids and action is not Action.DOCUMENT_MANIFEST:
+        return _invalid(listed, f"must not be empty for {action}")
+    if action is not Action.DOCUMENT_MANIFEST and len(ids) > policy.max_chunks:
+        return _invalid(listed, f"at most {policy.max_chunks} of them; split the request")
+    if action is Action.GENERATE_QUERY and len(ids) != 1:
+        return _invalid("chunks", "generate_query takes exactly one text; use generate for more")
+    if len(set(ids)) != len(ids):
+        return _invalid(f"{listed}.chunk_id" if listed == "chunks" else listed, "a chunk id is there twice")
+    return None
+
+
+_LISTS_IDS = frozenset({Action.DELETE, Action.DOCUMENT_MANIFEST})
+
+
+def _check_numbers(request: Request) -> Fault | None:
+    if request.first_chunk_index < 0:
+        return _invalid("first_chunk_index", "must not be negative")
+    if request.chunk_count is not None and request.chunk_count < request.first_chunk_index + request.length:
+        return _invalid("chunk_count", "must be at least first_chunk_index plus the number of chunks of this request")
+    if request.task_total is not None and request.task_total < 0:
+        return _invalid("task_total", "must not be negative")
+    return None
+
+
+def _check_reply(request: Request, policy: Policy) -> Fault | None:
+    reply = request.reply_to
+    if reply is None:
+        return None
+    partitions = policy.reply_partitions.get(reply.topic)
+    if partitions is None:
+        return Fault(
+            ErrorCode.REPLY_NOT_ALLOWED, "reply_to.topic", "reply_to.topic: not in the worker's EMBEDDING_REPLY_TOPICS"
+        )
+    if not 0 <= reply.partition < partitions:
+        return Fault(
+            ErrorCode.REPLY_NOT_ALLOWED, "reply_to.partition", f"reply_to.partition: must be 0 to {partitions - 1}"
+        )
+    return None
+
+
+def _check_sink(request: Request, policy: Policy) -> Fault | None:
+    if not policy.sink_view:
+        return Fault(ErrorCode.SINK_VIEW_OFF, "action", "the sink view is off (EMBEDDING_SINK_VIEW)")
+    if not request.document_id:
+        return _invalid("document_id", "must name the document")
+    if not request.vector_spaces and (request.chunk_ids or request.action == Action.DELETE):
+        return _invalid("vector_spaces", "must list the vector spaces meant")
+    return None
+
+
+def _resolve(
+    request: Request, action: Action, *, policy: Policy, catalogue: Catalogue, dimensions: dict[str, int]
+) -> Plan | Fault:
+    if action in _LISTS_IDS:
+        return Plan(action, None, None)
+    spec = catalogue.find(request.model or catalogue.default_model)
+    if spec is None:
+        return Fault(ErrorCode.UNKNOWN_MODEL, "model", "model: not in the catalogue; see /models or extend the catalogue")
+    if not catalogue.served(spec.name):
+        return Fault(
+            ErrorCode.MODEL_NOT_SERVED, "model", f"model: {spec.name} is not served by this worker's route", retryable=True
+        )
+    chosen = _dimensions(request, spec, dimensions)
+    if isinstance(chosen, Fault):
+        return chosen
+    try:
+        input_type = InputType(
+            request.input_type or (InputType.QUERY if action is Action.GENERATE_QUERY else InputType.DOCUMENT)
+        )
+    except ValueError:
+        return _invalid("input_type", f"must be one of {', '.join(InputType)}")
+    try:
+        truncate = Truncate(request.truncate or policy.truncate)
+    except ValueError:
+        return _invalid("truncate", f"must be one of {', '.join(Truncate)}")
+    function = EmbeddingFunction(
+        spec, spec.space(chosen), input_type, spec.prefixes.get(input_type, ""), truncate
+    )
+    return Plan(action, OPERATION_OF.get(action), function)
+
+
+def _dimensions(request: Request, spec: ModelSpec, defaults: dict[str, int]) -> int | Fault:
+    chosen = request.dimensions if request.dimensions is not None else defaults.get(spec.name, spec.dimensions[0])
+    if not spec.allows(chosen):
+        return Fault(
+            ErrorCode.BAD_DIMENSIONS, "dimensions", f"dimensions: {spec.name} has {spec.describe_dimensions()}"
+        )
+    return chosen
+
+
+def counts_as_usage(request: Request) -> bool:
+    """Whether an accepted request gets a usage event even when it fails as a whole (U4)."""
+    return ACTION_ALIASES.get(request.action) in EMBEDDING_ACTIONS
