@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 from processor.domain import (
+    CacheLevel,
     DeadLetter,
     DlqClass,
     DocumentManifest,
@@ -132,15 +133,23 @@ class Outbox(Protocol):
         ...
 
 
+class Found(NamedTuple):
+    """A cache hit and the level that had it (L1 or L2)."""
+
+    entry: Entry
+    level: CacheLevel
+
+
 class VectorCache(Protocol):
     """Vectors already paid for. Losing one costs money, never correctness.
 
-    Empty input makes no round trip. An unreachable store raises CacheUnavailable; the steps catch it, count it and
-    go on. The first entry stands: storing again never changes who paid, until it expires.
+    Empty input makes no round trip. The first entry stands: storing again never changes who paid, until it
+    expires. What the steps get (L1, or L1 before L2) never raises: an L2 out of reach is counted and gone
+    without. An adapter of a shared store alone raises CacheUnavailable.
     """
 
-    async def get_many(self, keys: Sequence[bytes], dimensions: int) -> Mapping[bytes, Entry]:
-        """Known keys only; an entry that fails its check is deleted and left out."""
+    async def get_many(self, keys: Sequence[bytes], dimensions: int) -> Mapping[bytes, Found]:
+        """Known keys only; an entry that fails its check is counted, deleted and left out."""
         ...
 
     async def put_many(self, entries: Mapping[bytes, Entry]) -> None: ...
@@ -200,6 +209,10 @@ class Catalogue(Protocol):
 
     def served(self, name: str) -> bool:
         """Whether this worker's route serves it."""
+        ...
+
+    def default_dimensions(self, model: ModelSpec) -> int:
+        """Dimensions of requests that name none: the operator's choice, else the model's own."""
         ...
 
 
