@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Iterator
 
 import pytest
 
-from tests.support.brokers import Broker, NotToBeHad, Servers
+from tests.support.brokers import Broker, Servers
 
 SERVERS = pytest.StashKey[Servers]()
 NOT_RUN = "NOT RUN, needs Apache Kafka: "
@@ -33,7 +33,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if not isinstance(item, pytest.Function):
             continue
         fixtures = set(item.fixturenames)
-        if fixtures & {"broker", "kafka", "embedded_broker", "docker_broker", "redis_url"}:
+        if "servers" in fixtures:
             item.add_marker("integration")
         if "kafka" in fixtures:
             item.add_marker("kafka")
@@ -90,15 +90,6 @@ def kafka(servers: Servers) -> Broker:
 def embedded_broker(servers: Servers) -> Broker:
     """The embedded broker, whatever else there is."""
     return servers.broker_of("embedded")
-
-
-@pytest.fixture(scope="session")
-def docker_broker(servers: Servers) -> Broker:
-    """Kafka in a container; the test skips where no engine answers."""
-    try:
-        return servers.broker_of("docker")
-    except NotToBeHad as error:
-        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="session")

@@ -75,11 +75,22 @@ class ApacheKafka(ChildServer):
             "group.initial.rebalance.delay.ms": "0",
             # Tests of lost leases use sessions below the default minimum of 6 s.
             "group.min.session.timeout.ms": "1000",
+            # How long a broker that was killed stays fenced after it is back (default 9 s).
+            "broker.session.timeout.ms": "4000",
+            "broker.heartbeat.interval.ms": "500",
             "log.cleaner.dedupe.buffer.size": "8388608",
             **(properties or {}),
         }
         config.write_text("".join(f"{name}={value}\n" for name, value in settings.items()))
-        run = [java, "-Xms128m", "-Xmx512m", "-XX:TieredStopAtLevel=1", "-cp", f"{libs}/*"]
+        run = [
+            java,
+            "-Xms128m",
+            "-Xmx512m",
+            "-XX:TieredStopAtLevel=1",
+            "-XX:-UsePerfData",
+            "-cp",
+            f"{libs}/*",
+        ]
         cluster_id = base64.urlsafe_b64encode(uuid.uuid4().bytes).rstrip(b"=").decode()
         _run(
             [*run, "kafka.tools.StorageTool", "format", "-t", cluster_id, "-c", str(config)],
