@@ -377,6 +377,63 @@ class Result:
     error: Fault | None = None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReceivedResult:
+    """An `EmbeddingResult` as a consumer reads it. Words of open sets stay plain text, so that newer ones pass.
+
+    `vector` is float32 of shape (dimensions,), or None when there is none. With chunk_index -1 it stands for the
+    chunks first_chunk_index .. first_chunk_index + length - 1.
+    """
+
+    request_id: str
+    tenant_id: str
+    correlation_id: str
+    action: str
+    collection: str | None
+    document_id: str | None
+    task_id: str | None
+    task_total: int | None
+    agent_id: str | None
+    agent_owner_id: str | None
+    conversation_id: str | None
+    run_id: str | None
+    source_service: str
+    requested_at_ms: int
+    metadata: Mapping[str, str] = field(repr=False)
+    input_type: str | None
+    operation: str | None
+    reply_type: str | None
+    source_version: str
+    accepted_at_ms: int
+    chunk_count: int
+    first_chunk_index: int
+    chunk_index: int
+    length: int
+    chunk_id: str
+    chunk_metadata: Mapping[str, str] = field(repr=False)
+    status: str
+    error: Fault | None
+    vector_id: str | None
+    provider: str
+    model: str
+    vector_space: str
+    dimensions: int
+    token_count: int
+    token_source: str
+    cache: str
+    truncated: bool
+    cost_nanos: int | None
+    time_taken_ms: int
+    completed_at_ms: int
+    vector: Vector | None = field(repr=False)
+
+    def stands_for(self, index: int) -> bool:
+        """Whether this is an outcome of the chunk with that index (Law 1)."""
+        if self.chunk_index == WHOLE_REQUEST:
+            return self.first_chunk_index <= index < self.first_chunk_index + self.length
+        return self.chunk_index == index
+
+
 @dataclass(frozen=True, slots=True)
 class Amounts:
     """Texts, tokens, characters and their price. `cost_nanos` None: unpriced."""
