@@ -16,18 +16,25 @@ from processor.domain import (
     Fault,
     InputType,
     Lane,
-    ModelSpec,
     Request,
     Truncate,
 )
 from processor.ports import Catalogue
 from processor.work import Plan, Policy
 
+EMPTY_TEXT = Fault(ErrorCode.EMPTY_TEXT, "chunks.text", "chunks.text: empty or blank; leave the chunk out")
 
-def check(
-    request: Request, size_bytes: int, *, policy: Policy, catalogue: Catalogue, dimensions: dict[str, int]
-) -> Plan | Fault:
-    """What the request asks for, or why it is refused as a whole. `dimensions` are defaults by model name."""
+
+def too_long(tokens: int, limit: int) -> Fault:
+    return Fault(
+        ErrorCode.TEXT_TOO_LONG,
+        "chunks.text",
+        f"chunks.text: {tokens} tokens, the model takes {limit}; split it or set truncate to truncate_end",
+    )
+
+
+def check(request: Request, size_bytes: int, *, policy: Policy, catalogue: Catalogue) -> Plan | Fault:
+    """What the request asks for, or why it is refused as a whole."""
     action = ACTION_ALIASES.get(request.action)
     if action is None:
         return _invalid("action", f"must be one of {', '.join(sorted(ACTION_ALIASES))}")
@@ -39,7 +46,7 @@ def check(
         or _check_numbers(request)
         or _check_reply(request, policy)
         or (_check_sink(request, policy) if action in {Action.DELETE, Action.DOCUMENT_MANIFEST} else None)
-        or _resolve(request, action, policy=policy, catalogue=catalogue, dimensions=dimensions)
+        or _resolve(request, action, policy=policy, catalogue=catalogue)
     )
 
 
@@ -52,7 +59,9 @@ def _check_size(request: Request, action: Action, size_bytes: int, policy: Polic
         limit = f"over {policy.max_request_bytes} bytes"
         if action is Action.DOCUMENT_MANIFEST:
             return Fault(
-                ErrorCode.DOCUMENT_TOO_LARGE, "chunk_ids", f"chunk_ids: {limit}; use fewer or shorter chunk ids"
+                ErrorCode.DOCUMENT_TOO_LARGE,
+                "chunk_ids",
+                f"chunk_ids: {limit}; use fewer or shorter chunk ids",
             )
         return _invalid("chunks", f"the request is {limit}; split it into parts with first_chunk_index")
     if metadata_bytes(request) > policy.max_metadata_bytes:
@@ -100,11 +109,15 @@ def _check_reply(request: Request, policy: Policy) -> Fault | None:
     partitions = policy.reply_partitions.get(reply.topic)
     if partitions is None:
         return Fault(
-            ErrorCode.REPLY_NOT_ALLOWED, "reply_to.topic", "reply_to.topic: not in the worker's EMBEDDING_REPLY_TOPICS"
+            ErrorCode.REPLY_NOT_ALLOWED,
+            "reply_to.topic",
+            "reply_to.topic: not in the worker's EMBEDDING_REPLY_TOPICS",
         )
     if not 0 <= reply.partition < partitions:
         return Fault(
-            ErrorCode.REPLY_NOT_ALLOWED, "reply_to.partition", f"reply_to.partition: must be 0 to {partitions - 1}"
+            ErrorCode.REPLY_NOT_ALLOWED,
+            "reply_to.partition",
+            f"reply_to.partition: must be 0 to {partitions - 1}",
         )
     return None
 
@@ -119,21 +132,30 @@ def _check_sink(request: Request, policy: Policy) -> Fault | None:
     return None
 
 
-def _resolve(
-    request: Request, action: Action, *, policy: Policy, catalogue: Catalogue, dimensions: dict[str, int]
-) -> Plan | Fault:
+def _resolve(request: Request, action: Action, *, policy: Policy, catalogue: Catalogue) -> Plan | Fault:
     if action in _LISTS_IDS:
         return Plan(action, None, None)
     spec = catalogue.find(request.model or catalogue.default_model)
     if spec is None:
-        return Fault(ErrorCode.UNKNOWN_MODEL, "model", "model: not in the catalogue; see /models or extend the catalogue")
+        return Fault(
+            ErrorCode.UNKNOWN_MODEL,
+            "model",
+            "model: not in the catalogue; see /models or extend the catalogue",
+        )
     if not catalogue.served(spec.name):
         return Fault(
-            ErrorCode.MODEL_NOT_SERVED, "model", f"model: {spec.name} is not served by this worker's route", retryable=True
+            ErrorCode.MODEL_NOT_SERVED,
+            "model",
+            f"model: {spec.name} is not served by this worker's route",
+            retryable=True,
         )
-    chosen = _dimensions(request, spec, dimensions)
-    if isinstance(chosen, Fault):
-        return chosen
+    dimensions = request.dimensions if request.dimensions is not None else catalogue.default_dimensions(spec)
+    if not spec.allows(dimensions):
+        return Fault(
+            ErrorCode.BAD_DIMENSIONS,
+            "dimensions",
+            f"dimensions: {spec.name} has {spec.describe_dimensions()}",
+        )
     try:
         input_type = InputType(
             request.input_type or (InputType.QUERY if action is Action.GENERATE_QUERY else InputType.DOCUMENT)
@@ -144,19 +166,8 @@ def _resolve(
         truncate = Truncate(request.truncate or policy.truncate)
     except ValueError:
         return _invalid("truncate", f"must be one of {', '.join(Truncate)}")
-    function = EmbeddingFunction(
-        spec, spec.space(chosen), input_type, spec.prefixes.get(input_type, ""), truncate
-    )
+    function = EmbeddingFunction(spec, spec.space(dimensions), input_type, spec.prefixes.get(input_type, ""), truncate)
     return Plan(action, OPERATION_OF.get(action), function)
-
-
-def _dimensions(request: Request, spec: ModelSpec, defaults: dict[str, int]) -> int | Fault:
-    chosen = request.dimensions if request.dimensions is not None else defaults.get(spec.name, spec.dimensions[0])
-    if not spec.allows(chosen):
-        return Fault(
-            ErrorCode.BAD_DIMENSIONS, "dimensions", f"dimensions: {spec.name} has {spec.describe_dimensions()}"
-        )
-    return chosen
 
 
 def counts_as_usage(request: Request) -> bool:

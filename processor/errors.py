@@ -1,21 +1,21 @@
 """What can go wrong outside of a request's own content. Bad input is a value (`domain.Fault`), never one of these.
 
-    ProcessorError
-    |- SettingsError            a setting is missing, malformed or contradicts another: fix it and start again
-    |- TopicsError              a topic is missing or would break a law: run `topics create` or fix the broker
-    |- LeaseLost                the partition belongs to somebody else now: drop the work, it will be delivered again
-    |- DeliveryFailed           the broker did not acknowledge in time: exit, be restarted, replay
-    |- CacheUnavailable         L2 did not answer in its budget: go without it
-    |- RegistryUnavailable      the schema registry did not answer: retry, nothing is lost
-    |- EmbeddedUnavailable      an embedded server is not installed or did not start: see the message
-    |- StoreError               the aggregator's local store is unusable or belongs to another topic: see the message
-    `- ProviderError            one provider call failed; the subclass says what to do
-       |- ProviderTransient     no answer, 5xx, broken body: try again with a new attempt
-       |- ProviderThrottled     429 with a wait: try again after `retry_after_s`
-       |- ProviderPaused        auth or quota: pause the stream, keep the lag, health says why
-       |- CallTooLarge          the composition of the call is at fault: halve it
-       |- InputRejected         one of the texts is at fault: bisect the call
-       `- ModelRejected         the model is at fault: error results for its chunks
+ProcessorError
+|- SettingsError            a setting is missing, malformed or contradicts another: fix it and start again
+|- TopicsError              a topic is missing or would break a law: run `topics create` or fix the broker
+|- LeaseLost                the partition belongs to somebody else now: drop the work, it will be delivered again
+|- DeliveryFailed           the broker did not acknowledge in time: exit, be restarted, replay
+|- CacheUnavailable         L2 did not answer in its budget: go without it
+|- RegistryUnavailable      the schema registry did not answer: retry, nothing is lost
+|- EmbeddedUnavailable      an embedded server is not installed or did not start: see the message
+|- StoreError               the aggregator's local store is unusable or belongs to another topic: see the message
+`- ProviderError            one provider call failed; the subclass says what to do
+   |- ProviderTransient     no answer, 5xx, broken body: try again with a new attempt
+   |- ProviderThrottled     429 with a wait: try again after `retry_after_s`
+   |- ProviderPaused        auth or quota: pause the stream, keep the lag, health says why
+   |- CallTooLarge          the composition of the call is at fault: halve it
+   |- InputRejected         one of the texts is at fault: bisect the call
+   `- ModelRejected         the model is at fault: error results for its chunks
 """
 
 from __future__ import annotations
@@ -39,6 +39,10 @@ class LeaseLost(ProcessorError):
 
 class DeliveryFailed(ProcessorError):
     """The broker did not acknowledge a record in time or refused it. The process ends and its work is replayed."""
+
+
+class BrokerUnavailable(ProcessorError):
+    """The broker did not answer a reader of topics; check its address and health. Starting again is safe."""
 
 
 class CacheUnavailable(ProcessorError):
@@ -77,9 +81,7 @@ class ProviderTransient(ProviderError):
 class ProviderThrottled(ProviderError):
     """The provider asks to wait. `retry_after_s` is None when it did not say for how long."""
 
-    def __init__(
-        self, code: str, *, http_status: int | None = None, retry_after_s: float | None = None
-    ) -> None:
+    def __init__(self, code: str, *, http_status: int | None = None, retry_after_s: float | None = None) -> None:
         super().__init__(code, http_status=http_status)
         self.retry_after_s = retry_after_s
 

@@ -5,26 +5,35 @@ One contract suite per port (tests/contract) runs over every adapter and over th
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 from processor.domain import (
+    Attempt,
+    BucketKey,
     CacheLevel,
+    Cursor,
     DeadLetter,
     DlqClass,
+    DocumentKey,
     DocumentManifest,
+    DocumentVectors,
     EmbeddingFunction,
     Entry,
+    Ledger,
     ModelSpec,
     ProviderCall,
     Record,
     Request,
     Result,
+    Seen,
+    TaskKey,
     TaskProgress,
     TokenSource,
     Tombstone,
     Usage,
+    UsageSums,
     UsageTotal,
     Vector,
 )
@@ -66,8 +75,15 @@ class Lease(Protocol):
     partition: int
     generation: int
 
+    @property
+    def revoked(self) -> bool:
+        """True for good once the partition was given up: drop its work, its records are delivered again."""
+        ...
+
     def held(self) -> bool:
-        """False once revoked, or once the session may have run out since the last acknowledged heartbeat was sent."""
+        """Whether this worker may send now: not revoked, and the session can't have run out since the last
+        acknowledged heartbeat was sent. False without `revoked` may pass (a heartbeat is late): wait, don't drop.
+        """
         ...
 
     def finish(self, offset: int) -> None:
@@ -169,9 +185,7 @@ class EmbeddingProvider(Protocol):
 
     name: str
 
-    async def embed(
-        self, texts: Sequence[str], function: EmbeddingFunction, attempt_id: str
-    ) -> ProviderAnswer:
+    async def embed(self, texts: Sequence[str], function: EmbeddingFunction, attempt_id: str) -> ProviderAnswer:
         """Embed 1..max_inputs_per_call texts (prefixes already applied). Raises ProviderError subclasses only."""
         ...
 
@@ -216,15 +230,133 @@ class Catalogue(Protocol):
         ...
 
 
-@dataclass(slots=True)
-class Events:
-    """Observers the composition root hangs on the steps (metrics, logs); each is called with plain numbers and words.
+class AggregateDecoder(Protocol):
+    """What the aggregator reads. Never raises for bad bytes; may raise RegistryUnavailable."""
 
-    Steps call them; none may raise. Default: nothing is observed.
+    async def usage(self, record: Record) -> Usage | Undecodable: ...
+
+    async def provider_call(self, record: Record) -> ProviderCall | Undecodable: ...
+
+    async def manifest(self, record: Record) -> DocumentManifest | Undecodable: ...
+
+    async def usage_total(self, record: Record) -> UsageTotal | Undecodable: ...
+
+
+class Span(NamedTuple):
+    """The retained offsets of a partition: `begin` up to, not including, `end`."""
+
+    begin: int
+    end: int
+
+
+class TopicReader(Protocol):
+    """Reads topics outside of any group. Topics are named in full; BrokerUnavailable if the broker does not answer."""
+
+    async def spans(self, topic: str) -> Mapping[int, Span]:
+        """Of every partition."""
+        ...
+
+    async def record_at(self, topic: str, partition: int, offset: int) -> Record | None:
+        """The record of this offset; None where it is not, or no longer, in the log."""
+        ...
+
+    async def committed(self, topic: str) -> Mapping[int, int]:
+        """The offsets that the aggregator's group has committed, for the partitions that have one."""
+        ...
+
+    def read(self, topic: str) -> AsyncIterator[Sequence[Record]]:
+        """All records from the beginning to what is the end at the call, each partition in offset order."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoreChange:
+    """What a folded run changes, with the cursor that says so: kept together or not at all."""
+
+    topic: str
+    partition: int
+    cursor: Cursor
+    seen: Mapping[str, Seen] = field(default_factory=dict)
+    totals: Sequence[UsageTotal] = ()
+    tasks: Mapping[TaskKey, TaskProgress] = field(default_factory=dict)
+    attempts: Mapping[str, Attempt] = field(default_factory=dict)
+    ledger: Ledger | None = None
+    documents: Mapping[DocumentKey, DocumentVectors] = field(default_factory=dict)
+
+
+class AggregateStore(Protocol):
+    """The aggregator's state: nothing but a cache of topics, made again from them when it is lost.
+
+    Reads give known keys only; empty input gives an empty answer. Ids are any text. StoreError when it can't be
+    used, with what to do.
     """
 
-    count: Callable[[str, float, Mapping[str, str]], None] = field(default=lambda name, value, labels: None)
-    observe: Callable[[str, float, Mapping[str, str]], None] = field(default=lambda name, value, labels: None)
-    window: Callable[[Mapping[str, object]], None] = field(default=lambda fields: None)
+    def claim(self) -> None:
+        """Take the store over: another process that had claimed it can't save any more."""
+        ...
+
+    def bind(self, topic: str, partitions: int) -> int:
+        """Remember how many partitions the topic has, the first time; the remembered count."""
+        ...
+
+    def cursor(self, topic: str, partition: int) -> Cursor | None: ...
+
+    def forget(self, topic: str, partition: int) -> None:
+        """Drop the cursor: the next fold of the partition begins with its log."""
+        ...
+
+    def seen(self, partition: int, request_ids: Collection[str]) -> dict[str, Seen]: ...
+
+    def totals(self, keys: Collection[BucketKey]) -> dict[BucketKey, dict[int, tuple[int, UsageSums]]]:
+        """Per bucket: usage partition -> (last_offset, sums)."""
+        ...
+
+    def tasks(self, keys: Collection[TaskKey]) -> dict[TaskKey, TaskProgress]: ...
+
+    def attempts(self, attempt_ids: Collection[str]) -> dict[str, Attempt]: ...
+
+    def open_attempts(self) -> list[Attempt]:
+        """Those with an intent and no receipt."""
+        ...
+
+    def ledger(self) -> Ledger: ...
+
+    def documents(self, keys: Collection[DocumentKey]) -> dict[DocumentKey, DocumentVectors]: ...
+
+    def stale_documents(self, partition: int) -> dict[DocumentKey, DocumentVectors]:
+        """Those whose last save was for this partition and left stale vectors."""
+        ...
+
+    def save(self, change: StoreChange) -> None:
+        """All of the change in one transaction. LeaseLost if another process has claimed the store."""
+        ...
+
+    def merge_totals(self, totals: Sequence[UsageTotal]) -> None:
+        """Take published totals: per bucket and usage partition the higher last_offset stands."""
+        ...
+
+    def prune(self, partition: int, before_ms: int, part: int, parts: int) -> int:
+        """Drop `seen` keys of a usage partition, and attempts and tasks, last touched before; how many were dropped.
+
+        Looks at the `part`-th of `parts` equal slices, so that no call takes long. The ledger's sums keep what the
+        dropped attempts stood for.
+        """
+        ...
+
+    def close(self) -> None: ...
 
 
+def _ignore(*_: object) -> None:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class Events:
+    """Observers that the composition root hangs on the steps (metrics, logs): plain numbers and words, no content.
+
+    None may raise. By default nothing is observed.
+    """
+
+    count: Callable[[str, float, Mapping[str, str]], None] = _ignore
+    observe: Callable[[str, float, Mapping[str, str]], None] = _ignore
+    window: Callable[[Mapping[str, object]], None] = _ignore

@@ -59,9 +59,13 @@ class Settings(BaseSettings):
     )
     commit_interval_s: float = Field(1.0, gt=0, description="Time between offset commits.")
     max_record_bytes: int = Field(1_000_000, gt=1000, description="Largest record that is decoded or produced, bytes.")
-    producer_linger_ms: int = Field(5, ge=0, description="How long the producer waits to fill a batch (interactive: 0).")
+    producer_linger_ms: int = Field(
+        5, ge=0, description="How long the producer waits to fill a batch (interactive: 0)."
+    )
     producer_compression: str | None = Field(None, description="gzip, snappy, lz4 or zstd; default none.")
-    producer_idempotent: bool = Field(True, description="Off only for the embedded broker, which knows no such producer.")
+    producer_idempotent: bool = Field(
+        True, description="Off only for the embedded broker, which knows no such producer."
+    )
     require_log_append_time: bool = Field(
         True, description="Refuse topics whose timestamps are the client's. Off only for the embedded broker."
     )
@@ -73,11 +77,13 @@ class Settings(BaseSettings):
     # Worker
     lane: Lane = Field(Lane.BULK, description="bulk takes embedding-requests, interactive takes embedding-queries.")
     models: Annotated[tuple[str, ...], NoDecode] = Field(
-        (), description="Models this worker serves, separated by commas; none: all of the provider's catalogue."
+        (),
+        description="Models this worker serves, separated by commas; none: all of the provider's catalogue.",
     )
     sink_view: bool = Field(True, description="Keep embedding-vectors, the compacted view for sinks.")
     reply_topics: Annotated[tuple[str, ...], NoDecode] = Field(
-        ("embedding-replies",), description="Topics (without prefix) a request may name in reply_to, separated by commas."
+        ("embedding-replies",),
+        description="Topics (without prefix) a request may name in reply_to, separated by commas.",
     )
     window_max_texts: int = Field(512, gt=0, description="A window closes at this many texts.")
     window_max_tokens: int = Field(200_000, gt=0, description="A window closes at this many tokens (bytes / 4).")
@@ -92,7 +98,9 @@ class Settings(BaseSettings):
     http_host: str = Field("127.0.0.1", description="Address of the internal port: metrics, health, models.")
     http_port: int = Field(8080, ge=0, le=65535, description="Internal port; 0 picks a free one.")
     log_level: str = Field(
-        "INFO", description="DEBUG, INFO, WARNING or ERROR.", validation_alias=_alias("EMBEDDING_LOG_LEVEL", "LOG_LEVEL")
+        "INFO",
+        description="DEBUG, INFO, WARNING or ERROR.",
+        validation_alias=_alias("EMBEDDING_LOG_LEVEL", "LOG_LEVEL"),
     )
     log_format: str = Field("json", description="json, or console for people.")
 
@@ -119,13 +127,19 @@ class Settings(BaseSettings):
         validation_alias=_alias("EMBEDDING_PROVIDER_TIMEOUT_S", "OPENAI_TIMEOUT_SECONDS"),
     )
     provider_connect_timeout_s: float = Field(5.0, gt=0, description="Time limit of connecting to the provider.")
-    retry_initial_s: float = Field(0.5, gt=0, description="First backoff after a transient fault; doubles, full jitter.")
+    retry_initial_s: float = Field(
+        0.5, gt=0, description="First backoff after a transient fault; doubles, full jitter."
+    )
     retry_max_s: float = Field(30.0, gt=0, description="Longest backoff between attempts.")
     poison_attempts: int = Field(
-        5, gt=0, description="A text that failed so often while others succeeded is bisected out as provider_rejects."
+        5,
+        gt=0,
+        description="A text that failed so often while others succeeded is bisected out as provider_rejects.",
     )
     local_model_path: Path | None = Field(None, description="Directory of an ONNX export; default: the built-in model.")
-    local_threads: int = Field(0, ge=0, description="Threads of the local model; 0: one less than the cores, at least 1.")
+    local_threads: int = Field(
+        0, ge=0, description="Threads of the local model; 0: one less than the cores, at least 1."
+    )
     catalogue_file: Path | None = Field(None, description="YAML file that extends or overrides the model catalogue.")
     default_dimensions_by_model: Annotated[dict[str, int], NoDecode] = Field(
         default_factory=dict,
@@ -145,7 +159,8 @@ class Settings(BaseSettings):
     cache_ttl_s: int = Field(86_400, gt=0, description="Life of a cache entry.")
     l1_bytes: int = Field(64 * 1024 * 1024, ge=0, description="Size of the in-process cache.")
     cache_secret: SecretStr = Field(
-        SecretStr("embedding-processor"), description="Key of the cache-key hash; set one of your own, or the file below."
+        SecretStr("embedding-processor"),
+        description="Key of the cache-key hash; set one of your own, or the file below.",
     )
     cache_secret_file: Path | None = Field(None, description="File that holds the cache secret.")
 
@@ -153,7 +168,9 @@ class Settings(BaseSettings):
     aggregator_store: Path = Field(Path("aggregator.sqlite"), description="The aggregator's local store; can be lost.")
     horizon_days: int = Field(35, gt=0, description="Copies of a usage event closer together than twice this are one.")
     ledger_confirm_margin_s: float = Field(
-        30.0, gt=0, description="Added to call and session timeout: an intent without receipt is then unconfirmed."
+        30.0,
+        gt=0,
+        description="Added to call and session timeout: an intent without receipt is then unconfirmed.",
     )
 
     @field_validator("models", "reply_topics", mode="before")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from processor.domain import (
@@ -18,7 +18,10 @@ from processor.domain import (
     Source,
     Truncate,
 )
-from processor.ports import Lease
+from processor.ports import Destination, Lease
+
+DocumentKey = tuple[str, str | None, str]
+"""Tenant, collection, document."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,28 +67,39 @@ class Outcome:
 
 
 @dataclass(slots=True, eq=False)
-class Job:
-    """An accepted request in work. `unsent` and `unacked` count its works; at 0 unacked its offset is finished."""
+class Ticket:
+    """The accounting of one source record. At 0 `unsent` its usage goes out, at 0 `unacked` its offset is finished."""
 
-    request: Request
-    request_id: str
-    source: Source
     lease: Lease
-    plan: Plan | None
+    source: Source
     size_bytes: int
     started: float
-    works: list[Work] = field(default_factory=list, repr=False)
-    unsent: int = 0
-    unacked: int = 0
+    unsent: int = 1
+    unacked: int = 1
     dropped: bool = False
 
     @property
     def live(self) -> bool:
-        """Whether this worker may still produce for it."""
-        return not self.dropped and self.lease.held()
+        """Whether its outcome is still this worker's to give."""
+        return not (self.dropped or self.lease.revoked)
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class Job(Ticket):
+    """An accepted request in work. `plan` is None when the request was refused as a whole."""
+
+    request: Request
+    request_id: str
+    plan: Plan | None = None
+    works: list[Work] = field(default_factory=list, repr=False)
 
     @property
-    def document_key(self) -> tuple[str, str | None, str] | None:
+    def in_flight(self) -> bool:
+        """Whether all that it still waits for is in a window already."""
+        return all(work.outcome or (work.fold and work.fold.in_window) for work in self.works)
+
+    @property
+    def document_key(self) -> DocumentKey | None:
         request = self.request
         if request.document_id is None:
             return None
@@ -99,6 +113,7 @@ class Work:
     job: Job
     position: int
     item: Item
+    fold: Fold | None = None
     outcome: Outcome | None = None
 
     @property
@@ -125,6 +140,7 @@ class Fold:
     works: list[Work]
     waiting_since: float
     size_tokens: int
+    in_window: bool = False
     level: CacheLevel = CacheLevel.MISS
     entry: Entry | None = None
     fault: Fault | None = None
@@ -143,19 +159,25 @@ class Fold:
 
 @dataclass(slots=True, eq=False)
 class Window:
-    """Folds of one embedding function that go through steps 3 to 8 together.
-
-    `receipts` are the acknowledgements of the ledger's receipts, awaited before anything is acknowledged.
-    """
+    """Folds of one embedding function that go through steps 3 to 8 together."""
 
     function: EmbeddingFunction
     folds: list[Fold]
-    receipts: list[Awaitable[None]] = field(default_factory=list)
 
 
 Fail = Callable[[BaseException], None]
 """Ends the process: broken infrastructure or a bug."""
 
 
-def distinct_leases(works: Sequence[Work]) -> list[Lease]:
-    return list({id(work.job.lease): work.job.lease for work in works}.values())
+@dataclass(slots=True, eq=False)
+class Parcel:
+    """One outcome on its way out: what is sent `before` (acknowledged first) and the outcome itself.
+
+    With a `document` it waits for the earlier offsets of its chunk, or without a chunk id of the whole document.
+    """
+
+    ticket: Ticket
+    outcome: Callable[[], Iterable[Destination]] = field(repr=False)
+    before: Sequence[Destination] = field(default=(), repr=False)
+    document: DocumentKey | None = None
+    chunk_id: str | None = None

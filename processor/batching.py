@@ -1,0 +1,171 @@
+"""Steps 2 and 4: fold equal texts, queue them by embedding function, close windows, pack misses into calls."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from processor.decode import too_long
+from processor.domain import CacheLevel, EmbeddingFunction, ErrorCode, Fault, TokenSource, Truncate
+from processor.ports import TokenCounter
+from processor.work import Fold, Outcome, Policy, Window, Work
+
+
+def estimated_tokens(text: str) -> int:
+    """Bytes / 4, at least 1: good enough to close windows; exact counts are made for misses only."""
+    return max(1, len(text.encode()) // 4)
+
+
+class Batcher:
+    """The queues of folds, one per embedding function, and the table that makes in-flight texts single-flight."""
+
+    def __init__(self, policy: Policy) -> None:
+        self._policy = policy
+        self._queues: dict[EmbeddingFunction, dict[bytes, Fold]] = {}
+        self._folds: dict[bytes, Fold] = {}
+
+    def __len__(self) -> int:
+        return sum(map(len, self._queues.values()))
+
+    def add(self, work: Work, key: bytes, function: EmbeddingFunction, now: float) -> None:
+        """Join the fold of an equal text that is queued or in flight, else queue a new one."""
+        fold = self._folds.get(key)
+        if fold is not None:
+            fold.works.append(work)
+            work.fold = fold
+            return
+        fold = work.fold = Fold(key, function, [work], now, estimated_tokens(work.text))
+        self._folds[key] = fold
+        self._queues.setdefault(function, {})[key] = fold
+
+    def take(self, now: float, *, flush: bool = False) -> Window | None:
+        """The due window whose oldest fold waited longest, or None. Folds that nobody wants any more are let go."""
+        for function in sorted(self._queues, key=self._oldest):
+            if flush or self._due_at(function) <= now:
+                window = self._close(function)
+                if window.folds:
+                    return window
+        return None
+
+    def due_at(self) -> float | None:
+        """When the next window is due on the monotonic clock; None when nothing is queued."""
+        return min(map(self._due_at, self._queues), default=None)
+
+    def settled(self, fold: Fold) -> None:
+        """The fold has its outcome: an equal text that comes later starts anew (and finds the cache)."""
+        self._folds.pop(fold.key, None)
+
+    def _oldest(self, function: EmbeddingFunction) -> float:
+        return next(iter(self._queues[function].values())).waiting_since
+
+    def _due_at(self, function: EmbeddingFunction) -> float:
+        queue = self._queues[function]
+        policy = self._policy
+        full = len(queue) >= policy.window_max_texts or (
+            sum(fold.size_tokens for fold in queue.values()) >= policy.window_max_tokens
+        )
+        return float("-inf") if full else self._oldest(function) + policy.window_max_wait_s
+
+    def _close(self, function: EmbeddingFunction) -> Window:
+        queue = self._queues[function]
+        window = Window(function, [])
+        tokens = 0
+        while queue and len(window.folds) < self._policy.window_max_texts:
+            key, fold = next(iter(queue.items()))
+            if not fold.live_works():
+                del queue[key]
+                self.settled(fold)
+                continue
+            if window.folds and tokens + fold.size_tokens > self._policy.window_max_tokens:
+                break
+            del queue[key]
+            tokens += fold.size_tokens
+            fold.in_window = True
+            window.folds.append(fold)
+        if not queue:
+            del self._queues[function]
+        return window
+
+
+@dataclass(slots=True, eq=False)
+class Call:
+    """What goes into one provider call: folds with the text to send (prefix applied, cut if need be) and its count."""
+
+    function: EmbeddingFunction
+    folds: list[Fold]
+    texts: list[str] = field(repr=False)
+    counts: list[int]
+    token_source: TokenSource
+    truncated: list[bool]
+    failures: int = 0
+    successes_seen: int = 0
+
+    def halves(self) -> tuple[Call, Call]:
+        middle = len(self.folds) // 2
+        return self._part(slice(0, middle)), self._part(slice(middle, None))
+
+    def only(self, keep: Sequence[int]) -> Call:
+        """This call without the texts that nobody wants any more; its failures are remembered."""
+        picked = self._part(keep)
+        picked.failures, picked.successes_seen = self.failures, self.successes_seen
+        return picked
+
+    def _part(self, which: slice | Sequence[int]) -> Call:
+        positions = range(len(self.folds))[which] if isinstance(which, slice) else which
+        return Call(
+            self.function,
+            [self.folds[i] for i in positions],
+            [self.texts[i] for i in positions],
+            [self.counts[i] for i in positions],
+            self.token_source,
+            [self.truncated[i] for i in positions],
+        )
+
+
+def pack(misses: Sequence[Fold], counter: TokenCounter, now_ms: int) -> list[Call]:
+    """Step 4: decide deadlines and over-long texts once, on misses only, and fill calls up to the model's limits."""
+    for fold in misses:
+        _expire(fold, now_ms)
+    wanted = [fold for fold in misses if fold.live_works()]
+    if not wanted:
+        return []
+    function = wanted[0].function
+    model = function.model
+    texts = [function.prefix + fold.text for fold in wanted]
+    counts, source = counter.count(texts, model)
+    calls: list[Call] = []
+    room_texts = room_tokens = 0
+    for fold, text, count in zip(wanted, texts, counts, strict=True):
+        cut = count > model.max_input_tokens
+        if cut and function.truncate is Truncate.ERROR:
+            fold.fault = too_long(count, model.max_input_tokens)
+            continue
+        if cut:
+            text = counter.truncate(text, model, model.max_input_tokens, keep_end=function.truncate is Truncate.START)
+            count = counter.count([text], model).counts[0]
+        if room_texts == 0 or room_tokens < count:
+            calls.append(Call(function, [], [], [], source, []))
+            room_texts, room_tokens = model.max_inputs_per_call, model.max_tokens_per_call
+        call = calls[-1]
+        call.folds.append(fold)
+        call.texts.append(text)
+        call.counts.append(count)
+        call.truncated.append(cut)
+        room_texts -= 1
+        room_tokens -= count
+    return calls
+
+
+def _expire(fold: Fold, now_ms: int) -> None:
+    """A work past its request's deadline ends here; the next of its fold leads. Hits are delivered, late or not."""
+    for work in fold.works:
+        deadline_ms = work.job.request.deadline_ms
+        if work.outcome is None and deadline_ms is not None and deadline_ms < now_ms:
+            work.outcome = Outcome(
+                CacheLevel.MISS,
+                fault=Fault(
+                    ErrorCode.DEADLINE_EXCEEDED,
+                    "deadline_ms",
+                    "deadline_ms: had passed before the text was embedded",
+                ),
+            )

@@ -1,0 +1,299 @@
+"""READ FIRST: the eight steps of a record, top down. Each step is one call; the module it comes from has the detail.
+
+A step that raises leaves its records unacknowledged, so they are delivered again: no step is skipped on error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+from processor.batching import Batcher, pack
+from processor.cache import cache_key, hash_key, look_up, remember
+from processor.decode import EMPTY_TEXT, check, counts_as_usage, too_long
+from processor.domain import (
+    Action,
+    DeadLetter,
+    DocumentManifest,
+    Fault,
+    Item,
+    Record,
+    Request,
+    Status,
+    Truncate,
+)
+from processor.embed import Route, embed
+from processor.emit import Emitter
+from processor.identity import request_id
+from processor.ordering import DocumentOrder
+from processor.ports import (
+    Catalogue,
+    Clock,
+    Destination,
+    Events,
+    Lease,
+    Outbox,
+    RequestDecoder,
+    Run,
+    TokenCounter,
+    Undecodable,
+    VectorCache,
+)
+from processor.results import chunk_result, messages, plain_result, request_result, settle, tombstones
+from processor.usage import charge, cost_nanos
+from processor.work import Job, Outcome, Parcel, Plan, Policy, Ticket, Window, Work
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ports:
+    """What the steps need from the outside."""
+
+    decoder: RequestDecoder
+    catalogue: Catalogue
+    cache: VectorCache
+    counter: TokenCounter
+    outbox: Outbox
+    clock: Clock
+    events: Events = field(default_factory=Events)
+
+
+class Pipeline:
+    """Carries records to where their offsets may be committed.
+
+    `finished` is called once per record, when all its outcomes are acknowledged by the broker.
+    """
+
+    def __init__(self, ports: Ports, policy: Policy, route: Route, finished: Callable[[Ticket], None]) -> None:
+        self.ports = ports
+        self.policy = policy
+        self.route = route
+        self.batcher = Batcher(policy)
+        self.order = DocumentOrder()
+        self._finished = finished
+        self._cache_secret = hash_key(policy.cache_secret)
+        self._emitter = Emitter(ports.outbox, self.order, ports.clock, self._charge)
+
+    async def admit(self, run: Run, opened: Callable[[Ticket], None]) -> list[Parcel]:
+        """Steps 1 and 2: queue what is to be embedded; returns the parcels whose outcome is known already.
+
+        `opened` is told of each record's ticket before anything can finish it.
+        """
+        known: list[Parcel] = []
+        for record in run.records:
+            ticket, parcels = await self._decode(record, run.lease)  # 1. bad input becomes a value
+            opened(ticket)
+            self._group(ticket, parcels)  # 2. equal texts are embedded once
+            known += parcels
+        return known
+
+    async def process(self, window: Window, release: Callable[[], None]) -> None:
+        """Steps 3 to 8: carry a window of one embedding function to where its offsets may be committed.
+
+        `release` frees the window's slot before its outcomes wait for their turn.
+        """
+        ports = self.ports
+        try:
+            misses = await look_up(window.folds, ports.cache)  # 3. a cache that is gone is gone without
+            calls = pack(misses, ports.counter, ports.clock.now_ms())  # 4. few, full calls
+            receipts = await embed(calls, self.route)  # 5. intent first, receipt after
+            await remember(misses, ports.cache)  # 6. so a replay finds the payer
+        finally:
+            release()
+        await self.deliver(self._settle(window), receipts)  # 7 and 8
+
+    async def deliver(self, parcels: Sequence[Parcel], receipts: Sequence[Awaitable[None]] = ()) -> None:
+        """Steps 7 and 8."""
+        async for sent in self._emitter.emit(parcels, receipts):  # 7. every delivery awaited
+            self._acknowledge(sent)  # 8. in offset order: the lease keeps the watermark
+
+    # Step 1
+
+    async def _decode(self, record: Record, lease: Lease) -> tuple[Ticket, list[Parcel]]:
+        """A job to queue, or a ticket with the parcels of what is known already."""
+        clock = self.ports.clock
+        size_bytes = len(record.value or b"")
+        decoded = await self.ports.decoder.decode(record)
+        if isinstance(decoded, Undecodable):
+            self.ports.events.count("dead_letters", 1, {"class": decoded.reason})
+            ticket = Ticket(lease, record.source, size_bytes, clock.monotonic())
+            letter = DeadLetter(
+                record=record,
+                reason=decoded.reason,
+                code=decoded.code,
+                at_ms=clock.now_ms(),
+                by_reference=decoded.reason == "too_large",
+            )
+            return ticket, [Parcel(ticket, lambda: [Destination("dlq", letter)])]
+        job = Job(
+            lease,
+            record.source,
+            size_bytes,
+            clock.monotonic(),
+            request=decoded,
+            request_id=request_id(decoded),
+        )
+        plan = check(decoded, size_bytes, policy=self.policy, catalogue=self.ports.catalogue)
+        if isinstance(plan, Fault):
+            self.ports.events.count("refused_requests", 1, {"code": plan.code})
+            return job, [self._whole(job, plan)]
+        job.plan = plan
+        return job, self._plain_action(job, plan, decoded)
+
+    def _plain_action(self, job: Job, plan: Plan, request: Request) -> list[Parcel]:
+        """The parcels of actions without embedding, which go from step 2 to step 7."""
+        match plan.action:
+            case Action.VALIDATE:
+                return self._validate(job, plan)
+            case Action.DELETE:
+                return self._delete(job)
+            case Action.DOCUMENT_MANIFEST:
+                manifest = DocumentManifest(
+                    tenant_id=request.tenant_id,
+                    collection=request.collection,
+                    document_id=request.document_id or "",
+                    chunk_ids=request.chunk_ids,
+                    vector_spaces=request.vector_spaces,
+                    source_version=job.source.version,
+                    request_id=job.request_id,
+                )
+                stored = self._whole(job, None)
+                return [replace(stored, before=[Destination("documents", manifest)], document=job.document_key)]
+            case _:
+                return []
+
+    # Step 2
+
+    def _group(self, ticket: Ticket, parcels: list[Parcel]) -> None:
+        """Enter the record into its document's order and queue its texts; empty ones fail right here."""
+        if not isinstance(ticket, Job) or ticket.plan is None:
+            return
+        job, plan, request = ticket, ticket.plan, ticket.request
+        if job.document_key is not None and plan.action is not Action.VALIDATE:
+            ids = [chunk.chunk_id for chunk in request.chunks]
+            ids = list(request.chunk_ids) if plan.action is Action.DELETE else ids
+            self.order.enter(job.lease, job.source.offset, job.document_key, ids)
+        if plan.operation is None or plan.function is None:
+            return
+        job.works = [
+            Work(job, position, Item(job.request_id, request.first_chunk_index + position))
+            for position in range(len(request.chunks))
+        ]
+        job.unsent = job.unacked = len(job.works)
+        now = self.ports.clock.monotonic()
+        for work in job.works:
+            if not work.text.strip():
+                work.outcome = Outcome(fault=EMPTY_TEXT)
+                parcels.append(self._parcel(work))
+            else:
+                self.queue(work, now)
+
+    def queue(self, work: Work, now: float) -> None:
+        """Put a work into the fold of its cache key."""
+        job = work.job
+        assert job.plan is not None
+        assert job.plan.function is not None
+        function = job.plan.function
+        own = None if job.request.use_cache else work.item
+        key = cache_key(self._cache_secret, job.request.tenant_id, function, work.text, own)
+        self.batcher.add(work, key, function, now)
+
+    # Between 6 and 7
+
+    def _settle(self, window: Window) -> list[Parcel]:
+        """Outcomes for the window's works; from here on an equal text starts anew and finds the cache."""
+        parcels: list[Parcel] = []
+        now = self.ports.clock.monotonic()
+        for fold in window.folds:
+            self.batcher.settled(fold)
+            if not settle(fold):
+                for work in fold.live_works():
+                    self.queue(work, now)
+            for work in fold.works:
+                outcome = work.outcome
+                if outcome is not None:
+                    parcels.append(self._parcel(work))
+                    self.ports.events.count(
+                        "texts",
+                        1,
+                        {"cache": outcome.level, "code": outcome.fault.code if outcome.fault else "ok"},
+                    )
+        return parcels
+
+    def _parcel(self, work: Work) -> Parcel:
+        job = work.job
+
+        def outcome() -> list[Destination]:
+            result = chunk_result(work, provider=self.route.provider.name, clock=self.ports.clock)
+            return list(messages(result, self.policy))
+
+        return Parcel(job, outcome, document=job.document_key, chunk_id=work.chunk_id)
+
+    def _whole(self, job: Job, fault: Fault | None) -> Parcel:
+        result = request_result(job, fault, clock=self.ports.clock, max_metadata_bytes=self.policy.max_metadata_bytes)
+        return Parcel(job, lambda: list(messages(result, self.policy)))
+
+    def _delete(self, job: Job) -> list[Parcel]:
+        request = job.request
+        job.unsent = job.unacked = len(request.chunk_ids)
+        return [
+            Parcel(
+                job,
+                lambda index=index, chunk_id=chunk_id: list(  # type: ignore[misc]
+                    messages(plain_result(job, index, chunk_id, Status.OK, clock=self.ports.clock), self.policy)
+                ),
+                before=list(tombstones(job, chunk_id)),
+                document=job.document_key,
+                chunk_id=chunk_id,
+            )
+            for index, chunk_id in enumerate(request.chunk_ids)
+        ]
+
+    def _validate(self, job: Job, plan: Plan) -> list[Parcel]:
+        """What would happen to each chunk: valid or not, tokens and cost as estimates. Nothing is embedded."""
+        request, function = job.request, plan.function
+        assert function is not None
+        model = function.model
+        job.unsent = job.unacked = len(request.chunks)
+        counts = self.ports.counter.count([function.prefix + chunk.text for chunk in request.chunks], model)
+        price = model.price_at(job.source.append_ms)
+        parcels = []
+        for index, (chunk, tokens) in enumerate(zip(request.chunks, counts.counts, strict=True)):
+            fault = None
+            if not chunk.text.strip():
+                fault = EMPTY_TEXT
+            elif tokens > model.max_input_tokens and function.truncate is Truncate.ERROR:
+                fault = too_long(tokens, model.max_input_tokens)
+            kept = min(tokens, model.max_input_tokens)
+            result = replace(
+                plain_result(job, index, chunk.chunk_id, Status.VALID, clock=self.ports.clock),
+                status=Status.INVALID if fault else Status.VALID,
+                error=fault,
+                chunk_metadata=chunk.metadata,
+                provider=self.route.provider.name,
+                model=model.name,
+                vector_space=str(function.space),
+                token_count=kept,
+                token_source=counts.source,
+                truncated=fault is None and tokens > kept,
+                cost_nanos=cost_nanos(kept, price.nanos_per_million if price else None),
+            )
+            parcels.append(Parcel(job, lambda result=result: list(messages(result, self.policy))))  # type: ignore[misc]
+        return parcels
+
+    # Steps 7 and 8
+
+    def _charge(self, job: Job) -> Destination | None:
+        """The usage of a request whose last outcome goes out now (U4); None for what is not embedded."""
+        if not counts_as_usage(job.request):
+            return None
+        usage = charge(job, provider=self.route.provider.name, clock=self.ports.clock)
+        return Destination("usage", usage)
+
+    def _acknowledge(self, parcels: Sequence[Parcel]) -> None:
+        for parcel in parcels:
+            self.order.leave(parcel)
+            ticket = parcel.ticket
+            ticket.unacked -= 1
+            if ticket.unacked == 0:
+                ticket.lease.finish(ticket.source.offset)
+                self._finished(ticket)

@@ -1,0 +1,149 @@
+"""Step 7, first half: outcomes become messages (results, sink view, replies, usage, tombstones, dead letters)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+from processor.decode import metadata_bytes
+from processor.domain import (
+    ACTION_ALIASES,
+    WHOLE_REQUEST,
+    Action,
+    CacheLevel,
+    Fault,
+    Result,
+    Status,
+    TokenSource,
+    Tombstone,
+)
+from processor.identity import vector_id
+from processor.ports import Clock, Destination
+from processor.usage import cost_nanos
+from processor.work import Fold, Job, Outcome, Policy, Work
+
+
+def settle(fold: Fold) -> bool:
+    """Give every work of the fold its outcome: the leader named by the entry is billed, everybody else is saved (U3).
+
+    A follower of a hit reports the hit's level; `coalesced` follows a miss only. A fault of the text is shared.
+    False when the fold was let go because nobody wanted it, while somebody joined since: embed it anew.
+    """
+    if fold.entry is None and fold.fault is None:
+        return not fold.live_works()
+    for work in fold.works:
+        if work.outcome is not None:
+            continue
+        if fold.entry is None:
+            work.outcome = Outcome(fault=fold.fault)
+            continue
+        billed = work.item == fold.entry.leader
+        level = CacheLevel.COALESCED if fold.level is CacheLevel.MISS and not billed else fold.level
+        work.outcome = Outcome(level, fold.entry, billed)
+    return True
+
+
+def chunk_result(work: Work, *, provider: str, clock: Clock) -> Result:
+    """The one result of a chunk of an embedding request."""
+    job, outcome = work.job, work.outcome
+    assert outcome is not None
+    assert job.plan is not None
+    assert job.plan.function is not None
+    function, entry = job.plan.function, outcome.entry
+    request = job.request
+    chunk = request.chunks[work.position]
+    price = function.model.price_at(job.source.append_ms)
+    tokens = entry.tokens if entry is not None else 0
+    return Result(
+        request=request,
+        source=job.source,
+        request_id=job.request_id,
+        chunk_index=work.item.index,
+        first_chunk_index=request.first_chunk_index,
+        length=1,
+        chunk_id=chunk.chunk_id,
+        chunk_metadata=chunk.metadata,
+        status=Status.OK if entry is not None else Status.ERROR,
+        vector=entry.vector if entry is not None else None,
+        vector_id=vector_id(request.tenant_id, request.collection, request.document_id, chunk.chunk_id, function.space),
+        provider=provider,
+        model=function.model.name,
+        vector_space=str(function.space),
+        dimensions=function.dimensions if entry is not None else 0,
+        token_count=tokens,
+        token_source=entry.token_source if entry is not None else TokenSource.ESTIMATE,
+        cache=outcome.level,
+        truncated=entry.truncated if entry is not None else False,
+        cost_nanos=cost_nanos(tokens, price.nanos_per_million if price is not None else None),
+        time_taken_ms=_taken_ms(job, clock),
+        completed_at_ms=clock.now_ms(),
+        error=outcome.fault,
+    )
+
+
+def request_result(job: Job, fault: Fault | None, *, clock: Clock, max_metadata_bytes: int) -> Result:
+    """The record with index -1: an error of the whole request, or the `ok` of a stored manifest.
+
+    Metadata over its limit is not echoed: it may be what the request is refused for.
+    """
+    request = job.request
+    if metadata_bytes(request) > max_metadata_bytes:
+        request = replace(request, metadata={})
+    return Result(
+        request=request,
+        source=job.source,
+        request_id=job.request_id,
+        chunk_index=WHOLE_REQUEST,
+        first_chunk_index=request.first_chunk_index,
+        length=request.length,
+        chunk_id="",
+        status=Status.OK if fault is None else Status.ERROR,
+        time_taken_ms=_taken_ms(job, clock),
+        completed_at_ms=clock.now_ms(),
+        error=fault,
+    )
+
+
+def plain_result(job: Job, index: int, chunk_id: str, status: Status, *, clock: Clock) -> Result:
+    """A chunk's outcome without a vector: of a delete, or the frame of a validation."""
+    return Result(
+        request=job.request,
+        source=job.source,
+        request_id=job.request_id,
+        chunk_index=job.request.first_chunk_index + index,
+        first_chunk_index=job.request.first_chunk_index,
+        length=1,
+        chunk_id=chunk_id,
+        status=status,
+        time_taken_ms=_taken_ms(job, clock),
+        completed_at_ms=clock.now_ms(),
+    )
+
+
+def messages(result: Result, policy: Policy) -> Iterable[Destination]:
+    """The result, its copy for the sink view when it belongs there, and its copy for whoever awaits a reply."""
+    request = result.request
+    yield Destination("results", result)
+    in_sink_view = (
+        policy.sink_view
+        and request.document_id is not None
+        and ACTION_ALIASES.get(request.action) is not Action.GENERATE_QUERY
+        and result.vector is not None
+    )
+    if in_sink_view:
+        yield Destination("sink", result)
+    reply = request.reply_to
+    if reply is not None and 0 <= reply.partition < policy.reply_partitions.get(reply.topic, 0):
+        yield Destination("replies", result, topic=reply.topic, partition=reply.partition)
+
+
+def tombstones(job: Job, chunk_id: str) -> Iterable[Destination]:
+    """One tombstone for each vector space a delete names."""
+    request = job.request
+    for space in request.vector_spaces:
+        name = vector_id(request.tenant_id, request.collection, request.document_id, chunk_id, space)
+        yield Destination("sink", Tombstone(name, job.source.version))
+
+
+def _taken_ms(job: Job, clock: Clock) -> int:
+    return int((clock.monotonic() - job.started) * 1000)
