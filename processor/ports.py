@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 from processor.domain import (
     Attempt,
@@ -37,6 +37,8 @@ from processor.domain import (
     UsageTotal,
     Vector,
 )
+
+T = TypeVar("T")
 
 
 class Clock(Protocol):
@@ -230,16 +232,10 @@ class Catalogue(Protocol):
         ...
 
 
-class AggregateDecoder(Protocol):
-    """What the aggregator reads. Never raises for bad bytes; may raise RegistryUnavailable."""
+class RecordReader(Protocol):
+    """Reads the values that this project writes. Never raises for bad bytes; may raise RegistryUnavailable."""
 
-    async def usage(self, record: Record) -> Usage | Undecodable: ...
-
-    async def provider_call(self, record: Record) -> ProviderCall | Undecodable: ...
-
-    async def manifest(self, record: Record) -> DocumentManifest | Undecodable: ...
-
-    async def usage_total(self, record: Record) -> UsageTotal | Undecodable: ...
+    async def read(self, kind: type[T], value: bytes | None) -> T | Undecodable: ...
 
 
 class Span(NamedTuple):

@@ -1,0 +1,411 @@
+"""The fold of usage events and provider calls: totals by the first-copy rule (U5), the ledger (U6), task progress.
+
+Pure: a fold takes what the store knew before a run and gives what it knows after it, and never changes its
+arguments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import astuple, dataclass, fields
+from datetime import UTC, datetime
+from functools import lru_cache
+from operator import add, sub
+from typing import NamedTuple
+
+from processor.domain import (
+    Attempt,
+    BucketKey,
+    CallKind,
+    CallOutcome,
+    Cursor,
+    Ledger,
+    LedgerSummary,
+    ProviderCall,
+    Seen,
+    TaskKey,
+    TaskProgress,
+    Usage,
+    UsageSums,
+    UsageTotal,
+)
+from processor.usage import cost_nanos
+
+DAY_MS = 86_400_000
+
+PartitionTotals = Mapping[int, tuple[int, UsageSums]]
+"""Usage partition -> (last_offset, sums), as in `UsageTotal.partitions`."""
+
+NO_SUMS = (0,) * len(fields(UsageSums))
+
+
+class Copy(NamedTuple):
+    """A usage event as it stands in the log: one copy of the charge of its request."""
+
+    offset: int
+    append_ms: int
+    usage: Usage
+    buckets: Sequence[BucketKey]
+
+
+def copy_of(usage: Usage, offset: int, append_ms: int) -> Copy:
+    return Copy(offset, append_ms, usage, buckets_of(usage))
+
+
+def buckets_of(usage: Usage) -> list[BucketKey]:
+    """The buckets that a charge counts in: its UTC day and month by each dimension that it has a value for."""
+    request = usage.request
+    values = [("all", ""), ("model", usage.model), ("operation", str(usage.operation))]
+    if request.agent_id is not None:
+        values.append(("agent", request.agent_id))
+    if request.collection is not None:
+        values.append(("collection", request.collection))
+    payer_id = usage.payer_id
+    return [
+        BucketKey(payer_id, period, dimension, value)
+        for period in _periods(usage.charged_at_ms // DAY_MS)
+        for dimension, value in values
+    ]
+
+
+@lru_cache(maxsize=512)
+def _periods(day: int) -> tuple[str, str]:
+    date = datetime.fromtimestamp(day * 86_400, UTC)
+    return f"{date:%Y-%m-%d}", f"{date:%Y-%m}"
+
+
+def sums_of(usage: Usage) -> tuple[int, ...]:
+    """What one charge adds to a bucket, in the order of the fields of UsageSums."""
+    billed, saved = usage.billed, usage.saved
+    return (
+        1,
+        billed.texts,
+        billed.tokens,
+        billed.characters,
+        billed.cost_nanos or 0,
+        saved.texts,
+        saved.tokens,
+        saved.characters,
+        saved.cost_nanos or 0,
+        billed.tokens if billed.cost_nanos is None else 0,
+        usage.failed_texts,
+        usage.cached_texts,
+    )
+
+
+def seen_only_until(cursor: Cursor | None, offset: int, append_ms: int, horizon_ms: int) -> int | None:
+    """Up to which append time records only fill `seen`, given the first record that a fold is about to take.
+
+    A fold without a cursor begins with the log. Unless that begins at offset 0, the first copies of what is in
+    its first two horizons may have expired: those charges are in the published totals already.
+    """
+    if cursor is not None:
+        return cursor.seen_only_until_ms
+    return None if offset == 0 else append_ms + 2 * horizon_ms
+
+
+@dataclass(frozen=True, slots=True)
+class UsageState:
+    """What the store knows of the keys of a run's copies; a key it does not know is left out."""
+
+    seen: Mapping[str, Seen]
+    totals: Mapping[BucketKey, PartitionTotals]
+    tasks: Mapping[TaskKey, TaskProgress]
+    attempts: Mapping[str, Attempt]
+    ledger: Ledger
+
+
+@dataclass(frozen=True, slots=True)
+class UsageFold:
+    """What a run of copies changes, and its late charges. `first`, `duplicates` count copies."""
+
+    seen: Mapping[str, Seen]
+    totals: Sequence[UsageTotal]
+    tasks: Mapping[TaskKey, TaskProgress]
+    attempts: Mapping[str, Attempt]
+    ledger: Ledger
+    late: Sequence[Copy]
+    first: int
+    duplicates: int
+
+
+def fold_usage(
+    copies: Iterable[Copy],
+    before: UsageState,
+    *,
+    partition: int,
+    next_offset: int,
+    seen_only_until_ms: int | None,
+    horizon_ms: int,
+    now_ms: int,
+) -> UsageFold:
+    """Fold the copies of one usage partition, in offset order; those below `next_offset` were folded before.
+
+    A copy is a duplicate if the previous copy of its key was appended at most twice the horizon earlier, else a
+    charge of its own. A charge is late if it was appended more than the horizon after its time of charge; it goes
+    to quarantine, not to the totals, nor to the ledger, where it stays uncharged. A bucket takes a charge only
+    above its own `last_offset`: it may come from the totals topic and be ahead of `seen`. Copies that only fill
+    `seen` still count in the ledger: an attempt's parts over one copy per request never exceed its bill, whichever
+    copy is taken.
+    """
+    seen: dict[str, Seen] = {}
+    buckets: dict[BucketKey, _Bucket] = {}
+    tasks: dict[TaskKey, TaskProgress] = {}
+    attributed: dict[str, tuple[int, int]] = {}
+    late: list[Copy] = []
+    first = duplicates = 0
+    for copy in copies:
+        offset, append_ms, usage, keys = copy
+        if offset < next_offset:
+            continue
+        previous = seen.get(usage.request_id) or before.seen.get(usage.request_id)
+        if previous is not None and append_ms - previous.last_ms <= 2 * horizon_ms:
+            # max: a new partition leader's clock may stand behind the old one's.
+            seen[usage.request_id] = Seen(previous.offset, max(previous.last_ms, append_ms))
+            duplicates += 1
+            continue
+        seen[usage.request_id] = Seen(offset, append_ms)
+        first += 1
+        is_late = append_ms - usage.charged_at_ms > horizon_ms
+        if not is_late:
+            for attempt_id, tokens in usage.parts:
+                attributed[attempt_id] = (attributed.get(attempt_id, (0, 0))[0] + tokens, append_ms)
+        if seen_only_until_ms is not None and append_ms <= seen_only_until_ms:
+            continue
+        _count_progress(tasks, before.tasks, usage, now_ms)
+        if is_late:
+            late.append(copy)
+            continue
+        added = sums_of(usage)
+        for key in keys:
+            bucket = buckets.get(key)
+            if bucket is None:
+                bucket = buckets[key] = _Bucket(before.totals.get(key, {}).get(partition))
+            if offset > bucket.last_offset:
+                bucket.take(offset, added)
+    attempts = {
+        attempt_id: _charged(before.attempts.get(attempt_id, Attempt()), tokens, append_ms)
+        for attempt_id, (tokens, append_ms) in attributed.items()
+    }
+    return UsageFold(
+        seen=seen,
+        totals=[
+            UsageTotal(
+                key=key,
+                partitions={
+                    **before.totals.get(key, {}),
+                    partition: (bucket.last_offset, UsageSums(*bucket.sums)),
+                },
+                updated_at_ms=now_ms,
+            )
+            for key, bucket in buckets.items()
+            if bucket.changed
+        ],
+        tasks=tasks,
+        attempts=attempts,
+        ledger=_moved(before.ledger, before.attempts, attempts),
+        late=late,
+        first=first,
+        duplicates=duplicates,
+    )
+
+
+class _Bucket:
+    """The sums of one bucket in one usage partition while a run is folded."""
+
+    __slots__ = ("changed", "last_offset", "sums")
+
+    def __init__(self, known: tuple[int, UsageSums] | None) -> None:
+        self.last_offset = known[0] if known else -1
+        self.sums: tuple[int, ...] = astuple(known[1]) if known else NO_SUMS
+        self.changed = False
+
+    def take(self, offset: int, added: tuple[int, ...]) -> None:
+        self.sums = tuple(map(add, self.sums, added))
+        self.last_offset = offset
+        self.changed = True
+
+
+def _count_progress(
+    tasks: dict[TaskKey, TaskProgress], before: Mapping[TaskKey, TaskProgress], usage: Usage, now_ms: int
+) -> None:
+    request = usage.request
+    if request.task_id is None:
+        return
+    key = TaskKey(request.tenant_id, request.task_id)
+    known = tasks.get(key) or before.get(key)
+    done, failed, total = (known.done, known.failed, known.total) if known else (0, 0, None)
+    tasks[key] = TaskProgress(
+        tenant_id=key.tenant_id,
+        task_id=key.task_id,
+        done=done + usage.texts - usage.failed_texts,
+        failed=failed + usage.failed_texts,
+        # The largest total named: the same whatever the order of the partitions.
+        total=request.task_total if total is None else max(total, request.task_total or 0),
+        updated_at_ms=now_ms,
+    )
+
+
+def newest_totals(*published: PartitionTotals) -> PartitionTotals:
+    """Of several published versions of one bucket, per usage partition the one of the highest last_offset.
+
+    For every reader of the totals topic: an aggregator that takes over with an old store may publish an older
+    version again before it has caught up.
+    """
+    newest: dict[int, tuple[int, UsageSums]] = {}
+    for partitions in published:
+        for partition, (last_offset, sums) in partitions.items():
+            if partition not in newest or last_offset > newest[partition][0]:
+                newest[partition] = (last_offset, sums)
+    return newest
+
+
+def total_of(partitions: PartitionTotals) -> UsageSums:
+    """The bucket's total: the sum over its usage partitions."""
+    sums = NO_SUMS
+    for _, part in partitions.values():
+        sums = tuple(map(add, sums, astuple(part)))
+    return UsageSums(*sums)
+
+
+# --- the ledger ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class CallFold:
+    """What a run of intents and receipts changes."""
+
+    attempts: Mapping[str, Attempt]
+    ledger: Ledger
+
+
+def fold_calls(
+    calls: Iterable[tuple[int, int, ProviderCall]],
+    before: Mapping[str, Attempt],
+    ledger: Ledger,
+    *,
+    next_offset: int,
+) -> CallFold:
+    """Fold (offset, append_ms, call) of one partition, in offset order; those below `next_offset` were folded before.
+
+    The first intent and the first receipt of an attempt stand.
+    """
+    attempts: dict[str, Attempt] = {}
+    for offset, append_ms, call in calls:
+        if offset < next_offset:
+            continue
+        known = attempts.get(call.attempt_id) or before.get(call.attempt_id, Attempt())
+        attempts[call.attempt_id] = _recorded(known, call, append_ms)
+    return CallFold(attempts, _moved(ledger, before, attempts))
+
+
+def _recorded(known: Attempt, call: ProviderCall, append_ms: int) -> Attempt:
+    last_ms = max(known.last_ms, append_ms)
+    price = known.price_nanos_per_million
+    if price is None:
+        price = call.price_nanos_per_million
+    if call.kind is CallKind.INTENT:
+        if known.confirm_by_ms is not None:
+            return known
+        return known._replace(
+            last_ms=last_ms,
+            confirm_by_ms=append_ms if call.confirm_by_ms is None else call.confirm_by_ms,
+            estimated_tokens=call.estimated_tokens,
+            price_nanos_per_million=price,
+        )
+    if known.outcome is not None:
+        return known
+    return known._replace(
+        last_ms=last_ms,
+        outcome=call.outcome,
+        billed_tokens=call.billed_tokens or 0,
+        price_nanos_per_million=price,
+    )
+
+
+def _charged(known: Attempt, tokens: int, append_ms: int) -> Attempt:
+    return known._replace(attributed_tokens=known.attributed_tokens + tokens, last_ms=max(known.last_ms, append_ms))
+
+
+def _moved(ledger: Ledger, before: Mapping[str, Attempt], after: Mapping[str, Attempt]) -> Ledger:
+    """The ledger once these attempts have changed: their old shares out, their new ones in."""
+    sums: tuple[int, ...] = ledger
+    for attempt_id, attempt in after.items():
+        sums = tuple(map(add, sums, share(attempt)))
+        if (old := before.get(attempt_id)) is not None:
+            sums = tuple(map(sub, sums, share(old)))
+    return Ledger(*sums)
+
+
+def share(attempt: Attempt) -> Ledger:
+    """What an attempt adds to the ledger whatever the time: nothing of a residual before its receipt."""
+    attributed = attempt.attributed_tokens
+    if attempt.outcome is None:
+        if attempt.confirm_by_ms is None:
+            return Ledger(unmatched_tokens=attributed)
+        return Ledger(attempts=1, attributed_tokens=attributed)
+    residual = attempt.billed_tokens - attributed
+    cost, unpriced = _priced(max(residual, 0), attempt)
+    if residual < 0:
+        return Ledger(
+            attempts=1,
+            billed_tokens=attempt.billed_tokens,
+            attributed_tokens=attributed,
+            over_attributed_attempts=1,
+            over_attributed_tokens=-residual,
+        )
+    if residual == 0:
+        return Ledger(attempts=1, billed_tokens=attempt.billed_tokens, attributed_tokens=attributed)
+    wasted = attempt.outcome is CallOutcome.INVALID
+    return Ledger(
+        attempts=1,
+        billed_tokens=attempt.billed_tokens,
+        attributed_tokens=attributed,
+        waste_attempts=int(wasted),
+        waste_tokens=residual if wasted else 0,
+        waste_cost_nanos=cost if wasted else 0,
+        uncharged_attempts=int(not wasted),
+        uncharged_tokens=0 if wasted else residual,
+        uncharged_cost_nanos=0 if wasted else cost,
+        unpriced_tokens=unpriced,
+    )
+
+
+def unconfirmed_share(attempt: Attempt) -> Ledger:
+    """What an attempt without receipt adds once its `confirm_by_ms` is past: its bill lies between what charges name
+    and the estimate."""
+    residual = max(attempt.estimated_tokens - attempt.attributed_tokens, 0)
+    cost, unpriced = _priced(residual, attempt)
+    return Ledger(
+        unconfirmed_attempts=1,
+        unconfirmed_max_tokens=residual,
+        unconfirmed_max_cost_nanos=cost,
+        unpriced_tokens=unpriced,
+    )
+
+
+def closed(ledger: Ledger, dropped: Iterable[Attempt]) -> Ledger:
+    """The ledger once these old attempts are no longer kept: what is known of them stays summed."""
+    sums: tuple[int, ...] = ledger
+    for attempt in dropped:
+        if attempt.outcome is None and attempt.confirm_by_ms is not None:
+            sums = tuple(map(add, sums, unconfirmed_share(attempt)))
+    return Ledger(*sums)
+
+
+def summarise(ledger: Ledger, open_attempts: Iterable[Attempt], now_ms: int) -> LedgerSummary:
+    """The ledger at a moment. `open_attempts` are those with an intent and no receipt."""
+    in_flight = 0
+    overdue = []
+    for attempt in open_attempts:
+        if attempt.confirm_by_ms is not None and attempt.confirm_by_ms >= now_ms:
+            in_flight += 1
+        else:
+            overdue.append(attempt)
+    return LedgerSummary(sums=closed(ledger, overdue), in_flight_attempts=in_flight)
+
+
+def _priced(tokens: int, attempt: Attempt) -> tuple[int, int]:
+    """(cost_nanos, unpriced tokens) of a residual."""
+    cost = cost_nanos(tokens, attempt.price_nanos_per_million)
+    return (0, tokens) if cost is None else (cost, 0)
