@@ -36,18 +36,18 @@ PARTS = (
     Part(("__init__",), (), ()),
     Part(
         ("adapters.faust_engine*",),
-        (*INNER, "metrics", "adapters*"),
+        (*INNER, "metrics", "settings", "adapters*"),
         ("aiokafka", "faust", "mode", "numpy", "structlog"),
     ),
     Part(
         ("adapters*",),
-        (*INNER, "metrics", "adapters*"),
+        (*INNER, "metrics", "settings", "adapters*"),
         (
             *("aiohttp", "aiokafka", "bpe_openai", "fastavro", "numpy", "onnxruntime", "openai"),
-            *("prometheus_client", "pydantic", "redis", "structlog", "tokenizers", "yaml"),
+            *("prometheus_client", "pydantic", "pydantic_core", "redis", "structlog", "tokenizers", "yaml"),
         ),
     ),
-    Part(("client*",), (*INNER, "adapters*", "client*"), ("aiokafka", "numpy", "structlog")),
+    Part(("client*",), (*INNER, "settings", "adapters*", "client*"), ("aiokafka", "numpy", "structlog")),
     Part(
         OUTERMOST,
         ("*",),
