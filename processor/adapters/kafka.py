@@ -1,0 +1,64 @@
+"""How every client of ours connects to Kafka: addresses, encryption and authentication from the settings."""
+
+from __future__ import annotations
+
+import ssl
+from typing import Any
+
+from processor.errors import SettingsError
+from processor.settings import PREFIX, Settings
+
+PROTOCOLS = ("PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL")
+MECHANISMS = ("PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512")
+
+
+def connection(settings: Settings) -> dict[str, Any]:
+    """Keywords for aiokafka's clients; never print them, they hold a secret. Raises SettingsError."""
+    protocol = settings.security_protocol.upper()
+    if protocol not in PROTOCOLS:
+        raise SettingsError(f"{PREFIX}SECURITY_PROTOCOL: must be one of {', '.join(PROTOCOLS)}")
+    options: dict[str, Any] = {
+        "bootstrap_servers": settings.bootstrap_servers,
+        "security_protocol": protocol,
+    }
+    if protocol.startswith("SASL"):
+        options |= _sasl(settings)
+    if protocol.endswith("SSL"):
+        options["ssl_context"] = _ssl_context(settings)
+    return options
+
+
+def _sasl(settings: Settings) -> dict[str, Any]:
+    mechanism = settings.sasl_mechanism or "PLAIN"
+    if mechanism not in MECHANISMS:
+        raise SettingsError(f"{PREFIX}SASL_MECHANISM: must be one of {', '.join(MECHANISMS)}")
+    password = settings.secret("sasl_password")
+    if not settings.sasl_username or not password:
+        raise SettingsError(
+            f"{PREFIX}SASL_USERNAME and {PREFIX}SASL_PASSWORD (or {PREFIX}SASL_PASSWORD_FILE): "
+            f"both are needed with {PREFIX}SECURITY_PROTOCOL={settings.security_protocol}"
+        )
+    return {
+        "sasl_mechanism": mechanism,
+        "sasl_plain_username": settings.sasl_username,
+        "sasl_plain_password": password,
+    }
+
+
+def _ssl_context(settings: Settings) -> ssl.SSLContext:
+    ca_file, cert_file, key_file = settings.ssl_ca_file, settings.ssl_cert_file, settings.ssl_key_file
+    if key_file is not None and cert_file is None:
+        raise SettingsError(f"{PREFIX}SSL_CERT_FILE: is needed with {PREFIX}SSL_KEY_FILE")
+    try:
+        context = ssl.create_default_context(cafile=ca_file)
+    except OSError as error:  # ssl.SSLError is one
+        raise SettingsError(f"{PREFIX}SSL_CA_FILE: can't use {ca_file}: {error.strerror or error}") from None
+    if cert_file is not None:
+        try:
+            context.load_cert_chain(cert_file, key_file)
+        except OSError as error:
+            raise SettingsError(
+                f"{PREFIX}SSL_CERT_FILE, {PREFIX}SSL_KEY_FILE: can't use {cert_file} with {key_file}: "
+                f"{error.strerror or error}"
+            ) from None
+    return context
