@@ -33,6 +33,7 @@ PARTS = (
     Part(("identity",), INNERMOST, ()),
     Part(("ports",), (*INNERMOST, "identity"), ("numpy",)),
     Part(("settings",), INNERMOST, ("pydantic", "pydantic_settings")),
+    Part(("metrics",), INNER, ("prometheus_client",)),
     Part(("__init__",), (), ()),
     Part(
         ("adapters.faust_engine*",),
@@ -56,7 +57,7 @@ PARTS = (
 )
 STEP = Part(("*",), ("[!_]*",), ("numpy", "structlog"))
 #: What a step may not import of ours, though it may import other steps.
-NOT_FOR_STEPS = ("adapters*", "client*", "settings", *OUTERMOST)
+NOT_FOR_STEPS = ("adapters*", "client*", "metrics", "settings", *OUTERMOST)
 
 
 def part_of(module: str) -> Part:
@@ -120,6 +121,7 @@ def test_dependencies_point_inwards(module: str) -> None:
         ("pipeline", "from processor.adapters.embedded import EmbeddedBroker"),
         ("pipeline", "from .adapters import embedded"),
         ("pipeline", "from processor.settings import Settings"),
+        ("pipeline", "from processor.metrics import RESULTS"),
         ("pipeline", "def late():\n    import redis.asyncio"),
         ("embed", "from aiohttp import web"),
         ("adapters.openai", "import processor.app"),
