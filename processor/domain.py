@@ -267,8 +267,9 @@ class Price:
 class ModelSpec:
     """One model of the catalogue.
 
-    `dimensions` are the allowed ones, the default first; with `shortenable` any from 1 to the default. `answers_as` are model names a response may carry; empty:
-    the server echoes any name. `tokenizer` names a counter ("cl100k_base", "wordpiece:<path>"), None: estimate.
+    `dimensions` are the allowed ones, the default first; with `shortenable` any from 1 to the default.
+    `answers_as` are the model names a response may carry; None: the server echoes any name. `tokenizer` names an
+    exact counter ("cl100k_base", "local"), None: an estimate.
     """
 
     name: str
@@ -304,7 +305,7 @@ class ModelSpec:
 
 @dataclass(frozen=True, slots=True)
 class EmbeddingFunction:
-    """What turns a text into a vector: equal functions and equal texts give the same vector. Cache key and queue key."""
+    """What turns a text into a vector: equal functions and texts give equal vectors. Part of cache and queue keys."""
 
     model: ModelSpec = field(compare=False)
     space: VectorSpace

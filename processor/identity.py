@@ -1,4 +1,4 @@
-"""Identities: request id and digest (U0), vector ids, payers' keys. Golden vectors lie in schemas/examples/identity.json.
+"""Identities: request id and digest (U0), vector ids. Golden vectors lie in schemas/examples/identity.json.
 
 Every part is length-prefixed, so no two different inputs share an encoding; null is distinct from empty.
 """

@@ -41,7 +41,7 @@ from processor.ports import (
 )
 from processor.results import chunk_result, messages, plain_result, request_result, settle, tombstones
 from processor.usage import charge, cost_nanos
-from processor.work import Job, Outcome, Parcel, Plan, Policy, Ticket, Window, Work
+from processor.work import Fold, Job, Outcome, Parcel, Plan, Policy, Ticket, Window, Work
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,6 +92,8 @@ class Pipeline:
         `release` frees the window's slot before its outcomes wait for their turn.
         """
         ports = self.ports
+        started = ports.clock.monotonic()
+        misses: list[Fold] = []
         try:
             misses = await look_up(window.folds, ports.cache)  # 3. a cache that is gone is gone without
             calls = pack(misses, ports.counter, ports.clock.now_ms())  # 4. few, full calls
@@ -100,6 +102,7 @@ class Pipeline:
         finally:
             release()
         await self.deliver(self._settle(window), receipts)  # 7 and 8
+        self._observe(window, misses, len(calls), ports.clock.monotonic() - started)
 
     async def deliver(self, parcels: Sequence[Parcel], receipts: Sequence[Awaitable[None]] = ()) -> None:
         """Steps 7 and 8."""
@@ -208,16 +211,33 @@ class Pipeline:
             if not settle(fold):
                 for work in fold.live_works():
                     self.queue(work, now)
-            for work in fold.works:
-                outcome = work.outcome
-                if outcome is not None:
-                    parcels.append(self._parcel(work))
-                    self.ports.events.count(
-                        "texts",
-                        1,
-                        {"cache": outcome.level, "code": outcome.fault.code if outcome.fault else "ok"},
-                    )
+            parcels += [self._parcel(work) for work in fold.works if work.outcome is not None]
         return parcels
+
+    def _observe(self, window: Window, misses: Sequence[Fold], calls: int, took_s: float) -> None:
+        """One rich line a window, and its texts by cache level and outcome."""
+        tally: dict[tuple[str, str], int] = {}
+        for fold in window.folds:
+            for work in fold.works:
+                if (outcome := work.outcome) is not None:
+                    label = (outcome.level.value, outcome.fault.code.value if outcome.fault else "ok")
+                    tally[label] = tally.get(label, 0) + 1
+        for (level, code), texts in tally.items():
+            self.ports.events.count("texts", texts, {"cache": level, "outcome": code})
+        self.ports.events.observe("window_seconds", took_s, {})
+        self.ports.events.observe("window_texts", sum(tally.values()), {})
+        self.ports.events.window(
+            {
+                "space": str(window.function.space),
+                "texts": sum(tally.values()),
+                "folds": len(window.folds),
+                "misses": len(misses),
+                "calls": calls,
+                "errors": sum(texts for (_, code), texts in tally.items() if code != "ok"),
+                "billed_tokens": sum(fold.entry.tokens for fold in misses if fold.entry is not None),
+                "took_ms": round(took_s * 1000),
+            }
+        )
 
     def _parcel(self, work: Work) -> Parcel:
         job = work.job

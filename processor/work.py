@@ -1,4 +1,4 @@
-"""What the steps pass along: a job is an accepted request, a work one of its chunks, a fold the works of equal texts."""
+"""What the steps pass along: a job is a request, a work one of its chunks, a fold the works of equal texts."""
 
 from __future__ import annotations
 

@@ -1,0 +1,518 @@
+"""The eight steps on fakes: order, folding, usage, ordering per document, revocation, provider faults."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from processor.domain import CacheLevel, CallKind, CallOutcome, Chunk, Result, Status, Tombstone
+from processor.errors import (
+    CallTooLarge,
+    InputRejected,
+    ModelRejected,
+    ProviderPaused,
+    ProviderThrottled,
+    ProviderTransient,
+)
+from processor.ports import Destination, ProviderAnswer
+from tests.support.builders import NOW_MS, a_request
+from tests.support.steps import Bench, FakeLease, MemoryCache, vector_of
+
+
+async def test_an_intent_precedes_the_call_and_usage_follows_the_results() -> None:
+    """The order of what leaves the worker: intent, receipt, result, sink view, usage; the offset only after that."""
+    async with Bench() as bench:
+        await bench.handle(a_request(["one two"]))
+        assert bench.outbox.names() == ["calls", "calls", "results", "sink", "usage"]
+        assert [call.kind for call in bench.outbox.calls] == [CallKind.INTENT, CallKind.RECEIPT]
+        assert bench.lease.finished == [0]
+
+
+async def test_a_vector_belongs_to_its_text() -> None:
+    """Law 6: each chunk gets the vector of its own text, whatever the packing."""
+    texts = [f"text number {i}" for i in range(40)]
+    async with Bench() as bench:
+        await bench.handle(a_request(texts))
+        assert len(bench.provider.asked) == 5
+        for result in bench.outbox.results:
+            assert result.vector is not None
+            assert np.array_equal(result.vector, vector_of(texts[result.chunk_index]))
+
+
+async def test_equal_texts_of_a_tenant_are_embedded_once() -> None:
+    """Single-flight: one leader is billed, the other items are saved the same share and say `coalesced`."""
+    async with Bench() as bench:
+        await bench.handle(a_request(["same text"]), a_request(["same text"], correlation_id="corr-2"))
+        assert bench.provider.asked == [["same text"]]
+        assert [r.cache for r in bench.outbox.results] == [CacheLevel.MISS, CacheLevel.COALESCED]
+        assert [(u.billed.tokens, u.saved.tokens) for u in bench.outbox.usage] == [(2, 0), (0, 2)]
+
+
+async def test_tenants_never_share_a_vector() -> None:
+    """Law 6: equal texts of two tenants are two calls' worth of texts, each billed to its own payer."""
+    async with Bench() as bench:
+        await bench.handle(a_request(["same"]), a_request(["same"], tenant_id="globex"))
+        assert sum(map(len, bench.provider.asked)) == 2
+        assert {u.payer_id: u.billed.tokens for u in bench.outbox.usage} == {"acme": 1, "globex": 1}
+
+
+async def test_use_cache_false_folds_with_nothing() -> None:
+    """U2: an item that refuses the cache has an entry of its own."""
+    async with Bench() as bench:
+        await bench.handle(a_request(["same"]), a_request(["same"], use_cache=False, correlation_id="c2"))
+        assert sum(map(len, bench.provider.asked)) == 2
+        assert [u.billed.tokens for u in bench.outbox.usage] == [1, 1]
+
+
+async def test_a_redelivered_request_is_charged_to_the_same_attempt() -> None:
+    """U2, U3, law 4: the item that finds its own entry is billed that share again, byte for byte the same parts."""
+    cache = MemoryCache()
+    usages = []
+    for _ in range(2):
+        async with Bench(cache=cache) as bench:
+            usages += (await bench.handle(a_request(["one two three"]))).usage
+            calls = len(bench.provider.asked)
+    assert calls == 0
+    assert usages[0].idempotency_key == usages[1].idempotency_key
+    assert usages[0].parts == usages[1].parts
+    assert usages[1].billed.tokens == 3
+    assert usages[1].saved.tokens == 0
+
+
+async def test_another_item_that_hits_is_saved_not_billed() -> None:
+    """U3: only the item named by the entry pays."""
+    cache = MemoryCache()
+    async with Bench(cache=cache) as bench:
+        await bench.handle(a_request(["one two"]))
+    async with Bench(cache=cache) as bench:
+        usage = (await bench.handle(a_request(["one two"], correlation_id="later"))).usage[0]
+        assert (usage.billed.tokens, usage.saved.tokens, usage.cached_texts, usage.parts) == (0, 2, 1, [])
+        assert bench.outbox.results[0].cache is CacheLevel.L2
+
+
+async def test_the_same_request_twice_in_flight_is_one_charge() -> None:
+    """U2: an item with the leader's identity is the leader, also inside one fold."""
+    async with Bench() as bench:
+        await bench.handle(a_request(["a b"]), a_request(["a b"]))
+        first, second = bench.outbox.usage
+        assert first.request_id == second.request_id
+        assert first.parts == second.parts
+        assert sum(bench.attributed().values()) == sum(bench.provider.bills.values()) == 2
+
+
+async def test_the_leader_is_the_first_item_in_the_log() -> None:
+    """U2: the lower (topic, partition, offset, index) leads, whoever was queued first."""
+    async with Bench() as bench:
+        late, early = FakeLease(partition=1), FakeLease(partition=0)
+        await bench.publish(a_request(["same"], correlation_id="p1"), lease=late)
+        await bench.publish(a_request(["same"], correlation_id="p0"), lease=early)
+        await bench.run_until_idle()
+        billed = [u.request.correlation_id for u in bench.outbox.usage if u.billed.tokens]
+        assert billed == ["p0"]
+
+
+async def test_a_follower_leads_when_the_leader_misses_its_deadline() -> None:
+    """U2: a leader that ends for a reason of its request hands over; its neighbour is embedded and billed."""
+    async with Bench() as bench:
+        expired = a_request(["same"], deadline_ms=NOW_MS - 1)
+        await bench.handle(expired, a_request(["same"], correlation_id="c2"))
+        by_correlation = {r.request.correlation_id: r for r in bench.outbox.results}
+        assert by_correlation["corr-1"].error is not None
+        assert by_correlation["corr-1"].error.code == "deadline_exceeded"
+        assert by_correlation["c2"].status is Status.OK
+        assert [(u.billed.tokens, u.failed_texts) for u in bench.outbox.usage] == [(0, 1), (1, 0)]
+
+
+async def test_a_hit_is_delivered_late_or_not() -> None:
+    """Step 4: deadlines are decided on misses only."""
+    cache = MemoryCache()
+    async with Bench(cache=cache) as bench:
+        await bench.handle(a_request(["text"]))
+    async with Bench(cache=cache) as bench:
+        await bench.handle(a_request(["text"], deadline_ms=NOW_MS - 1, correlation_id="late"))
+        assert bench.outbox.results[0].status is Status.OK
+
+
+async def test_an_over_long_text_fails_alone() -> None:
+    """A fault of one text is its chunk's error result; its neighbours succeed."""
+    async with Bench() as bench:
+        await bench.handle(a_request(["short", "w " * 11, " "]))
+        codes = {r.chunk_index: r.error.code if r.error else "ok" for r in bench.outbox.results}
+        assert codes == {0: "ok", 1: "text_too_long", 2: "empty_text"}
+        assert bench.outbox.usage[0].failed_texts == 2
+
+
+@pytest.mark.parametrize(("policy", "kept"), [("truncate_end", "w0 w1"), ("truncate_start", "w10 w11")])
+async def test_truncation_is_said_and_remembered(policy: str, kept: str) -> None:
+    """A cut text is embedded as cut; the result and a later hit both say so."""
+    text = " ".join(f"w{i}" for i in range(12))
+    async with Bench() as bench:
+        await bench.handle(a_request([text], truncate=policy))
+        await bench.handle(a_request([text], truncate=policy, correlation_id="again"))
+        assert all(r.truncated for r in bench.outbox.results)
+        sent = bench.provider.asked[0][0]
+        assert sent.startswith(kept) or sent.endswith(kept)
+        assert len(sent.split()) == 10
+
+
+async def test_a_refused_request_is_one_record_for_all_its_chunks_and_one_zero_charge() -> None:
+    """A request that fails as a whole: index -1, its range, and usage with every text failed."""
+    async with Bench() as bench:
+        await bench.handle(a_request(["a", "b"], model="nobody-knows"))
+        (result,) = bench.outbox.results
+        assert (result.chunk_index, result.length, result.status) == (-1, 2, Status.ERROR)
+        assert result.error is not None
+        assert (result.error.code, result.error.field) == ("unknown_model", "model")
+        (usage,) = bench.outbox.usage
+        assert (usage.billed.tokens, usage.failed_texts) == (0, 2)
+        assert bench.lease.finished == [0]
+
+
+async def test_undecodable_bytes_go_to_the_dead_letters_and_nothing_stops() -> None:
+    """Bad bytes reach the DLQ untouched; the records around them get their results."""
+    async with Bench() as bench:
+        await bench.handle(a_request(["a"]), b"\x00garbage", None, a_request(["b"], correlation_id="c2"))
+        assert [letter.record.value for letter in bench.outbox.letters] == [b"\x00garbage", None]
+        assert len(bench.outbox.results) == 2
+        assert sorted(bench.lease.finished) == [0, 1, 2, 3]
+
+
+async def test_validate_says_what_would_happen_and_embeds_nothing() -> None:
+    """`validate` gives valid or invalid per chunk with tokens and cost, no call, no usage."""
+    async with Bench() as bench:
+        await bench.handle(a_request(["three short words", "w " * 11, ""], action="validate"))
+        assert [(r.status, r.token_count) for r in bench.outbox.results] == [
+            (Status.VALID, 3),
+            (Status.INVALID, 10),
+            (Status.INVALID, 0),
+        ]
+        assert bench.outbox.results[0].cost_nanos == 3
+        assert bench.provider.asked == []
+        assert bench.outbox.usage == []
+
+
+async def test_a_delete_is_acknowledged_after_its_tombstones() -> None:
+    """One tombstone per chunk id and space, then one `ok` without vector per chunk id."""
+    async with Bench() as bench:
+        await bench.handle(a_request(action="delete", chunks=(), chunk_ids=("a", "b"), vector_spaces=("s1", "s2")))
+        assert bench.outbox.names() == ["sink"] * 4 + ["results"] * 2
+        assert all(isinstance(stone, Tombstone) for stone in bench.outbox.sink)
+        assert all(r.status is Status.OK and r.vector is None for r in bench.outbox.results)
+        assert bench.outbox.usage == []
+
+
+async def test_a_chunk_sent_twice_reaches_the_sink_in_offset_order() -> None:
+    """Law 8: though the first version needs two attempts and the second none, the newer one is the last in the view."""
+    cache = MemoryCache()
+    async with Bench(cache=cache) as bench:
+        await bench.handle(a_request(["new"], document_id="other"))
+    async with Bench(cache=cache, window_max_texts=1) as bench:
+        bench.provider.script = [ProviderTransient("hiccup")]
+        await bench.handle(a_request(["old"]), a_request(["new"], correlation_id="c2"))
+        sink = [entry for entry in bench.outbox.sink if isinstance(entry, Result)]
+        assert [entry.source.offset for entry in sink] == [0, 1]
+        assert len({entry.vector_id for entry in sink}) == 1
+
+
+async def test_documents_that_wait_for_each_other_crosswise_do_not_block() -> None:
+    """Law 8 without deadlock: windows of two functions that hold each other's earlier chunks both get through."""
+    async with Bench(window_max_texts=2) as bench:
+        await bench.handle(
+            a_request(chunks=(Chunk("x", "x1"),), dimensions=4),
+            a_request(chunks=(Chunk("x", "x2"),), dimensions=3, correlation_id="c2"),
+            a_request(chunks=(Chunk("y", "y1"),), dimensions=3, correlation_id="c3"),
+            a_request(chunks=(Chunk("y", "y2"),), dimensions=4, correlation_id="c4"),
+        )
+        assert sorted(bench.lease.finished) == [0, 1, 2, 3]
+
+
+async def test_a_manifest_is_stored_after_the_chunks_before_it() -> None:
+    """Stale chunks: the manifest waits for all earlier offsets of its document, and answers once, index -1."""
+    async with Bench() as bench:
+        bench.provider.gate = asyncio.Event()
+        manifest = a_request(
+            action="document_manifest", chunks=(), chunk_ids=("c0",), vector_spaces=("s",), correlation_id="m"
+        )
+        await bench.publish(a_request(["chunk"]), manifest)
+        await bench.step()
+        assert bench.outbox.manifests == []
+        bench.provider.gate.set()
+        await bench.run_until_idle()
+        (stored,) = bench.outbox.manifests
+        assert stored.source_version.endswith(f"{1:019d}")
+        assert bench.outbox.names()[-2:] == ["documents", "results"]
+        assert bench.outbox.results[-1].chunk_index == -1
+
+
+async def test_a_transient_fault_is_tried_again_with_an_intent_of_its_own() -> None:
+    """U1: an attempt is one HTTP request; unanswered ones leave an intent without receipt, answered ones bill 0."""
+    async with Bench() as bench:
+        bench.provider.script = [ProviderTransient("reset"), ProviderTransient("http_500", http_status=500)]
+        await bench.handle(a_request(["text"]))
+        receipts = [call for call in bench.outbox.calls if call.kind is CallKind.RECEIPT]
+        assert len(bench.intents()) == 3
+        assert [(r.outcome, r.billed_tokens) for r in receipts] == [(CallOutcome.FAILED, 0), (CallOutcome.OK, 1)]
+        assert bench.outbox.results[0].status is Status.OK
+
+
+def _nan(answer: ProviderAnswer) -> ProviderAnswer:
+    return answer._replace(vectors=[np.full_like(vector, np.nan) for vector in answer.vectors])
+
+
+def _short(answer: ProviderAnswer) -> ProviderAnswer:
+    return answer._replace(vectors=answer.vectors[:-1], indices=list(answer.indices)[:-1])
+
+
+def _zero(answer: ProviderAnswer) -> ProviderAnswer:
+    return answer._replace(vectors=[vector * 0 for vector in answer.vectors])
+
+
+def _twice(answer: ProviderAnswer) -> ProviderAnswer:
+    return answer._replace(indices=[0] * len(answer.vectors))
+
+
+def _other(answer: ProviderAnswer) -> ProviderAnswer:
+    return answer._replace(model="another")
+
+
+@pytest.mark.parametrize("spoil", [_nan, _short, _zero, _twice, _other])
+async def test_an_answer_that_fails_verification_is_paid_and_never_used(spoil: object) -> None:
+    """Law 6, U1: an `invalid` receipt holds the bill, a new attempt gets the vectors, the payer pays once."""
+    async with Bench() as bench:
+        bench.provider.script = [spoil]  # type: ignore[list-item]
+        await bench.handle(a_request(["one", "two words"]))
+        receipts = [call for call in bench.outbox.calls if call.kind is CallKind.RECEIPT]
+        assert [(r.outcome, r.billed_tokens) for r in receipts] == [(CallOutcome.INVALID, 3), (CallOutcome.OK, 3)]
+        assert bench.attributed() == {receipts[1].attempt_id: 3}
+
+
+async def test_a_shuffled_answer_is_put_in_order() -> None:
+    """A complete permutation of indices is no fault."""
+    async with Bench() as bench:
+        bench.provider.script = [
+            lambda answer: answer._replace(vectors=answer.vectors[::-1], indices=list(answer.indices)[::-1])
+        ]
+        await bench.handle(a_request(["one", "two"]))
+        for result, text in zip(bench.outbox.results, ["one", "two"], strict=True):
+            assert result.vector is not None
+            assert np.array_equal(result.vector, vector_of(text))
+
+
+async def test_one_refused_text_is_bisected_out() -> None:
+    """A permanent fault of one text fails that chunk alone, within 2 log2(n) further calls."""
+    async with Bench() as bench:
+        bench.provider.refuses = lambda texts: (
+            InputRejected("bad_input", http_status=400) if any("poison" in text for text in texts) else None
+        )
+        await bench.handle(a_request([f"text {i}" for i in range(7)] + ["poison"]))
+        codes = [r.error.code if r.error else "ok" for r in sorted(bench.outbox.results, key=lambda r: r.chunk_index)]
+        assert codes == ["ok"] * 7 + ["provider_rejects"]
+        assert len(bench.provider.asked) <= 7
+
+
+async def test_a_text_that_always_crashes_the_provider_is_found_while_others_succeed() -> None:
+    """Liveness: after k failures, while others succeeded, a 500 for one text becomes its error result."""
+    async with Bench(window_max_texts=4) as bench:
+        bench.provider.refuses = lambda texts: (
+            ProviderTransient("http_500", http_status=500) if any("poison" in text for text in texts) else None
+        )
+        await bench.publish(a_request(["poison", "b", "c", "d"]))
+        for i in range(40):
+            await bench.publish(a_request([f"other {i}"], correlation_id=f"o{i}", document_id=None))
+            await bench.step()
+        await bench.run_until_idle()
+        failed = [r.chunk_id for r in bench.outbox.results if r.error]
+        assert failed == ["c0"]
+        assert not bench.worker._tickets
+
+
+async def test_an_outage_turns_no_work_into_errors() -> None:
+    """An outage pauses the stream: nothing fails, calls are few while it lasts, and all of it is embedded after."""
+    async with Bench() as bench:
+        bench.provider.refuses = lambda texts: ProviderTransient("connection")
+        await bench.publish(*[a_request([f"t{i}"], correlation_id=f"c{i}") for i in range(50)])
+        while bench.clock.now_s < 600:
+            await bench.step()
+        assert bench.route.paused == "connection"
+        assert bench.outbox.results == []
+        assert len(bench.provider.asked) < 100
+        bench.provider.refuses = lambda texts: None
+        await bench.run_until_idle()
+        assert len(bench.outbox.results) == 50
+        assert all(r.status is Status.OK for r in bench.outbox.results)
+        assert bench.route.paused is None
+
+
+async def test_a_missing_key_pauses_with_a_reason() -> None:
+    """Auth and quota: health says why, and the work waits."""
+    async with Bench() as bench:
+        bench.provider.script = [ProviderPaused("auth", http_status=401)]
+        await bench.publish(a_request(["text"]))
+        await bench.step()
+        assert bench.route.paused == "auth"
+        await bench.run_until_idle()
+        assert bench.outbox.results[0].status is Status.OK
+
+
+async def test_a_throttled_call_waits_as_long_as_it_was_told() -> None:
+    """`Retry-After` is obeyed."""
+    async with Bench() as bench:
+        bench.provider.script = [ProviderThrottled("rate_limited", http_status=429, retry_after_s=7.0)]
+        await bench.handle(a_request(["text"]))
+        assert bench.clock.now_s >= 7.0
+
+
+async def test_a_call_that_is_too_large_is_halved() -> None:
+    """A fault of composition splits the call and fails nothing."""
+    async with Bench() as bench:
+        bench.provider.refuses = lambda texts: CallTooLarge("too_large", http_status=400) if len(texts) > 2 else None
+        await bench.handle(a_request([f"t{i}" for i in range(8)]))
+        assert all(r.status is Status.OK for r in bench.outbox.results)
+        assert sum(bench.attributed().values()) == sum(bench.provider.bills.values())
+
+
+async def test_a_refused_model_fails_its_chunks() -> None:
+    """`provider_model_error` for the chunks of a model that the provider doesn't serve."""
+    async with Bench() as bench:
+        bench.provider.script = [ModelRejected("no_such_model", http_status=404)]
+        await bench.handle(a_request(["text"]))
+        assert bench.outbox.results[0].error is not None
+        assert bench.outbox.results[0].error.code == "provider_model_error"
+
+
+async def test_a_revoked_partition_sends_nothing_more() -> None:
+    """Law 8: after `on_revoke` returns, work that was in flight is dropped and its offset never finished."""
+    async with Bench() as bench:
+        bench.provider.gate = asyncio.Event()
+        other = FakeLease(partition=1)
+        await bench.publish(a_request(["mine"]))
+        await bench.publish(a_request(["kept"], correlation_id="c2"), lease=other)
+        await bench.step()
+        revoking = asyncio.ensure_future(bench.worker.on_revoke([bench.lease], budget_s=5.0))
+        while not revoking.done():
+            await bench.step()
+        bench.lease.revoked = True
+        bench.provider.gate.set()
+        await bench.run_until_idle()
+        assert [r.request.correlation_id for r in bench.outbox.results] == ["c2"]
+        assert bench.lease.finished == []
+        assert other.finished == [0]
+        assert bench.worker.held_bytes == 0
+
+
+async def test_revocation_lets_a_call_in_flight_end_within_its_budget() -> None:
+    """What is paid for and nearly done is delivered before the partition is given up."""
+    async with Bench() as bench:
+        bench.provider.gate = asyncio.Event()
+        await bench.publish(a_request(["mine"]))
+        await bench.step()
+        revoking = asyncio.ensure_future(bench.worker.on_revoke([bench.lease], budget_s=5.0))
+        await bench.settle()
+        bench.provider.gate.set()
+        await bench.settle()
+        await bench.step()
+        await revoking
+        assert bench.lease.finished == [0]
+
+
+async def test_a_run_that_arrives_while_its_partition_is_revoked_is_left_alone() -> None:
+    """Nothing is admitted for a lease that is being given up: it will be delivered again."""
+    async with Bench() as bench:
+        await bench.worker.on_revoke([bench.lease], budget_s=1.0)
+        await bench.publish(a_request(["text"]))
+        await bench.run_until_idle()
+        assert bench.outbox.sent == []
+        assert bench.worker.held_bytes == 0
+
+
+async def test_a_late_heartbeat_delays_sending_and_loses_nothing() -> None:
+    """A lease that is not held for a while is waited for; dropping its work would leave a hole in the watermark."""
+    async with Bench() as bench:
+        bench.lease.late = True
+        await bench.publish(a_request(["text"]))
+        for _ in range(20):
+            await bench.step()
+        assert bench.outbox.results == []
+        bench.lease.late = False
+        await bench.run_until_idle()
+        assert bench.lease.finished == [0]
+
+
+async def test_read_ahead_is_bounded_in_bytes() -> None:
+    """A full read-ahead holds the next run back until work is finished."""
+    async with Bench() as bench:
+        bench.worker._read_ahead_bytes = 1
+        bench.provider.gate = asyncio.Event()
+        await bench.publish(a_request(["first"]))
+        second = asyncio.ensure_future(bench.publish(a_request(["second"], correlation_id="c2")))
+        await bench.step()
+        assert not second.done()
+        bench.provider.gate.set()
+        await bench.run_until_idle()
+        await second
+        await bench.run_until_idle()
+        assert sorted(bench.lease.finished) == [0, 1]
+
+
+async def test_a_broken_broker_ends_the_process_and_finishes_nothing() -> None:
+    """Broken infrastructure is an exception that reaches `fail`; the offset stays uncommitted."""
+
+    async def refuse(messages: Sequence[Destination]) -> None:
+        if any(message.name == "results" for message in messages):
+            raise ConnectionError("gone")
+
+    bench = Bench()
+    bench.outbox.on_send = refuse
+    bench.worker.start()
+    await bench.publish(a_request(["text"]))
+    for _ in range(5):
+        await bench.step()
+    await bench.worker.stop()
+    assert [type(failure) for failure in bench.failures] == [ConnectionError]
+    assert bench.lease.finished == []
+
+
+async def test_a_reply_is_a_copy_to_the_partition_that_was_asked_for() -> None:
+    """`reply_to` adds a copy with explicit topic and partition; outside the allow-list it is an error result."""
+    from processor.domain import ReplyTo
+
+    async with Bench() as bench:
+        await bench.handle(a_request(["x"], reply_to=ReplyTo("embedding-replies", 3, "cb")))
+        (reply,) = [m for m in bench.outbox.sent if m.name == "replies"]
+        assert (reply.topic, reply.partition) == ("embedding-replies", 3)
+        for bad in (ReplyTo("embedding-usage", 0), ReplyTo("embedding-replies", 4)):
+            outbox = await bench.handle(a_request(["x"], reply_to=bad, correlation_id="bad"))
+            error = outbox.results[-1].error
+            assert error is not None
+            assert error.code == "reply_not_allowed"
+
+
+async def test_a_run_of_mixed_requests_attributes_every_billed_token() -> None:
+    """U7: with the cache kept and no zombies the provider's bill equals what is attributed, per attempt."""
+    async with Bench() as bench:
+        requests = [
+            a_request(
+                [f"word {j % 7} of {i % 5}" for j in range(6)],
+                correlation_id=f"c{i}",
+                tenant_id=("acme", "globex")[i % 2],
+                use_cache=i % 4 != 0,
+            )
+            for i in range(30)
+        ]
+        await bench.handle(*requests, *requests[:10])
+        assert bench.attributed() == bench.provider.bills
+        outcomes = {(r.request_id, r.chunk_index) for r in bench.outbox.results}
+        assert len(outcomes) == 30 * 6
+
+
+async def test_parts_of_a_split_document_keep_the_index_of_the_whole() -> None:
+    """A part's chunks are numbered from first_chunk_index, and it is a request of its own."""
+    async with Bench() as bench:
+        first = a_request(["a", "b"], chunk_count=4)
+        await bench.handle(first, replace(first, first_chunk_index=2))
+        assert [r.chunk_index for r in bench.outbox.results] == [0, 1, 2, 3]
+        assert len(bench.outbox.usage) == 2
