@@ -35,7 +35,7 @@ def schema_directory() -> Path:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Schema:
-    """One released version of one record. `fingerprint`: CRC-64-AVRO of the canonical form, as the bytes on the wire."""
+    """One released version of one record. `fingerprint`: CRC-64-AVRO of the canonical form as it is on the wire."""
 
     name: str
     version: int
