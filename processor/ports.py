@@ -246,14 +246,14 @@ class Span(NamedTuple):
 
 
 class TopicReader(Protocol):
-    """Reads topics outside of any group. Topics are named in full; BrokerUnavailable if the broker does not answer."""
+    """Reads topics outside of any group, named in full. BrokerUnavailable if the broker does not answer."""
 
     async def spans(self, topic: str) -> Mapping[int, Span]:
         """Of every partition."""
         ...
 
-    async def record_at(self, topic: str, partition: int, offset: int) -> Record | None:
-        """The record of this offset; None where it is not, or no longer, in the log."""
+    async def records_at(self, topic: str, offsets: Mapping[int, int]) -> Mapping[int, Record]:
+        """Per partition the record of this offset; those not, or no longer, in the log are left out."""
         ...
 
     async def committed(self, topic: str) -> Mapping[int, int]:
@@ -331,11 +331,19 @@ class AggregateStore(Protocol):
         """Take published totals: per bucket and usage partition the higher last_offset stands."""
         ...
 
-    def prune(self, partition: int, before_ms: int, part: int, parts: int) -> int:
-        """Drop `seen` keys of a usage partition, and attempts and tasks, last touched before; how many were dropped.
+    def prune(
+        self,
+        *,
+        seen_before_ms: Mapping[int, int],
+        before_ms: int,
+        part: int,
+        parts: int,
+        close: Callable[[Ledger, Collection[Attempt]], Ledger],
+    ) -> int:
+        """Drop what was last touched earlier: `seen` keys by usage partition, and attempts and tasks.
 
-        Looks at the `part`-th of `parts` equal slices, so that no call takes long. The ledger's sums keep what the
-        dropped attempts stood for.
+        Looks at the `part`-th of `parts` (1 to 256) slices of the keys, so that no call takes long. `close` gives
+        the ledger once the dropped attempts are no longer kept. How many keys were dropped.
         """
         ...
 

@@ -1,0 +1,464 @@
+"""The aggregator: takes runs of usage events, provider calls and manifests, folds them, publishes, and saves.
+
+The order of a run is the protocol: publish and await, save (the store's next offset is the one that counts), then
+let the offset be committed. Cut anywhere, the run is folded again from what was saved, to the same end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import zlib
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, TypeVar
+
+import structlog
+
+from processor.aggregate import (
+    DAY_MS,
+    Copy,
+    UsageState,
+    closed,
+    copy_of,
+    fold_calls,
+    fold_usage,
+    seen_only_until,
+    summarise,
+)
+from processor.documents import UNKNOWN, deleted, document_key, fold_manifest, tombstones
+from processor.domain import (
+    Cursor,
+    DeadLetter,
+    DocumentManifest,
+    Ledger,
+    LedgerSummary,
+    ProviderCall,
+    Record,
+    TaskKey,
+    Usage,
+    UsageTotal,
+)
+from processor.errors import LeaseLost, StoreError
+from processor.ports import (
+    AggregateStore,
+    Clock,
+    Destination,
+    Events,
+    Lease,
+    Outbox,
+    RecordReader,
+    Run,
+    Span,
+    StoreChange,
+    TopicReader,
+    Undecodable,
+)
+
+log = structlog.get_logger(__name__)
+
+T = TypeVar("T")
+
+SLICE = 1_000
+"""Records folded in one transaction: bounds the memory of a fold and the time that the event loop stands still."""
+
+PRUNE_PARTS = 256
+PRUNE_EVERY_S = 60.0
+
+REBUILD = "run `embedding-processor usage rebuild`"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FoldedTopics:
+    """Full names of what the aggregator reads: three as a group member, and the totals when it has to catch up."""
+
+    usage: str
+    calls: str
+    documents: str
+    totals: str
+
+
+class Place(NamedTuple):
+    """What was found of a partition when it was assigned."""
+
+    end: int
+    """Its end then: below it lies the backlog."""
+    acted_on: int
+    """Below it, what is sent once per record (late charges, dead letters, tombstones) was sent by whoever
+    committed it: everything is acknowledged before its offset is committed."""
+
+
+NOWHERE = Place(0, 0)
+
+
+class Aggregator:
+    """Implements `ports.RunHandler` for the one process that owns every partition of the folded topics."""
+
+    def __init__(
+        self,
+        *,
+        topics: FoldedTopics,
+        store: AggregateStore,
+        outbox: Outbox,
+        reader: TopicReader,
+        decoder: RecordReader,
+        clock: Clock,
+        events: Events,
+        horizon_ms: int,
+    ) -> None:
+        self._topics = topics
+        self._store = store
+        self._outbox = outbox
+        self._reader = reader
+        self._decoder = decoder
+        self._clock = clock
+        self._events = events
+        self._horizon_ms = horizon_ms
+        self._folds: Mapping[str, Callable[[Lease, Sequence[Record]], Awaitable[None]]] = {
+            topics.usage: self._fold_usage,
+            topics.calls: self._fold_calls,
+            topics.documents: self._fold_documents,
+        }
+        self._lock = asyncio.Lock()  # one run at a time: the folds share attempts, tasks and the ledger
+        self._places: dict[tuple[str, int], Place] = {}
+        self._waiting: dict[int, list[tuple[Lease, int]]] = {}
+        self._pruned_at = clock.monotonic()
+        self._prune_part = 0
+
+    def ledger_summary(self) -> LedgerSummary:
+        """The ledger now: billed, attributed, and each class of residual."""
+        return summarise(self._store.ledger(), self._store.open_attempts(), self._clock.now_ms())
+
+    # --- RunHandler ---------------------------------------------------------------------------------------
+
+    async def positions(self, partitions: Sequence[tuple[str, int]]) -> Mapping[tuple[str, int], int]:
+        """Take the store over, check that it belongs to these topics, catch up with published totals.
+
+        Called at each assignment. Raises StoreError when a folded topic was made again or has grown.
+        """
+        if not partitions:
+            return {}
+        async with self._lock:
+            self._store.claim()
+            self._waiting.clear()
+            spans = {topic: await self._reader.spans(topic) for topic in self._folds}
+            committed = {topic: await self._reader.committed(topic) for topic in self._folds}
+            for topic in self._folds:
+                await self._check(topic, spans[topic])
+            self._places = {
+                (topic, partition): Place(span.end, min(committed[topic].get(partition, 0), span.end))
+                for topic in self._folds
+                for partition, span in spans[topic].items()
+            }
+            usage = self._topics.usage
+            if any(self._is_behind(partition, committed[usage]) for partition in spans[usage]):
+                await self._merge_totals(spans[usage])
+            return {(topic, partition): self._position(topic, partition, spans) for topic, partition in partitions}
+
+    async def on_run(self, run: Run) -> None:
+        """Fold a run in slices. A run whose lease is lost is dropped: it is folded by its new owner."""
+        async with self._lock:
+            for start in range(0, len(run.records), SLICE):
+                if not run.lease.held():
+                    return
+                try:
+                    await self._folds[run.lease.topic](run.lease, run.records[start : start + SLICE])
+                except LeaseLost:
+                    return
+            self._prune()
+
+    async def on_revoke(self, leases: Sequence[Lease], budget_s: float) -> None:
+        """Wait for the slice in work; those after it find their lease gone."""
+        try:
+            async with asyncio.timeout(budget_s), self._lock:
+                self._waiting.clear()
+        except TimeoutError:
+            log.warning("aggregator.revoke_budget_spent", partitions=len(leases), budget_s=budget_s)
+
+    # --- at an assignment ---------------------------------------------------------------------------------
+
+    async def _check(self, topic: str, spans: Mapping[int, Span]) -> None:
+        known = self._store.bind(topic, len(spans))
+        if known != len(spans):
+            raise StoreError(f"{topic} had {known} partitions and has {len(spans)} now: {REBUILD}")
+        cursors = {partition: self._store.cursor(topic, partition) for partition in spans}
+        folded = {partition: cursor for partition, cursor in cursors.items() if cursor is not None}
+        for partition, cursor in folded.items():
+            if spans[partition].end < cursor.next_offset:
+                raise StoreError(
+                    f"{topic} partition {partition} ends at {spans[partition].end}, before the folded "
+                    f"{cursor.next_offset}: it was made again; {REBUILD}"
+                )
+            if spans[partition].begin > cursor.next_offset:
+                log.warning(
+                    "aggregator.store_too_old",
+                    topic=topic,
+                    partition=partition,
+                    next_offset=cursor.next_offset,
+                    begin_offset=spans[partition].begin,
+                )
+                self._store.forget(topic, partition)
+        retained = {
+            partition: cursor.last_offset
+            for partition, cursor in folded.items()
+            if cursor.last_offset >= spans[partition].begin
+        }
+        for partition, record in (await self._reader.records_at(topic, retained)).items():
+            cursor = folded[partition]
+            if (record.source.append_ms, _crc(record)) != (cursor.last_append_ms, cursor.last_crc):
+                raise StoreError(
+                    f"{topic} partition {partition} holds another record at offset {cursor.last_offset} than the "
+                    f"one that was folded: it was made again; {REBUILD}"
+                )
+
+    def _is_behind(self, partition: int, committed: Mapping[int, int]) -> bool:
+        """Whether somebody may have published totals that this store does not know: it is new, or another led."""
+        cursor = self._store.cursor(self._topics.usage, partition)
+        return cursor is None or partition not in committed or committed[partition] > cursor.next_offset
+
+    async def _merge_totals(self, spans: Mapping[int, Span]) -> None:
+        merged = 0
+        async for records in self._reader.read(self._topics.totals):
+            totals, _ = await self._decode(UsageTotal, (record for record in records if record.value is not None))
+            for total in totals:
+                for partition, (last_offset, _sums) in total[1].partitions.items():
+                    if partition not in spans or last_offset >= spans[partition].end:
+                        raise StoreError(
+                            f"{self._topics.totals} counts offset {last_offset} of {self._topics.usage} partition "
+                            f"{partition}, which does not reach it: it was made again; {REBUILD}"
+                        )
+            self._store.merge_totals([total for _, total in totals])
+            merged += len(totals)
+        log.info("aggregator.totals_merged", records=merged)
+
+    def _position(self, topic: str, partition: int, spans: Mapping[str, Mapping[int, Span]]) -> int:
+        cursor = self._store.cursor(topic, partition)
+        return spans[topic][partition].begin if cursor is None else cursor.next_offset
+
+    # --- folds: publish, save, finish ---------------------------------------------------------------------
+
+    async def _fold_usage(self, lease: Lease, records: Sequence[Record]) -> None:
+        cursor, fresh = self._fresh(lease, records)
+        if fresh:
+            place = self._place(lease)
+            usages, letters = await self._decode(Usage, fresh)
+            copies = [copy_of(usage, record.source.offset, record.source.append_ms) for record, usage in usages]
+            first = fresh[0].source
+            until_ms = seen_only_until(cursor, first.offset, first.append_ms, self._horizon_ms)
+            before = self._usage_state(lease.partition, copies)
+            fold = fold_usage(
+                copies,
+                before,
+                partition=lease.partition,
+                next_offset=first.offset,
+                seen_only_until_ms=until_ms,
+                horizon_ms=self._horizon_ms,
+                now_ms=self._clock.now_ms(),
+            )
+            await self._publish(
+                lease,
+                [Destination("late", copy.usage) for copy in fold.late if copy.offset >= place.acted_on],
+                [Destination("totals", total) for total in fold.totals],
+                [Destination("progress", task) for task in fold.tasks.values()],
+                self._dead_letters(letters, place),
+            )
+            self._store.save(
+                StoreChange(
+                    topic=lease.topic,
+                    partition=lease.partition,
+                    cursor=_cursor(fresh[-1], until_ms),
+                    seen=fold.seen,
+                    totals=fold.totals,
+                    tasks=fold.tasks,
+                    attempts=fold.attempts,
+                    ledger=fold.ledger,
+                )
+            )
+            self._watch(before.ledger, fold.ledger)
+            self._events.count("usage_events", fold.first - len(fold.late), {"outcome": "charged"})
+            self._events.count("usage_events", fold.duplicates, {"outcome": "duplicate"})
+            self._events.count("usage_events", len(fold.late), {"outcome": "late"})
+        _finish(lease, records)
+
+    def _usage_state(self, partition: int, copies: Sequence[Copy]) -> UsageState:
+        store = self._store
+        return UsageState(
+            seen=store.seen(partition, {copy.usage.request_id for copy in copies}),
+            totals=store.totals({key for copy in copies for key in copy.buckets}),
+            tasks=store.tasks(
+                {
+                    TaskKey(copy.usage.request.tenant_id, copy.usage.request.task_id)
+                    for copy in copies
+                    if copy.usage.request.task_id is not None
+                }
+            ),
+            attempts=store.attempts({part.attempt_id for copy in copies for part in copy.usage.parts}),
+            ledger=store.ledger(),
+        )
+
+    async def _fold_calls(self, lease: Lease, records: Sequence[Record]) -> None:
+        _, fresh = self._fresh(lease, records)
+        if fresh:
+            calls, letters = await self._decode(ProviderCall, fresh)
+            attempts = self._store.attempts({call.attempt_id for _, call in calls})
+            ledger = self._store.ledger()
+            fold = fold_calls(
+                ((record.source.offset, record.source.append_ms, call) for record, call in calls),
+                attempts,
+                ledger,
+                next_offset=fresh[0].source.offset,
+            )
+            await self._publish(lease, self._dead_letters(letters, self._place(lease)))
+            self._store.save(
+                StoreChange(
+                    topic=lease.topic,
+                    partition=lease.partition,
+                    cursor=_cursor(fresh[-1]),
+                    attempts=fold.attempts,
+                    ledger=fold.ledger,
+                )
+            )
+            self._watch(ledger, fold.ledger)
+        _finish(lease, records)
+
+    async def _fold_documents(self, lease: Lease, records: Sequence[Record]) -> None:
+        """Tombstones are written at the end of the backlog, and until then its offsets are not finished: were the
+        store lost meanwhile, nobody would know that these deletes are still due."""
+        _, fresh = self._fresh(lease, records)
+        waiting = self._waiting.setdefault(lease.partition, [])
+        waiting.extend((lease, record.source.offset) for record in records)
+        place = self._place(lease)
+        in_backlog = records[-1].source.offset + 1 < place.end
+        if fresh:
+            manifests, letters = await self._decode(DocumentManifest, fresh)
+            before = self._store.documents({document_key(manifest) for _, manifest in manifests})
+            if not in_backlog:
+                before |= self._store.stale_documents(lease.partition)
+            after = dict(before)
+            for record, manifest in manifests:
+                key = document_key(manifest)
+                after[key] = fold_manifest(
+                    after.get(key, UNKNOWN), manifest, acted_on=record.source.offset < place.acted_on
+                )
+            stones = []
+            if not in_backlog:
+                stones = [Destination("sink", stone) for document in after.values() for stone in tombstones(document)]
+                after = {key: deleted(document) for key, document in after.items()}
+            await self._publish(lease, stones, self._dead_letters(letters, place))
+            self._store.save(
+                StoreChange(
+                    topic=lease.topic,
+                    partition=lease.partition,
+                    cursor=_cursor(fresh[-1]),
+                    documents={key: document for key, document in after.items() if document != before.get(key)},
+                )
+            )
+            self._events.count("stale_vectors_deleted", len(stones), {})
+        if not in_backlog:
+            for waiting_lease, offset in waiting:
+                waiting_lease.finish(offset)
+            waiting.clear()
+
+    def _fresh(self, lease: Lease, records: Sequence[Record]) -> tuple[Cursor | None, Sequence[Record]]:
+        """The cursor, and the records that it has not passed: a run may be fetched again."""
+        cursor = self._store.cursor(lease.topic, lease.partition)
+        if cursor is None:
+            return None, records
+        return cursor, [record for record in records if record.source.offset >= cursor.next_offset]
+
+    def _place(self, lease: Lease) -> Place:
+        return self._places.get((lease.topic, lease.partition), NOWHERE)
+
+    async def _decode(
+        self, kind: type[T], records: Iterable[Record]
+    ) -> tuple[list[tuple[Record, T]], list[tuple[Record, Undecodable]]]:
+        """What could be read, and what could not."""
+        read: list[tuple[Record, T]] = []
+        unread: list[tuple[Record, Undecodable]] = []
+        for record in records:
+            message = await self._decoder.read(kind, record.value)
+            if isinstance(message, Undecodable):
+                unread.append((record, message))
+            else:
+                read.append((record, message))
+        return read, unread
+
+    def _dead_letters(self, unread: Sequence[tuple[Record, Undecodable]], place: Place) -> list[Destination]:
+        letters = []
+        for record, (reason, code) in unread:
+            source = record.source
+            log.error(
+                "aggregator.undecodable",
+                topic=source.topic,
+                partition=source.partition,
+                offset=source.offset,
+                reason=reason,
+                code=code,
+            )
+            self._events.count("dead_letters", 1, {"class": reason})
+            if source.offset >= place.acted_on:
+                letters.append(
+                    Destination("dlq", DeadLetter(record=record, reason=reason, code=code, at_ms=self._clock.now_ms()))
+                )
+        return letters
+
+    async def _publish(self, lease: Lease, *messages: Sequence[Destination]) -> None:
+        await self._outbox.send([message for group in messages for message in group], leases=[lease])
+
+    def _watch(self, before: Ledger, after: Ledger) -> None:
+        """An attempt that charged more than its bill breaks a law: say it once, when it happens."""
+        more = after.over_attributed_attempts - before.over_attributed_attempts
+        if more > 0:
+            self._events.count("ledger_over_attributed_attempts", more, {})
+            log.error(
+                "aggregator.over_attributed",
+                attempts=after.over_attributed_attempts,
+                tokens=after.over_attributed_tokens,
+            )
+
+    # --- upkeep -------------------------------------------------------------------------------------------
+
+    def _prune(self) -> None:
+        """Once a minute, drop from one slice of the keys what no copy can be a duplicate of any more.
+
+        `seen` goes by its partition's own append time, so that a backlog is judged as it was. A day is spared for
+        brokers' clocks. Attempts and tasks go by the clock once the backlog is folded.
+        """
+        if self._clock.monotonic() - self._pruned_at < PRUNE_EVERY_S:
+            return
+        self._pruned_at = self._clock.monotonic()
+        keep_ms = 2 * self._horizon_ms + DAY_MS
+        now_ms = self._clock.now_ms()
+        seen_before_ms: dict[int, int] = {}
+        for (topic, partition), place in self._places.items():
+            cursor = self._store.cursor(topic, partition)
+            if cursor is not None and topic == self._topics.usage:
+                seen_before_ms[partition] = cursor.last_append_ms - keep_ms
+            if topic != self._topics.documents and place.end > (cursor.next_offset if cursor else 0):
+                now_ms = min(now_ms, cursor.last_append_ms if cursor else 0)
+        try:
+            dropped = self._store.prune(
+                seen_before_ms=seen_before_ms,
+                before_ms=now_ms - keep_ms,
+                part=self._prune_part,
+                parts=PRUNE_PARTS,
+                close=closed,
+            )
+        except LeaseLost:
+            return
+        self._prune_part = (self._prune_part + 1) % PRUNE_PARTS
+        self._events.count("aggregator_pruned_keys", dropped, {})
+
+
+def _crc(record: Record) -> int:
+    """CRC-32 of key and value, as the cursor keeps it."""
+    return zlib.crc32(record.value or b"", zlib.crc32(record.key or b""))
+
+
+def _cursor(last: Record, seen_only_until_ms: int | None = None) -> Cursor:
+    source = last.source
+    return Cursor(source.offset + 1, source.offset, source.append_ms, _crc(last), seen_only_until_ms)
+
+
+def _finish(lease: Lease, records: Sequence[Record]) -> None:
+    for record in records:
+        lease.finish(record.source.offset)
