@@ -109,7 +109,11 @@ class RunHandler(Protocol):
     """What an engine drives."""
 
     async def on_run(self, run: Run) -> None:
-        """Take a run. Waiting here is backpressure: nothing more is fetched meanwhile, and the group is not left."""
+        """Take a run. Waiting here is backpressure: nothing more is fetched meanwhile, and the group is not left.
+
+        Runs come one after the other. If the lease is revoked while this waits, the call is cancelled after
+        `on_revoke`. An exception is a bug or broken infrastructure: the process ends.
+        """
         ...
 
     async def on_revoke(self, leases: Sequence[Lease], budget_s: float) -> None:

@@ -31,13 +31,14 @@ class Part(NamedTuple):
 PARTS = (
     Part(INNERMOST, (), ("numpy",)),
     Part(("identity",), INNERMOST, ()),
+    Part(("watermark",), (), ()),
     Part(("ports",), (*INNERMOST, "identity"), ("numpy",)),
     Part(("settings",), INNERMOST, ("pydantic", "pydantic_settings")),
     Part(("metrics",), INNER, ("prometheus_client",)),
     Part(("__init__",), (), ()),
     Part(
         ("adapters.faust_engine*",),
-        (*INNER, "metrics", "settings", "adapters*"),
+        (*INNER, "metrics", "settings", "adapters*", "watermark"),
         ("aiokafka", "faust", "mode", "numpy", "structlog"),
     ),
     Part(

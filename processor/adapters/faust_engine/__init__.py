@@ -1,0 +1,5 @@
+"""The stream engine on Faust: the only part that knows faust and mode. Read engine.py, then consumer.py."""
+
+from processor.adapters.faust_engine.engine import Engine
+
+__all__ = ["Engine"]

@@ -1,0 +1,541 @@
+"""Faust's Kafka transport with its own reading loop: runs instead of records, leases, watermarks, no lost record.
+
+What Faust does itself is not used: its acknowledgements (the watermark is ours), its positions (we seek to where a
+lease begins), its record by record loop. Everything private that is relied on is listed in `PRIVATE_NAMES`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Coroutine, Iterable, Mapping, Sequence
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import structlog
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
+from aiokafka.errors import CommitFailedError, ConsumerStoppedError, IllegalStateError, KafkaError
+from aiokafka.protocol.group import HeartbeatRequest, SyncGroupRequest
+from faust.transport.drivers import aiokafka as driver
+from faust.types import TP, ConsumerMessage
+from mode.types import ServiceT
+
+from processor.adapters.faust_engine.lease import NO_GENERATION, PartitionLease, Session
+from processor.domain import Record, Source
+from processor.errors import StoreError
+from processor.ports import Run
+
+if TYPE_CHECKING:
+    from processor.adapters.faust_engine.engine import App, Engine
+
+T = TypeVar("T")
+
+PRIVATE_NAMES: Mapping[str, Sequence[str]] = {
+    "faust.app.base:App": (
+        "_create_directories",
+        "_new_producer_transport",
+        "_new_transport",
+        "_producer",
+        "_stop_consumer",
+    ),
+    "faust.transport.consumer:Consumer": (
+        "_commit_handler",
+        "_drain_messages",
+        "_on_partitions_revoked",
+        "force_commit",
+        "perform_seek",
+        "resume_flow",
+        "stop_flow",
+        "verify_all_partitions_active",
+        "wait_empty",
+    ),
+    "faust.transport.drivers.aiokafka:AIOKafkaConsumerThread": ("_create_worker_consumer", "on_start"),
+    "faust.transport.drivers.aiokafka:Consumer": ("RebalanceListener", "_new_consumer_thread"),
+    "faust.transport.drivers.aiokafka:ConsumerRebalanceListener": (
+        "on_partitions_assigned",
+        "on_partitions_revoked",
+    ),
+    "faust.transport.drivers.aiokafka:Producer": ("_new_producer", "flush"),
+    "faust.serializers.schemas:Schema": ("compile",),
+    "aiokafka:AIOKafkaConsumer": ("getmany", "commit", "committed", "beginning_offsets", "end_offsets", "seek"),
+    "aiokafka.consumer.group_coordinator:GroupCoordinator": ("_send_req", "check_errors", "request_rejoin"),
+    "aiokafka.consumer.fetcher:Fetcher": ("error_future",),
+    "aiokafka.consumer.subscription_state:SubscriptionState": ("reassignment_in_progress",),
+}
+"""What a new version of faust or aiokafka may change under us; tests/contract/test_faust_private_names.py looks."""
+
+FETCH_WAIT_MS = 1000
+IDLE_S = 1.0
+RETRY_S = 0.1
+REQUESTS_TIMEOUT_S = 10.0
+COMMIT_TIMEOUT_S = 5.0
+RECORDS_PER_FETCH = 500
+CODE_OF_REBALANCE = 27
+
+log = structlog.stdlib.get_logger(__name__)
+
+
+class Listener(driver.ConsumerRebalanceListener):
+    """Runs in the consumer's thread, inside aiokafka's group protocol; what it awaits delays the group."""
+
+    _thread: ConsumerThread
+
+    def on_partitions_revoked(self, revoked: Iterable[TopicPartition]) -> Any:
+        consumer = self._thread.consumer
+        consumer.session.revoking(consumer.engine.settings.revoke_budget_s + consumer.engine.settings.lease_margin_s)
+        if consumer.closed:
+            return None  # the main loop no longer answers, and there is nothing left to give up
+        return super().on_partitions_revoked(revoked)
+
+    async def on_partitions_assigned(self, assigned: Iterable[TopicPartition]) -> None:
+        self._thread.consumer.session.joined()
+        if not self._thread.consumer.closed:
+            await super().on_partitions_assigned(assigned)
+
+
+class ConsumerThread(driver.AIOKafkaConsumerThread):
+    """Faust's consumer thread around an aiokafka consumer of our making. Its coroutines run in that thread."""
+
+    consumer: Consumer
+
+    def _create_worker_consumer(self, transport: driver.Transport) -> AIOKafkaConsumer:  # noqa: ARG002
+        return self.consumer.engine.new_consumer()
+
+    async def on_start(self) -> None:
+        await super().on_start()
+        self._watch_session()
+
+    def _watch_session(self) -> None:
+        """Note when each heartbeat and join was sent, and tell the session once the broker has acknowledged it.
+
+        A heartbeat answered with "rebalance in progress" counts: the broker renewed the session all the same, and
+        our partitions are nobody else's until we give them up.
+        """
+        session, coordinator = self.consumer.session, self._ensure_consumer()._coordinator
+        session.generation = lambda: int(coordinator.generation)
+        send = coordinator._send_req
+
+        async def send_and_note(request: Any) -> Any:
+            sent_at = time.monotonic()
+            response = await send(request)
+            renews = {0, CODE_OF_REBALANCE} if isinstance(request, HeartbeatRequest) else {0}
+            if isinstance(request, HeartbeatRequest | SyncGroupRequest) and response.error_code in renews:
+                session.acknowledged(sent_at)
+            return response
+
+        coordinator._send_req = send_and_note
+
+    def run(self, work: Coroutine[Any, Any, T]) -> asyncio.Future[T]:
+        """Run a coroutine in the consumer's thread; await the result from the main loop. Cancelling reaches it."""
+        return asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, self.thread_loop))
+
+    def _stable(self, generation: int) -> bool:
+        """Whether the group counts us as a member of that generation and no rebalance has begun."""
+        consumer = self._ensure_consumer()
+        return consumer._coordinator.generation == generation and not consumer._subscription.reassignment_in_progress
+
+    async def assigned(self, generation: int) -> list[TopicPartition] | None:
+        """The partitions of that generation; None when it is over."""
+        return sorted(self._ensure_consumer().assignment()) if self._stable(generation) else None
+
+    async def offsets(
+        self, partitions: Sequence[TopicPartition]
+    ) -> tuple[Mapping[TopicPartition, int | None], Mapping[TopicPartition, int], Mapping[TopicPartition, int]]:
+        """Committed offset (None without one), first and end offset of each partition."""
+        consumer = self._ensure_consumer()
+        committed = await asyncio.gather(*map(consumer.committed, partitions))
+        return (
+            dict(zip(partitions, committed, strict=True)),
+            await consumer.beginning_offsets(partitions),
+            await consumer.end_offsets(partitions),
+        )
+
+    async def seek_all(self, generation: int, positions: Mapping[TopicPartition, int]) -> bool:
+        """Seek in one step, unless the generation is over."""
+        if not self._stable(generation):
+            return False
+        for partition, offset in positions.items():
+            self._ensure_consumer().seek(partition, offset)
+        return True
+
+    async def fetch(self, partitions: Iterable[TopicPartition]) -> Mapping[TopicPartition, Sequence[Any]]:
+        """The next records of these partitions, after at most a second. Raises errors of the group's coordinator."""
+        fetched: Mapping[TopicPartition, Sequence[Any]] = await self._ensure_consumer().getmany(
+            *partitions, timeout_ms=FETCH_WAIT_MS, max_records=RECORDS_PER_FETCH
+        )
+        return fetched
+
+    async def commit_offsets(self, generation: int, offsets: Mapping[TopicPartition, int]) -> bool:
+        """Commit for that generation; False when it is over, which is not an error: the records come again."""
+        consumer = self._ensure_consumer()
+        if consumer._coordinator.generation != generation:
+            return False
+        try:
+            await consumer.commit(dict(offsets))
+        except (CommitFailedError, IllegalStateError):
+            return False
+        return True
+
+    async def check(self) -> None:
+        """Raise what aiokafka's tasks died of: nobody else asks while fetching waits for the handler."""
+        consumer = self._ensure_consumer()
+        consumer._coordinator.check_errors()
+        if consumer._fetcher.error_future.done():
+            consumer._fetcher.error_future.result()
+
+    async def rejoin(self) -> None:
+        self._ensure_consumer()._coordinator.request_rejoin()
+
+
+class Consumer(driver.Consumer):
+    """Fetches runs, hands them to the agent, keeps the leases. All of it on the main loop."""
+
+    RebalanceListener = Listener
+    app: App
+    _thread: ConsumerThread
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        engine = self.app.engine
+        settings = engine.settings
+        self.engine: Engine = engine
+        self.session = Session(timeout_s=settings.session_timeout_s, margin_s=settings.lease_margin_s)
+        self.leases: Mapping[TopicPartition, PartitionLease] | None = None
+        """Replaced as a whole by each generation; None between two of them, empty while standing by."""
+        self.closed = False
+        self._assigned_generation: int | None = None
+        self._revocations = 0
+        self._release_lock = asyncio.Lock()
+        self._commit_lock = asyncio.Lock()
+        self._wakeup = asyncio.Event()
+        self._queued: set[int] = set()
+        self._in_hand: tuple[PartitionLease, asyncio.Task[None]] | None = None
+
+    def _new_consumer_thread(self) -> ConsumerThread:
+        return ConsumerThread(self, loop=self.loop, beacon=self.beacon)
+
+    # --- reading ---------------------------------------------------------------------------------------
+
+    async def _drain_messages(self, fetcher: ServiceT) -> None:
+        """The one task that seeks and fetches, so that no position moves behind its back."""
+        try:
+            while not (self.should_stop or fetcher.should_stop):
+                if not self.flow_active or self._assigned_generation is None or self.closed:
+                    await self._idle(IDLE_S)
+                elif self.leases is None:
+                    if not await self._take_over(self._assigned_generation):
+                        await self._idle(RETRY_S)
+                elif not self.leases or self._queued:
+                    await self._idle(IDLE_S)  # standing by, or no room: the agent has not taken the last runs
+                else:
+                    await self._fetch(self.leases)
+        except (asyncio.CancelledError, ConsumerStoppedError):
+            if not (self.should_stop or self.app.should_stop or fetcher.should_stop):
+                raise
+
+    async def _idle(self, at_most_s: float) -> None:
+        self._wakeup.clear()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(at_most_s):
+                await self._wakeup.wait()
+
+    async def _take_over(self, generation: int) -> bool:
+        """Begin a generation: seek every partition to where it stands and make its leases. False: try again.
+
+        The positions that aiokafka found by itself are not relied on, nor is whatever a fetch that was under way
+        during the rebalance has consumed: each position is set here, before the lease that expects it exists.
+        """
+        revocations = self._revocations
+        try:
+            async with asyncio.timeout(REQUESTS_TIMEOUT_S):
+                partitions = await self._thread.run(self._thread.assigned(generation))
+                if partitions is None:
+                    return False
+                starts = await self._starts(partitions)
+                if not await self._thread.run(self._thread.seek_all(generation, starts)):
+                    return False
+        except (IllegalStateError, TimeoutError) as error:
+            log.warning("partitions not taken over yet", generation=generation, reason=type(error).__name__)
+            return False
+        except KafkaError as error:
+            if not error.retriable:
+                raise
+            log.warning("partitions not taken over yet", generation=generation, reason=type(error).__name__)
+            return False
+        if revocations != self._revocations or self.closed:
+            return False
+        self._queued.clear()
+        self.leases = {
+            partition: PartitionLease(partition.topic, partition.partition, generation, start, self.session)
+            for partition, start in starts.items()
+        }
+        log.info("partitions taken over", generation=generation, starts=_offsets(starts))
+        return True
+
+    async def _starts(self, partitions: Sequence[TopicPartition]) -> dict[TopicPartition, int]:
+        """Where each partition is read from: the handler's own position, else the committed one, else the beginning."""
+        if not partitions:
+            return {}
+        own = await self.engine.handler.positions([(each.topic, each.partition) for each in partitions])
+        committed, first, end = await self._thread.run(self._thread.offsets(partitions))
+        starts = {}
+        for partition in partitions:
+            name = f"{partition.topic}/{partition.partition}"
+            stored = own.get((partition.topic, partition.partition))
+            start = committed[partition] if stored is None else stored
+            if start is None:
+                start = first[partition]
+            if start > end[partition]:
+                if stored is not None:
+                    raise StoreError(
+                        f"{name}: the store's next offset {start} lies beyond the log's end {end[partition]}: "
+                        "the topic was made again, rebuild the store"
+                    )
+                log.error("log is shorter than committed: read from its beginning", partition=name, committed=start)
+                start = first[partition]
+            if start < first[partition]:
+                log.error(
+                    "records were deleted unread: retention is too short",
+                    partition=name,
+                    from_offset=start,
+                    to_offset=first[partition],
+                )
+                start = first[partition]
+            starts[partition] = start
+        return starts
+
+    async def _fetch(self, leases: Mapping[TopicPartition, PartitionLease]) -> None:
+        try:
+            fetched = await self._thread.run(self._thread.fetch(leases))
+        except KafkaError as error:
+            if not error.retriable:
+                raise
+            log.warning("fetch failed, trying again", reason=type(error).__name__)
+            await self._idle(RETRY_S)
+            return
+        for partition, records in fetched.items():
+            # After a rebalance what is left of the fetch is dropped: the next generation seeks before it reads.
+            if self.leases is not leases or not self.flow_active:
+                return
+            lease = leases[partition]
+            if await self._continues(lease, partition, records[0].offset):
+                await self._queue(lease, records)
+
+    async def _continues(self, lease: PartitionLease, partition: TopicPartition, offset: int) -> bool:
+        """Whether the run continues what was read before; if not, seek back once, and believe it the second time.
+
+        A jump forward may be ours (something was fetched and dropped): reading on would commit past a hole. If it
+        comes again after seeking back, the offsets between are not in the log (control records, compaction,
+        retention).
+        """
+        expected = lease.watermark.next_offset
+        numbers = {"partition": f"{partition.topic}/{partition.partition}", "expected": expected, "found": offset}
+        if offset == expected:
+            if lease.sought_to == expected:
+                log.error("a jump was ours and is healed: please report it", **numbers)
+                lease.sought_to = None
+            return True
+        if lease.sought_to != expected:
+            lease.sought_to = expected
+            await self._thread.run(self._thread.seek_all(lease.generation, {partition: expected}))
+            return False
+        lease.sought_to = None
+        if offset > expected:
+            log.info("offsets are not in the log: passed over", **numbers)
+            return True
+        log.error("log became shorter: taking the partitions over again", **numbers)
+        await self._thread.run(self._thread.rejoin())
+        await self._idle(IDLE_S)
+        return False
+
+    async def _queue(self, lease: PartitionLease, fetched: Sequence[Any]) -> None:
+        """Hand a run to the agent through Faust's stream, as one message. The watermark knows it first."""
+        records = [
+            Record(Source(each.topic, each.partition, each.offset, each.timestamp), each.key, each.value, each.headers)
+            for each in fetched
+        ]
+        run = Run(lease, records)
+        lease.watermark.hand_out(record.source.offset for record in records)
+        self._queued.add(id(run))
+        first = fetched[0]
+        message = ConsumerMessage(
+            first.topic,
+            first.partition,
+            first.offset,
+            first.timestamp / 1000,
+            first.timestamp_type,
+            None,
+            None,
+            run,  # type: ignore[arg-type]  # passed through by our schema
+            None,
+            tp=TP(first.topic, first.partition),
+            generation_id=lease.generation,
+        )
+        await self.wait_first(self.callback(message), self.suspend_flow.wait())
+
+    async def take(self, run: Run) -> None:
+        """Called by the agent for each run. A handler that raises is broken: the process ends, nothing is finished."""
+        self._queued.discard(id(run))
+        self._wakeup.set()
+        lease = run.lease
+        assert isinstance(lease, PartitionLease)
+        if lease.revoked:
+            return
+        task = asyncio.create_task(self.engine.handler.on_run(run))
+        self._in_hand = (lease, task)
+        try:
+            await asyncio.wait({task})
+        finally:
+            self._in_hand = None
+            task.cancel()
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self.engine.crash(error)
+
+    # --- giving up -------------------------------------------------------------------------------------
+
+    async def release(self) -> None:
+        """Let the handler finish what it can, revoke the leases, commit what is finished. Again: nothing to do."""
+        self._revocations += 1
+        async with self._release_lock:
+            leases, self.leases = self.leases, None
+            self._queued.clear()
+            if not leases:
+                return
+            settings = self.engine.settings
+            try:
+                async with asyncio.timeout(settings.revoke_budget_s + settings.lease_margin_s):
+                    await self.engine.handler.on_revoke(list(leases.values()), settings.revoke_budget_s)
+            except TimeoutError:
+                log.error("handler overran its time for giving partitions up", budget_s=settings.revoke_budget_s)
+            except Exception as error:
+                self.engine.crash(error)
+                raise
+            finally:
+                for lease in leases.values():
+                    lease.revoke()
+                if self._in_hand is not None and self._in_hand[0].revoked:
+                    self._in_hand[1].cancel()
+            await self._commit_leases(leases)
+
+    def abandon(self) -> None:
+        """A crash: nothing more is sent, finished or committed."""
+        self._revocations += 1
+        self.closed = True
+        leases, self.leases = self.leases, None
+        for lease in (leases or {}).values():
+            lease.revoke()
+
+    async def wait_empty(self) -> None:
+        await self.release()
+
+    async def on_partitions_revoked(self, revoked: set[TP]) -> None:
+        self._assigned_generation = None
+        try:
+            await super().on_partitions_revoked(revoked)
+        finally:
+            # Faust asks us to only if it sees an assignment and is not about to stop.
+            await self.release()
+
+    async def on_partitions_assigned(self, assigned: set[TP], generation_id: int = 0) -> None:
+        await super().on_partitions_assigned(assigned, generation_id)
+        # Now Faust's routes are made. Its flow may have been resumed before that: a recovery of the generation
+        # before does so in the midst of the next rebalance.
+        self._assigned_generation = generation_id
+        self._wakeup.set()
+
+    def resume_flow(self) -> None:
+        super().resume_flow()
+        self._wakeup.set()
+
+    async def perform_seek(self) -> None:
+        """Faust calls this before it resumes the flow; `_take_over` seeks after that, when nothing else moves."""
+
+    def close(self) -> None:
+        """Faust calls this when a rebalance meets a stopping app, in the wrong thread; its own stop leaves."""
+
+    async def verify_all_partitions_active(self) -> None:
+        """Faust's livelock detector knows neither runs nor our watermark, and reports nonsense."""
+
+    # --- committing ------------------------------------------------------------------------------------
+
+    async def force_commit(self, topics: Any = None, start_new_transaction: bool = True) -> bool:  # noqa: ARG002
+        """Called every commit interval. Raises what aiokafka's tasks died of."""
+        await self._thread.run(self._thread.check())
+        return await self._commit_leases(self.leases or {})
+
+    async def _commit_leases(self, leases: Mapping[TopicPartition, PartitionLease]) -> bool:
+        """Commit the watermarks that moved. Every delivery behind them was awaited, so no producer is flushed."""
+        async with self._commit_lock:
+            moved = {
+                partition: lease.watermark.first_unfinished
+                for partition, lease in leases.items()
+                if lease.watermark.first_unfinished != lease.committed
+            }
+            if not moved:
+                return False
+            generation = next(iter(leases.values())).generation
+            try:
+                async with asyncio.timeout(COMMIT_TIMEOUT_S):
+                    done = await self._thread.run(self._thread.commit_offsets(generation, moved))
+            except TimeoutError:
+                done = False
+            if not done:
+                log.warning("not committed: delivered again if not tried again", generation=generation)
+                return False
+            for partition, offset in moved.items():
+                leases[partition].committed = offset
+            return True
+
+    # --- looking ---------------------------------------------------------------------------------------
+
+    def status(self) -> dict[str, object]:
+        """For health: who holds what, and how far it is."""
+        leases = self.leases
+        partitions = []
+        for partition, lease in sorted((leases or {}).items()):
+            with suppress(IllegalStateError):
+                end = self._thread._ensure_consumer().highwater(partition)
+                partitions.append(
+                    {
+                        "partition": f"{partition.topic}/{partition.partition}",
+                        "next_offset": lease.watermark.next_offset,
+                        "first_unfinished": lease.watermark.first_unfinished,
+                        "unfinished": len(lease.watermark),
+                        "lag": None if end is None else max(0, end - lease.watermark.first_unfinished),
+                    }
+                )
+        generation = self.session.generation()
+        return {
+            "state": "rebalancing" if leases is None else "consuming" if leases else "standby",
+            "generation": None if generation == NO_GENERATION else generation,
+            "heartbeat_age_s": self.session.heartbeat_age_s,
+            "leases_held": all(lease.held() for lease in (leases or {}).values()),
+            "partitions": partitions,
+        }
+
+
+class Producer(driver.Producer):
+    """An aiokafka producer of our making. Messages go through it directly, never through Faust's topics."""
+
+    app: App
+
+    def _new_producer(self, transactional_id: str | None = None) -> AIOKafkaProducer:  # noqa: ARG002
+        return self.app.engine.new_producer()
+
+    async def flush(self) -> None:
+        """Wait for what is in flight, but not for ever: each delivery is awaited by whoever sent it."""
+        if self._producer is not None:
+            try:
+                async with asyncio.timeout(self.app.engine.settings.revoke_budget_s):
+                    await self._producer.flush()
+            except TimeoutError:
+                log.error("deliveries are still not acknowledged")
+
+
+class Transport(driver.Transport):
+    Consumer = Consumer
+    Producer = Producer
+
+
+def _offsets(offsets: Mapping[TopicPartition, int]) -> dict[str, int]:
+    return {f"{partition.topic}/{partition.partition}": offset for partition, offset in offsets.items()}
