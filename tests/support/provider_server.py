@@ -1,7 +1,7 @@
-"""An embeddings provider for tests and benchmarks: a real HTTP server, faults on demand, a ledger of its bill.
+"""An embeddings provider for tests and benchmarks: real HTTP, faults on demand, a ledger of its bill.
 
-In process (`async with ProviderServer() as server`), as a process of its own (`with ProviderProcess()`), or by
-hand: `python -m tests.support.provider_server --port 0` prints the base URL.
+In process (`async with ProviderServer() as server`), as a process of its own (`with ProviderProcess()`), or
+by hand: `python -m tests.support.provider_server --port 0` prints the base URL.
 
     POST /v1/embeddings   as OpenAI's: input a text or a list, encoding_format float or base64, dimensions
     GET  /v1/models
@@ -10,7 +10,7 @@ hand: `python -m tests.support.provider_server --port 0` prints the base URL.
     POST /admin/reset     forgets ledger and faults
 
 A fault is a word of FAULTS. They are picked in this order: `poison` (a marker in one of the texts), `script`
-(one word per request, "" is none), `probabilities`. Tokens are cl100k_base counts when bpe-openai is installed
+(one word per request, "" is none), `probabilities`. Tokens are cl100k_base counts when bpe-openai is there
 and `tokens="cl100k"`, else max(1, ceil(UTF-8 bytes / 4)) per text.
 """
 
@@ -34,6 +34,8 @@ from typing import Any, Self
 import numpy as np
 from aiohttp import web
 from numpy.typing import NDArray
+
+from processor.adapters.tokens import tokenizer_of
 
 MODELS: Mapping[str, int] = {
     "text-embedding-3-small": 1536,
@@ -153,14 +155,8 @@ def expected_vector(text: str, dimensions: int) -> NDArray[np.float32]:
 
 def count_tokens(text: str, tokens: str = "cl100k") -> int:
     """What the server bills for a text."""
-    if tokens == "cl100k":
-        try:
-            from bpe_openai import _bindings
-        except ImportError:
-            pass
-        else:
-            return int(_bindings.tokenizer_for_encoding("cl100k_base").count(text))
-    return max(1, -(-len(text.encode("utf-8", "surrogatepass")) // 4))
+    tokenizer = tokenizer_of("cl100k_base") if tokens == "cl100k" else None
+    return tokenizer.count(text) if tokenizer else max(1, -(-len(text.encode()) // 4))
 
 
 class Bucket:
@@ -354,8 +350,7 @@ class ProviderServer:
         else:
             written = [b'"%b"' % base64.b64encode(vector.astype("<f4").tobytes()) for vector in vectors]
         rows = b",".join(
-            b'{"object":"embedding","index":%d,"embedding":%b}' % row
-            for row in zip(indices, written, strict=True)
+            b'{"object":"embedding","index":%d,"embedding":%b}' % row for row in zip(indices, written, strict=True)
         )
         bill = {} if call.fault == "no_usage" else {"prompt_tokens": call.tokens, "total_tokens": call.tokens}
         body = b'{"object":"list","data":[%b],"model":%b,"usage":%b}' % (
@@ -391,9 +386,7 @@ class ProviderServer:
     async def _models(self, request: web.Request) -> web.Response:
         if self.options.api_key and request.headers.get("Authorization") != f"Bearer {self.options.api_key}":
             return web.json_response({"error": {"message": "no", "code": "invalid_api_key"}}, status=401)
-        models = [
-            {"id": name, "object": "model", "created": 0, "owned_by": "tests"} for name in self.options.models
-        ]
+        models = [{"id": name, "object": "model", "created": 0, "owned_by": "tests"} for name in self.options.models]
         return web.json_response({"object": "list", "data": models})
 
     # --- the admin's side
@@ -475,13 +468,9 @@ async def _serve(arguments: argparse.Namespace) -> None:
 
 def main() -> None:
     """The command line: one option per field of Options."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--port", type=int, default=0, help="0 picks a free one")
-    parser.add_argument(
-        "--model", action="append", default=[], help="name:dimensions, besides OpenAI's three"
-    )
+    parser.add_argument("--model", action="append", default=[], help="name:dimensions, besides OpenAI's three")
     parser.add_argument("--until-eof", action="store_true", help="end when standard input does")
     parser.add_argument("--tokens", choices=["cl100k", "bytes4"])
     parser.add_argument("--api-key")
