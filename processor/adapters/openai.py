@@ -82,9 +82,8 @@ class OpenAIProvider:
     ) -> None:
         if not api_key and not base_url:
             raise SettingsError("EMBEDDING_OPENAI_API_KEY: is missing; set it, or EMBEDDING_OPENAI_API_KEY_FILE")
-        # At DEBUG they log request bodies and headers: texts and the key.
-        for logger in ("openai", "httpx2", "httpcore2"):
-            logging.getLogger(logger).setLevel(logging.WARNING)
+        # It logs a line a request at INFO; ours is one line a window.
+        logging.getLogger("httpx2").setLevel(logging.WARNING)
         timeout = Timeout(timeout_s, connect=connect_timeout_s)
         self._timeout_s = timeout_s
         self._now_s = now_s
