@@ -130,6 +130,13 @@ async def verify(settings: Settings, only: Collection[str] | None = None) -> lis
     return findings
 
 
+async def partition_counts(settings: Settings, names: Iterable[str]) -> dict[str, int]:
+    """How many partitions each of these topics (full names) has; a missing one is left out. May raise TopicsError."""
+    async with _admin(settings) as admin:
+        live = await _describe(admin, list(names))
+    return {name: topic.partitions for name, topic in live.items()}
+
+
 def judge(topic: Topic, live: Live | None, settings: Settings) -> Iterable[Finding]:
     """The findings on one topic as the broker has it; `live` None: it is missing."""
     name = settings.topic(topic.name)

@@ -146,7 +146,7 @@ async def test_an_over_long_text_fails_alone() -> None:
         assert bench.outbox.usage[0].failed_texts == 2
 
 
-@pytest.mark.parametrize(("policy", "kept"), [("truncate_end", "w0 w1"), ("truncate_start", "w10 w11")])
+@pytest.mark.parametrize("policy, kept", [("truncate_end", "w0 w1"), ("truncate_start", "w10 w11")])
 async def test_truncation_is_said_and_remembered(policy: str, kept: str) -> None:
     """A cut text is embedded as cut; the result and a later hit both say so."""
     text = " ".join(f"w{i}" for i in range(12))

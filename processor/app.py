@@ -1,0 +1,219 @@
+"""Composition root: settings become adapters, adapters become a worker or an aggregator process. No logic here.
+
+One worker process serves one route (a provider and its models) on one lane; see `docs/architecture.md`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import structlog
+import uvloop
+
+from processor.adapters import logs, topics
+from processor.adapters.avro import Codec
+from processor.adapters.catalogue import load_catalogue
+from processor.adapters.clock import SystemClock, new_attempt_id, worker_id
+from processor.adapters.faust_engine import Engine
+from processor.adapters.http import InternalServer
+from processor.adapters.memory_cache import MemoryCache
+from processor.adapters.outbox import KafkaOutbox
+from processor.adapters.providers import open_provider
+from processor.adapters.reader import KafkaReader
+from processor.adapters.redis_cache import RedisCache
+from processor.adapters.sqlite_store import SqliteStore
+from processor.adapters.tiered_cache import TieredCache
+from processor.adapters.tokens import LocalTokenCounter
+from processor.agents import Worker
+from processor.aggregate import DAY_MS
+from processor.aggregator import Aggregator, FoldedTopics
+from processor.domain import Lane
+from processor.embed import Route
+from processor.metrics import Metrics
+from processor.pipeline import Ports
+from processor.ports import Events
+from processor.settings import Settings
+from processor.work import Policy
+
+WORKER_TOPICS = ("results", "replies", "sink", "usage", "calls", "documents", "dlq")
+AGGREGATOR_TOPICS = ("usage", "calls", "documents", "totals", "progress", "late", "sink", "dlq")
+
+log = structlog.get_logger("embedding-processor")
+
+
+def run_worker(settings: Settings) -> int:
+    """Run a worker until it is told to stop. Returns 0; a crash ends the process with 1."""
+    logs.configure(settings.log_level, settings.log_format)
+    return WorkerProcess(settings).engine.run(loop_factory=uvloop.new_event_loop)
+
+
+def run_aggregator(settings: Settings) -> int:
+    """Run the aggregator, or stand by while another one is active. Returns 0; a crash ends the process with 1."""
+    logs.configure(settings.log_level, settings.log_format)
+    return AggregatorProcess(settings).engine.run(loop_factory=uvloop.new_event_loop)
+
+
+class WorkerProcess:
+    """A worker and what it is made of."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.metrics = Metrics()
+        interactive = settings.lane is Lane.INTERACTIVE
+        events = Events(self.metrics.count, self.metrics.observe, lambda fields: log.info("window", **fields))
+        clock = SystemClock()
+        self.codec = Codec.from_settings(settings)
+        self.catalogue = load_catalogue(settings)
+        self.provider = open_provider(settings, self.catalogue)
+        self.redis = RedisCache.from_settings(settings, events) if settings.redis_url else None
+        self.cache = TieredCache(MemoryCache.from_settings(settings), self.redis, events)
+        self.outbox = KafkaOutbox(settings, self.codec, lambda: self.engine.producer)
+        self.reply_partitions: dict[str, int] = {}
+        policy = Policy(
+            lane=settings.lane,
+            worker_id=worker_id(),
+            sink_view=settings.sink_view,
+            reply_partitions=self.reply_partitions,
+            truncate=settings.truncate,
+            max_request_bytes=settings.max_text_bytes,
+            window_max_texts=settings.window_max_texts,
+            window_max_tokens=settings.window_max_tokens,
+            window_max_wait_s=0.0 if interactive else settings.window_max_wait_ms / 1000,
+            max_concurrent_calls=settings.max_concurrent_calls,
+            retry_initial_s=settings.retry_initial_s,
+            retry_max_s=settings.retry_max_s,
+            poison_attempts=settings.poison_attempts,
+            confirm_after_s=settings.provider_timeout_s + settings.session_timeout_s + settings.ledger_confirm_margin_s,
+            cache_secret=(settings.secret("cache_secret") or "").encode(),
+        )
+        self.route = Route(self.provider, self.outbox, clock, policy, new_attempt_id, events)
+        self.worker = Worker(
+            Ports(
+                decoder=self.codec,
+                catalogue=self.catalogue,
+                cache=self.cache,
+                counter=LocalTokenCounter(settings),
+                outbox=self.outbox,
+                clock=clock,
+                events=events,
+            ),
+            policy,
+            self.route,
+            read_ahead_bytes=settings.read_ahead_bytes,
+            fail=lambda error: self.engine.crash(error),
+        )
+        self.source = "queries" if interactive else "requests"
+        self.engine = Engine(
+            settings,
+            app_id=f"{settings.group_id}-{settings.lane}",
+            topics=[settings.topic(topics.topics()[self.source].name)],
+            handler=self.worker,
+            on_starting=[self._start],
+            on_stopping=[self._stop],
+        )
+        self.http = InternalServer(
+            settings.http_host,
+            settings.http_port,
+            registry=self.metrics.registry,
+            health=self._health,
+            reports={"/models": self._models},
+        )
+        self.metrics.gauge("read_ahead_bytes").set_function(lambda: self.worker.held_bytes)
+        self.metrics.gauge("queued_texts").set_function(lambda: self.worker.queued_texts)
+        self.metrics.gauge("provider_paused").set_function(lambda: float(self.route.paused is not None))
+
+    async def _start(self) -> None:
+        settings = self.settings
+        await self.http.start()
+        for finding in await topics.verify(settings, {self.source, *WORKER_TOPICS}):
+            log.warning("topic", topic=finding.topic, what=finding.what, fix=finding.fix)
+        self.reply_partitions |= await topics.partition_counts(settings, map(settings.topic, settings.reply_topics))
+        await self.codec.start(topics.subjects(settings))
+        self.worker.start()
+        log.info("worker", id=worker_id(), lane=settings.lane, provider=self.provider.name, port=self.http.port)
+
+    async def _stop(self) -> None:
+        await self.worker.stop()
+        await self.http.stop()
+        await self.provider.close()
+        await self.codec.close()
+        if self.redis is not None:
+            await self.redis.close()
+
+    async def _health(self) -> Mapping[str, Any]:
+        engine = self.engine.status()
+        return {
+            "ready": engine["state"] in {"consuming", "standby"},
+            "kafka": engine,
+            "provider": {"name": self.provider.name, "paused": self.route.paused},
+            "cache": {"redis": await self.redis.ping() if self.redis is not None else "not configured"},
+            "work": {"read_ahead_bytes": self.worker.held_bytes, "queued_texts": self.worker.queued_texts},
+        }
+
+    async def _models(self) -> Mapping[str, Any]:
+        return {"default": self.catalogue.default_model, "models": self.catalogue.describe()}
+
+
+class AggregatorProcess:
+    """The aggregator and what it is made of."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.metrics = Metrics()
+        self.codec = Codec.from_settings(settings)
+        self.outbox = KafkaOutbox(settings, self.codec, lambda: self.engine.producer)
+        self.reader = KafkaReader(settings, settings.aggregator_group_id)
+        self.store = SqliteStore(settings.aggregator_store)
+        names = {name: settings.topic(topic.name) for name, topic in topics.topics().items()}
+        folded = FoldedTopics(
+            usage=names["usage"], calls=names["calls"], documents=names["documents"], totals=names["totals"]
+        )
+        self.aggregator = Aggregator(
+            topics=folded,
+            store=self.store,
+            outbox=self.outbox,
+            reader=self.reader,
+            decoder=self.codec,
+            clock=SystemClock(),
+            events=Events(self.metrics.count, self.metrics.observe),
+            horizon_ms=settings.horizon_days * DAY_MS,
+        )
+        self.engine = Engine(
+            settings,
+            app_id=settings.aggregator_group_id,
+            topics=[folded.usage, folded.calls, folded.documents],
+            handler=self.aggregator,
+            single_owner=True,
+            on_starting=[self._start],
+            on_stopping=[self._stop],
+        )
+        self.http = InternalServer(
+            settings.http_host,
+            settings.http_port,
+            registry=self.metrics.registry,
+            health=self._health,
+            reports={"/ledger": self._ledger},
+        )
+
+    async def _start(self) -> None:
+        await self.http.start()
+        for finding in await topics.verify(self.settings, set(AGGREGATOR_TOPICS)):
+            log.warning("topic", topic=finding.topic, what=finding.what, fix=finding.fix)
+        await self.codec.start(topics.subjects(self.settings))
+        log.info("aggregator", store=str(self.settings.aggregator_store), port=self.http.port)
+
+    async def _stop(self) -> None:
+        await self.http.stop()
+        await self.codec.close()
+        self.store.close()
+
+    async def _health(self) -> Mapping[str, Any]:
+        engine = self.engine.status()
+        ready = engine["state"] in {"consuming", "standby"}
+        return {"ready": ready, "kafka": engine, "ledger": await self._ledger()}
+
+    async def _ledger(self) -> Mapping[str, Any]:
+        summary = self.aggregator.ledger_summary()
+        in_flight = summary.in_flight_attempts
+        return summary.sums._asdict() | {"in_flight_attempts": in_flight, "residual_tokens": summary.residual_tokens}
