@@ -5,6 +5,7 @@ ProcessorError
 |- TopicsError              a topic is missing or would break a law: run `topics create` or fix the broker
 |- LeaseLost                the partition belongs to somebody else now: drop the work, it will be delivered again
 |- DeliveryFailed           the broker did not acknowledge in time: exit, be restarted, replay
+|- RecordTooLarge           a message of ours is over max_record_bytes: a bug of the step that made it
 |- CacheUnavailable         L2 did not answer in its budget: go without it
 |- RegistryUnavailable      the schema registry did not answer: retry, nothing is lost
 |- EmbeddedUnavailable      an embedded server is not installed or did not start: see the message
@@ -39,6 +40,10 @@ class LeaseLost(ProcessorError):
 
 class DeliveryFailed(ProcessorError):
     """The broker did not acknowledge a record in time or refused it. The process ends and its work is replayed."""
+
+
+class RecordTooLarge(ProcessorError):
+    """A message of ours is larger than what may be produced. Nothing was sent; the step that made it is at fault."""
 
 
 class BrokerUnavailable(ProcessorError):

@@ -74,8 +74,8 @@ class Engine:
     """Consumes `topics` as group `app_id` and hands runs to the handler.
 
     `run` is the whole life of a process. `start`, `wait` and `stop` are its parts, to embed it in a running loop.
-    The hooks run before the app connects, once it has joined its group, and after the last lease was given up, before the producer
-    closes. With `single_owner` one member gets all partitions and the others stand by.
+    The hooks run before the app connects, once it has joined its group, and after the last lease was given up while
+    the producer is still open. With `single_owner` one member gets all partitions and the others stand by.
     """
 
     def __init__(
