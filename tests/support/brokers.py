@@ -109,9 +109,7 @@ class Servers:
                 return Broker(self._from_docker(_kafka_container), kind, f"container {KAFKA_IMAGE}")
             case "kafka":
                 kafka = self._stack.enter_context(ApacheKafka())
-                return Broker(
-                    kafka.bootstrap_servers, kind, f"Apache Kafka {VERSION} from Maven artifacts, one node"
-                )
+                return Broker(kafka.bootstrap_servers, kind, f"Apache Kafka {VERSION} from Maven artifacts, one node")
             case "embedded":
                 tansu = self._stack.enter_context(EmbeddedBroker())
                 return Broker(tansu.bootstrap_servers, kind, "the embedded broker, in memory")

@@ -17,9 +17,5 @@ def test_a_test_states_its_law_in_one_sentence(path: str) -> None:
     for node in ast.walk(ast.parse((ROOT / path).read_text(encoding="utf-8"))):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name.startswith("test_"):
             law = ast.get_docstring(node) or ""
-            assert law.endswith("."), (
-                f"{path}:{node.lineno} {node.name}: a sentence that ends with a full stop"
-            )
-            assert ". " not in law.replace("\n", " "), (
-                f"{path}:{node.lineno} {node.name}: one sentence, not two"
-            )
+            assert law.endswith("."), f"{path}:{node.lineno} {node.name}: a sentence that ends with a full stop"
+            assert ". " not in law.replace("\n", " "), f"{path}:{node.lineno} {node.name}: one sentence, not two"
