@@ -1,0 +1,113 @@
+"""Identities against golden vectors that an independent implementation made, and against collisions."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from processor import identity
+from processor.adapters.schemas import schema_directory
+from processor.domain import Chunk, ReplyTo, Request
+from tests.support.avro_data import TEXT
+from tests.support.builders import a_request
+
+GOLDEN = json.loads((schema_directory() / "examples" / "identity.json").read_text(encoding="utf-8"))
+
+
+def golden_request(fields: dict[str, Any]) -> Request:
+    fields = GOLDEN["defaults"] | fields
+    return Request(**(fields | {"chunks": tuple(Chunk(**chunk) for chunk in fields["chunks"])}))
+
+
+def test_namespaces_are_the_published_ones() -> None:
+    """Whoever computes ids elsewhere starts from the namespaces of the golden file."""
+    assert str(identity.REQUEST_NAMESPACE) == GOLDEN["request_namespace"]
+    assert str(identity.VECTOR_NAMESPACE) == GOLDEN["vector_namespace"]
+
+
+@pytest.mark.parametrize("case", GOLDEN["requests"], ids=lambda case: case["case"])
+def test_request_ids_equal_the_golden_ones(case: dict[str, Any]) -> None:
+    """A request id never changes from release to release, else replays would be charged again."""
+    request = golden_request(case["request"])
+    assert identity.digest(request).hex() == case["digest"]
+    assert identity.request_id(request) == case["request_id"]
+
+
+@pytest.mark.parametrize("case", GOLDEN["vectors"], ids=lambda case: case["case"])
+def test_vector_ids_equal_the_golden_ones(case: dict[str, Any]) -> None:
+    """A vector id never changes from release to release, else sinks would keep both."""
+    parts = [case[name] for name in ("tenant_id", "collection", "document_id", "chunk_id", "vector_space")]
+    assert identity.vector_id(*parts) == case["vector_id"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"reply_to": ReplyTo("embedding-replies", 1)},
+        {"deadline_ms": 1},
+        {"requested_at_ms": 1},
+        {"source_service": "other"},
+        {"task_id": "task", "task_total": 3},
+        {"conversation_id": "c"},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_where_and_when_it_was_sent_is_no_part_of_the_identity(change: dict[str, Any]) -> None:
+    """The same request sent again, from elsewhere or later, is the same charge."""
+    request = a_request()
+    assert identity.request_id(replace(request, **change)) == identity.request_id(request)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"tenant_id": "other"},
+        {"correlation_id": "other"},
+        {"action": "generate_query"},
+        {"agent_id": "a"},
+        {"agent_owner_id": "o"},
+        {"collection": "other"},
+        {"document_id": None},
+        {"model": "m"},
+        {"dimensions": 8},
+        {"input_type": "query"},
+        {"use_cache": False},
+        {"truncate": "error"},
+        {"metadata": {"k": "v"}},
+        {"vector_spaces": ("s",)},
+        {"first_chunk_index": 1},
+        {"chunk_count": 1},
+        {"chunks": (Chunk("c0", "other"),)},
+        {"chunks": (Chunk("c1", "hello"),)},
+        {"chunks": (Chunk("c0", "hello", {"k": "v"}),)},
+        {"chunk_ids": ("c0",)},
+        {"run_id": "r"},
+    ],
+    ids=str,
+)
+def test_what_is_asked_for_and_who_pays_is_part_of_the_identity(change: dict[str, Any]) -> None:
+    """A constant correlation id is no free ride: each change of the body is a charge of its own."""
+    request = a_request()
+    assert identity.request_id(replace(request, **change)) != identity.request_id(request)
+
+
+OPTIONAL = st.none() | TEXT
+PARTS = st.tuples(TEXT, OPTIONAL, OPTIONAL, TEXT, TEXT)
+
+
+@given(PARTS, PARTS)
+def test_different_parts_have_different_vector_ids(one: tuple[Any, ...], other: tuple[Any, ...]) -> None:
+    """No two chunks share a vector id, wherever their names are cut."""
+    assert (identity.vector_id(*one) == identity.vector_id(*other)) == (one == other)
+
+
+@given(st.lists(OPTIONAL, max_size=6), st.lists(OPTIONAL, max_size=6))
+def test_the_encoding_can_be_told_apart(one: list[str | None], other: list[str | None]) -> None:
+    """Two lists of texts share an encoding only when they are equal."""
+    encoded = [b"".join(map(identity.encode_text, parts)) for parts in (one, other)]
+    assert (encoded[0] == encoded[1]) == (one == other)
