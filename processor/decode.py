@@ -5,6 +5,9 @@ Each check names the field and the fix. Order matters only where one check makes
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 from processor.domain import (
     ACTION_ALIASES,
     EMBEDDING_ACTIONS,
@@ -41,7 +44,8 @@ def check(request: Request, size_bytes: int, *, policy: Policy, catalogue: Catal
     if policy.lane is Lane.INTERACTIVE and action not in INTERACTIVE_ACTIONS:
         return Fault(ErrorCode.WRONG_LANE, "action", f"{action} is served on the request topic, send it there")
     return (
-        _check_size(request, action, size_bytes, policy)
+        _check_ids(request)
+        or _check_size(request, action, size_bytes, policy)
         or _check_lists(request, action, policy)
         or _check_numbers(request)
         or _check_reply(request, policy)
@@ -52,6 +56,53 @@ def check(request: Request, size_bytes: int, *, policy: Policy, catalogue: Catal
 
 def _invalid(field: str, message: str) -> Fault:
     return Fault(ErrorCode.INVALID_REQUEST, field, f"{field}: {message}")
+
+
+MAX_OWNER_BYTES = 256
+"""A provider call's intent names the payer of each of up to 2,048 items, and must fit into a record."""
+MAX_ID_BYTES = 1024
+MAX_SPACES = 32
+"""A delete writes a tombstone for each chunk id in each space."""
+_IDS = (
+    "collection",
+    "document_id",
+    "task_id",
+    "agent_id",
+    "conversation_id",
+    "run_id",
+    "source_service",
+    "model",
+    "input_type",
+    "truncate",
+)
+
+
+def _check_ids(request: Request) -> Fault | None:
+    if (field := next(iter(_too_long_ids(request)), None)) is not None:
+        limit = MAX_OWNER_BYTES if field == "agent_owner_id" else MAX_ID_BYTES
+        return _invalid(field, f"over {limit} bytes; it is copied into each result")
+    return None
+
+
+def _too_long_ids(request: Request) -> list[str]:
+    """The names of the echoed fields that are too long to be echoed."""
+    found = [name for name in _IDS if len((getattr(request, name) or "").encode()) > MAX_ID_BYTES]
+    if len((request.agent_owner_id or "").encode()) > MAX_OWNER_BYTES:
+        found.append("agent_owner_id")
+    reply = request.reply_to
+    if reply is not None and len((reply.topic + (reply.reply_type or "")).encode()) > MAX_ID_BYTES:
+        found.append("reply_to")
+    return found
+
+
+def echoable(request: Request, policy: Policy) -> Request:
+    """A refused request without what is too long to be echoed: it may be what it is refused for."""
+    dropped: dict[str, Any] = {name: "" if name == "source_service" else None for name in _too_long_ids(request)}
+    if len(request.action.encode()) > MAX_ID_BYTES:
+        dropped["action"] = ""
+    if metadata_bytes(request) > policy.max_metadata_bytes:
+        dropped["metadata"] = {}
+    return replace(request, **dropped) if dropped else request
 
 
 def _check_size(request: Request, action: Action, size_bytes: int, policy: Policy) -> Fault | None:
@@ -127,7 +178,9 @@ def _check_sink(request: Request, policy: Policy) -> Fault | None:
         return Fault(ErrorCode.SINK_VIEW_OFF, "action", "the sink view is off (EMBEDDING_SINK_VIEW)")
     if not request.document_id:
         return _invalid("document_id", "must name the document")
-    if not request.vector_spaces and (request.chunk_ids or request.action == Action.DELETE):
+    if len(request.vector_spaces) > MAX_SPACES:
+        return _invalid("vector_spaces", f"at most {MAX_SPACES} of them")
+    if not request.vector_spaces and (request.chunk_ids or ACTION_ALIASES.get(request.action) is Action.DELETE):
         return _invalid("vector_spaces", "must list the vector spaces meant")
     return None
 

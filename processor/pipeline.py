@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 
 from processor.batching import Batcher, pack
 from processor.cache import cache_key, hash_key, look_up, remember
-from processor.decode import EMPTY_TEXT, check, counts_as_usage, too_long
+from processor.decode import EMPTY_TEXT, check, counts_as_usage, echoable, too_long
 from processor.domain import (
     Action,
     DeadLetter,
@@ -138,6 +138,7 @@ class Pipeline:
         plan = check(decoded, size_bytes, policy=self.policy, catalogue=self.ports.catalogue)
         if isinstance(plan, Fault):
             self.ports.events.count("refused_requests", 1, {"code": plan.code})
+            job.request = echoable(decoded, self.policy)
             return job, [self._whole(job, plan)]
         job.plan = plan
         return job, self._plain_action(job, plan, decoded)
@@ -249,7 +250,7 @@ class Pipeline:
         return Parcel(job, outcome, document=job.document_key, chunk_id=work.chunk_id)
 
     def _whole(self, job: Job, fault: Fault | None) -> Parcel:
-        result = request_result(job, fault, clock=self.ports.clock, max_metadata_bytes=self.policy.max_metadata_bytes)
+        result = request_result(job, fault, clock=self.ports.clock)
         return Parcel(job, lambda: list(messages(result, self.policy)))
 
     def _delete(self, job: Job) -> list[Parcel]:

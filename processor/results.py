@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 
-from processor.decode import metadata_bytes
 from processor.domain import (
     ACTION_ALIASES,
     WHOLE_REQUEST,
@@ -81,14 +79,9 @@ def chunk_result(work: Work, *, provider: str, clock: Clock) -> Result:
     )
 
 
-def request_result(job: Job, fault: Fault | None, *, clock: Clock, max_metadata_bytes: int) -> Result:
-    """The record with index -1: an error of the whole request, or the `ok` of a stored manifest.
-
-    Metadata over its limit is not echoed: it may be what the request is refused for.
-    """
+def request_result(job: Job, fault: Fault | None, *, clock: Clock) -> Result:
+    """The record with index -1: an error of the whole request, or the `ok` of a stored manifest."""
     request = job.request
-    if metadata_bytes(request) > max_metadata_bytes:
-        request = replace(request, metadata={})
     return Result(
         request=request,
         source=job.source,

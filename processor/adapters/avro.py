@@ -43,7 +43,8 @@ from processor.settings import Settings
 
 T = TypeVar("T")
 
-MAX_IDENTITY_CHARACTERS = 1_024
+MAX_TENANT_BYTES = 256
+MAX_CORRELATION_BYTES = 1_024
 """Of a tenant or correlation id. They are copied into keys and every result, which must stay deliverable."""
 
 DLQ_SPARE_BYTES = 16_384
@@ -123,7 +124,7 @@ class Codec:
         return self._headers["EmbeddingRequest"] + write(request)
 
     async def decode(self, record: Record) -> Request | Undecodable:
-        """Step 1, see `ports.RequestDecoder`. A tenant or correlation id over 1,024 characters is no identity."""
+        """Step 1, see `ports.RequestDecoder`. A tenant over 256 bytes or a correlation id over 1,024 is no identity."""
         request = await self.read(Request, record.value)
         if isinstance(request, Undecodable):
             return request
@@ -131,7 +132,8 @@ class Codec:
             return Undecodable(DlqClass.NO_IDENTITY, "no_tenant_id")
         if not request.correlation_id:
             return Undecodable(DlqClass.NO_IDENTITY, "no_correlation_id")
-        if max(len(request.tenant_id), len(request.correlation_id)) > MAX_IDENTITY_CHARACTERS:
+        tenant_bytes, correlation_bytes = len(request.tenant_id.encode()), len(request.correlation_id.encode())
+        if tenant_bytes > MAX_TENANT_BYTES or correlation_bytes > MAX_CORRELATION_BYTES:
             return Undecodable(DlqClass.NO_IDENTITY, "identity_too_long")
         return request
 

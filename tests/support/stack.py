@@ -1,0 +1,139 @@
+"""Processor processes for integration and fault tests: started, watched, killed, with their logs kept for the report."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from processor.settings import Settings, load
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+class Child:
+    """One `embedding-processor` process."""
+
+    def __init__(self, name: str, arguments: list[str], environment: Mapping[str, str], log: Path) -> None:
+        self.name = name
+        self.log = log
+        self.port = int(environment["EMBEDDING_HTTP_PORT"])
+        with log.open("ab") as out:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "processor", *arguments],
+                cwd=ROOT,
+                env=os.environ | environment,
+                stdout=out,
+                stderr=out,
+            )
+
+    def get(self, path: str) -> dict[str, Any] | None:
+        """A JSON document of its internal port, or None while it does not answer."""
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=2) as answer:
+                document: dict[str, Any] = json.load(answer)
+                return document
+        except (urllib.error.URLError, OSError, ValueError):
+            return None
+
+    def ready(self) -> bool:
+        self.check()
+        health = self.get("/health/ready")
+        return bool(health and health["ready"])
+
+    def check(self) -> None:
+        """Fails with the end of its log when it ended by itself."""
+        if self.process.poll() is not None:
+            raise AssertionError(f"{self.name} ended with {self.process.returncode}:\n{self.tail()}")
+
+    def tail(self) -> str:
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-25:])
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def stop(self, timeout_s: float = 40.0) -> int:
+        """SIGTERM; its exit code."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        try:
+            return self.process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise AssertionError(f"{self.name} did not stop:\n{self.tail()}") from None
+
+
+class Stack:
+    """Environment and children of one test; everything that still runs is killed at the end."""
+
+    def __init__(self, folder: Path, prefix: str, bootstrap_servers: str, **environment: str) -> None:
+        self.folder = folder
+        self.environment = {
+            "EMBEDDING_BOOTSTRAP_SERVERS": bootstrap_servers,
+            "EMBEDDING_TOPIC_PREFIX": f"{prefix}.",
+            "EMBEDDING_GROUP_ID": f"{prefix}-workers",
+            "EMBEDDING_AGGREGATOR_GROUP_ID": f"{prefix}-aggregator",
+            "EMBEDDING_AGGREGATOR_STORE": str(folder / "aggregator.sqlite"),
+            "EMBEDDING_SESSION_TIMEOUT_S": "6",
+            "EMBEDDING_HEARTBEAT_INTERVAL_S": "1",
+            "EMBEDDING_LEASE_MARGIN_S": "1",
+            "EMBEDDING_REVOKE_BUDGET_S": "3",
+            "EMBEDDING_CACHE_SECRET": prefix,
+        } | environment
+        self.children: list[Child] = []
+
+    def settings(self) -> Settings:
+        return load(
+            **{name.removeprefix("EMBEDDING_").lower(): value for name, value in self.environment.items()},
+        )
+
+    def spawn(self, role: str, *arguments: str, **environment: str) -> Child:
+        """Start a `worker` or an `aggregator`; wait with `until(child.ready)`."""
+        name = f"{role}-{len(self.children)}"
+        full = self.environment | {"EMBEDDING_HTTP_PORT": str(free_port())} | environment
+        child = Child(name, [role, *arguments], full, self.folder / f"{name}.log")
+        self.children.append(child)
+        return child
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for child in self.children:
+            if child.process.poll() is None:
+                child.kill()
+
+
+async def until(
+    condition: Callable[[], bool | Awaitable[bool]], *, within_s: float, what: str, every_s: float = 0.1
+) -> None:
+    """Wait for a condition with a deadline; `what` is said when it does not come."""
+    deadline = time.monotonic() + within_s
+    while True:
+        answer = condition()
+        if answer if isinstance(answer, bool) else await answer:
+            return
+        if time.monotonic() > deadline:
+            raise AssertionError(f"not within {within_s:.0f} s: {what}")
+        await asyncio.sleep(every_s)
