@@ -1,0 +1,103 @@
+"""L2: vectors shared by all workers, in anything that speaks the Redis protocol."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from typing import Self, cast
+
+from redis.asyncio import Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import RedisError
+
+from processor.adapters.cache_entry import decode, encode
+from processor.domain import CacheLevel, Entry
+from processor.errors import CacheUnavailable, SettingsError
+from processor.ports import Events, Found
+from processor.settings import Settings
+
+
+class RedisCache:
+    """Implements `ports.VectorCache`; raises CacheUnavailable when Redis refuses or exceeds `timeout_s` for a call.
+
+    One round trip a call. `prefix` goes before every key. Counts `cache_faults` of kind corrupt.
+    """
+
+    def __init__(
+        self, url: str, *, timeout_s: float, ttl_s: int, prefix: bytes = b"embedding:1:", events: Events | None = None
+    ) -> None:
+        try:
+            self._redis = Redis.from_url(
+                url,
+                protocol=2,
+                socket_timeout=timeout_s,
+                socket_connect_timeout=timeout_s,
+                # One more try at once: after a restart of Redis every pooled connection is a dead one.
+                retry=Retry(NoBackoff(), 1),
+            )
+        except ValueError:
+            raise SettingsError("EMBEDDING_REDIS_URL: must be redis://, rediss:// or unix://") from None
+        self._timeout_s = timeout_s
+        self._ttl_s = ttl_s
+        self._prefix = prefix
+        self._events = events or Events()
+
+    @classmethod
+    def from_settings(cls, settings: Settings, events: Events | None = None) -> Self:
+        """SettingsError when there is no URL or it is none."""
+        if not settings.redis_url:
+            raise SettingsError("EMBEDDING_REDIS_URL: is missing")
+        return cls(
+            settings.redis_url, timeout_s=settings.redis_timeout_ms / 1000, ttl_s=settings.cache_ttl_s, events=events
+        )
+
+    async def get_many(self, keys: Sequence[bytes], dimensions: int) -> Mapping[bytes, Found]:
+        if not keys:
+            return {}
+        async with self._budget():
+            values = cast("list[bytes | None]", await self._redis.mget([self._prefix + key for key in keys]))
+        found, corrupt = {}, []
+        for key, value in zip(keys, values, strict=True):
+            if value is None:
+                continue
+            entry = decode(key, value, dimensions)
+            if entry is None:
+                corrupt.append(key)
+            else:
+                found[key] = Found(entry, CacheLevel.L2)
+        if corrupt:
+            self._events.count("cache_faults", len(corrupt), {"kind": "corrupt"})
+            async with self._budget():
+                await self._redis.delete(*(self._prefix + key for key in corrupt))
+        return found
+
+    async def put_many(self, entries: Mapping[bytes, Entry]) -> None:
+        if not entries:
+            return
+        async with self._budget(), self._redis.pipeline(transaction=False) as pipeline:
+            for key, entry in entries.items():
+                pipeline.set(self._prefix + key, encode(key, entry), nx=True, ex=self._ttl_s)
+            await pipeline.execute()
+
+    async def ping(self) -> str:
+        """For health and doctor: "ok", or why not."""
+        try:
+            async with self._budget():
+                await self._redis.ping()
+        except CacheUnavailable as error:
+            return str(error)
+        return "ok"
+
+    async def close(self) -> None:
+        await self._redis.aclose()
+
+    @asynccontextmanager
+    async def _budget(self) -> AsyncIterator[None]:
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                yield
+        except (RedisError, OSError, TimeoutError) as error:
+            # The class alone: a message can quote the command, or the address.
+            raise CacheUnavailable(f"redis: {type(error).__name__}") from None

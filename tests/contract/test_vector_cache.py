@@ -1,0 +1,308 @@
+"""What every VectorCache promises: L1, Redis, and both in a row."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+from redis.asyncio import Redis
+
+from processor.adapters.embedded import EmbeddedCache
+from processor.adapters.memory_cache import MemoryCache
+from processor.adapters.redis_cache import RedisCache
+from processor.adapters.tiered_cache import PAUSE_S, TieredCache
+from processor.domain import CacheLevel, Entry, Item, TokenSource
+from processor.errors import CacheUnavailable, SettingsError
+from processor.ports import Events, VectorCache
+
+TTL_S = 60
+D = 8
+
+
+class Seconds:
+    """A clock that stands until it is moved."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Counted:
+    """Events that add up."""
+
+    def __init__(self) -> None:
+        self.sums: dict[tuple[str, ...], float] = {}
+        self.events = Events(self._count)
+
+    def _count(self, name: str, value: float, labels: Mapping[str, str]) -> None:
+        key = (name, *labels.values())
+        self.sums[key] = self.sums.get(key, 0) + value
+
+
+@dataclass
+class Case:
+    cache: VectorCache
+    level: CacheLevel
+    expire: Callable[[], Awaitable[Any]]
+    """Lets TTL_S pass for all that was put so far."""
+
+
+@pytest.fixture(params=["l1", "redis", "tiered"])
+async def case(request: pytest.FixtureRequest, unique: str) -> AsyncIterator[Case]:
+    seconds = Seconds()
+    memory = MemoryCache(max_bytes=1_000_000, ttl_s=TTL_S, monotonic=seconds)
+
+    async def expire_memory() -> None:
+        seconds.now += TTL_S
+
+    if request.param == "l1":
+        yield Case(memory, CacheLevel.L1, expire_memory)
+        return
+
+    url: str = request.getfixturevalue("redis_url")
+    redis = RedisCache(url, timeout_s=5, ttl_s=TTL_S, prefix=unique.encode())
+    client = Redis.from_url(url)
+
+    async def expire_both() -> None:
+        await expire_memory()
+        for key in [key async for key in client.scan_iter(match=f"{unique}*")]:
+            assert 0 < await client.ttl(key) <= TTL_S
+            await client.expire(key, 0)
+
+    cache: VectorCache = redis if request.param == "redis" else TieredCache(memory, redis, monotonic=seconds)
+    yield Case(cache, CacheLevel.L2 if request.param == "redis" else CacheLevel.L1, expire_both)
+    await redis.close()
+    await client.aclose()
+
+
+def an_entry(seed: int = 1, dimensions: int = D, **overrides: Any) -> Entry:
+    fields: dict[str, Any] = {
+        "vector": np.random.default_rng(seed).standard_normal(dimensions, dtype=np.float32),
+        "tokens": seed,
+        "leader": Item(f"request-{seed}", seed),
+        "attempt_id": f"attempt-{seed}",
+        "token_source": TokenSource.PROVIDER,
+        "truncated": False,
+    }
+    return Entry(**(fields | overrides))
+
+
+def same(one: Entry, other: Entry) -> bool:
+    return (
+        one.vector.dtype == other.vector.dtype
+        and np.array_equal(one.vector, other.vector, equal_nan=True)
+        and (one.tokens, one.leader, one.attempt_id, one.token_source, one.truncated)
+        == (other.tokens, other.leader, other.attempt_id, other.token_source, other.truncated)
+    )
+
+
+@pytest.mark.parametrize("source", TokenSource)
+@pytest.mark.parametrize("truncated", [False, True])
+async def test_what_was_put_is_found_to_the_bit(case: Case, source: TokenSource, truncated: bool) -> None:
+    """Vector, share, leader and attempt come back as they were, with the level that had them."""
+    entries = {
+        b"a" * 20: an_entry(1, token_source=source, truncated=truncated),
+        b"b" * 20: an_entry(0, leader=Item("naïve", 2**31), vector=np.array([np.nan, -0.0] * 4, np.float32)),
+    }
+    await case.cache.put_many(entries)
+    found = await case.cache.get_many([b"b" * 20, b"unknown", b"a" * 20], D)
+    assert set(found) == set(entries)
+    assert all(same(found[key].entry, entry) for key, entry in entries.items())
+    assert {hit.level for hit in found.values()} == {case.level}
+
+
+async def test_the_first_entry_stands_until_it_expires(case: Case) -> None:
+    """Storing again never changes who paid, and neither extends the life of what is there."""
+    await case.cache.put_many({b"k": an_entry(1)})
+    await case.cache.put_many({b"k": an_entry(2)})
+    assert same((await case.cache.get_many([b"k"], D))[b"k"].entry, an_entry(1))
+
+    await case.expire()
+    assert await case.cache.get_many([b"k"], D) == {}
+    await case.cache.put_many({b"k": an_entry(2)})
+    assert same((await case.cache.get_many([b"k"], D))[b"k"].entry, an_entry(2))
+
+
+async def test_nothing_in_is_nothing_out(case: Case) -> None:
+    """Empty input is fine."""
+    await case.cache.put_many({})
+    assert await case.cache.get_many([], D) == {}
+
+
+async def test_a_key_twice_is_a_key_once(case: Case) -> None:
+    """Duplicates in a look-up do no harm."""
+    await case.cache.put_many({b"k": an_entry()})
+    assert set(await case.cache.get_many([b"k", b"x", b"k", b"x"], D)) == {b"k"}
+
+
+async def test_other_dimensions_are_not_served(case: Case) -> None:
+    """An entry of another size is as good as none."""
+    await case.cache.put_many({b"k": an_entry(dimensions=D)})
+    assert await case.cache.get_many([b"k"], D + 1) == {}
+
+
+async def test_a_vector_in_the_cache_is_nobodys_to_change(case: Case) -> None:
+    """Neither the payer's array nor a reader's can alter what the next one finds."""
+    entry = an_entry()
+    await case.cache.put_many({b"k": entry})
+    entry.vector[:] = 0
+    found = (await case.cache.get_many([b"k"], D))[b"k"].entry
+    with pytest.raises(ValueError, match="read-only"):
+        found.vector[:] = 0
+    assert same((await case.cache.get_many([b"k"], D))[b"k"].entry, an_entry())
+
+
+# --- Redis alone
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda value: b"",
+        lambda value: value[:-1],
+        lambda value: value + b"x",
+        lambda value: b"\x02" + value[1:],
+        lambda value: value[:40] + bytes([value[40] ^ 1]) + value[41:],
+        lambda value: value[:-1] + bytes([value[-1] ^ 1]),
+        lambda value: os.urandom(len(value)),
+    ],
+)
+async def test_a_spoilt_value_is_counted_deleted_and_a_miss(
+    spoil: Callable[[bytes], bytes], redis_url: str, unique: str
+) -> None:
+    """No bit of a vector or of its payer can flip unseen; the next payer may store again."""
+    counted = Counted()
+    cache = RedisCache(redis_url, timeout_s=5, ttl_s=TTL_S, prefix=unique.encode(), events=counted.events)
+    client = Redis.from_url(redis_url)
+    await cache.put_many({b"k": an_entry(), b"ok": an_entry(2)})
+    name = unique.encode() + b"k"
+    value = await client.get(name)
+    assert isinstance(value, bytes)
+    await client.set(name, spoil(value))
+
+    assert set(await cache.get_many([b"k", b"ok"], D)) == {b"ok"}
+    assert counted.sums == {("cache_faults", "corrupt"): 1}
+    assert await client.get(name) is None
+    await cache.close()
+    await client.aclose()
+
+
+async def test_a_value_under_another_key_is_a_miss(redis_url: str, unique: str) -> None:
+    """A vector moved to another text's key, by whatever mishap, is not served."""
+    cache = RedisCache(redis_url, timeout_s=5, ttl_s=TTL_S, prefix=unique.encode())
+    client = Redis.from_url(redis_url)
+    await cache.put_many({b"mine": an_entry()})
+    await client.rename(unique.encode() + b"mine", unique.encode() + b"yours")
+    assert await cache.get_many([b"yours"], D) == {}
+    await cache.close()
+    await client.aclose()
+
+
+async def test_a_refusal_of_redis_is_unavailable_and_names_no_secret() -> None:
+    """Nobody listening, a wrong password: the class of the fault and nothing else."""
+    with EmbeddedCache() as server:
+        address = server.url.removeprefix("redis://")
+        cache = RedisCache(f"redis://user:canary-9f@{address}", timeout_s=1, ttl_s=TTL_S)
+        with pytest.raises(CacheUnavailable) as refused:
+            await cache.get_many([b"k"], D)
+        assert await cache.ping() == "redis: AuthenticationError"
+    with pytest.raises(CacheUnavailable) as gone:
+        await cache.put_many({b"k": an_entry()})
+    await cache.close()
+    assert "canary-9f" not in f"{refused.value!r} {gone.value!r}"
+
+
+def test_an_address_that_is_none_is_told_at_start() -> None:
+    """The setting is named."""
+    with pytest.raises(SettingsError, match="EMBEDDING_REDIS_URL"):
+        RedisCache("localhost:6379", timeout_s=1, ttl_s=1)
+
+
+async def test_a_redis_that_hangs_costs_its_budget_and_never_mixes_up_answers(unique: str) -> None:
+    """Late answers of a call that was given up are not taken for those of the next."""
+    with EmbeddedCache() as server:
+        cache = RedisCache(server.url, timeout_s=0.2, ttl_s=TTL_S, prefix=unique.encode())
+        await cache.put_many({b"a": an_entry(1), b"b": an_entry(2)})
+        assert server._process is not None
+        server._process.send_signal(signal.SIGSTOP)
+        started = asyncio.get_running_loop().time()
+        with pytest.raises(CacheUnavailable):
+            await cache.get_many([b"a"], D)
+        assert asyncio.get_running_loop().time() - started < 1
+        server._process.send_signal(signal.SIGCONT)
+        found = await cache.get_many([b"b"], D)
+        assert same(found[b"b"].entry, an_entry(2))
+        await cache.close()
+
+
+# --- both
+
+
+async def test_what_redis_knows_is_kept_in_l1(redis_url: str, unique: str) -> None:
+    """A hit of L2 is a hit of L1 the next time."""
+    counted = Counted()
+    redis = RedisCache(redis_url, timeout_s=5, ttl_s=TTL_S, prefix=unique.encode())
+    await redis.put_many({b"k": an_entry()})
+    cache = TieredCache(MemoryCache(max_bytes=10_000, ttl_s=TTL_S), redis, counted.events)
+    levels = [(await cache.get_many([b"k", b"x"], D))[b"k"].level for _ in range(2)]
+    await redis.close()
+
+    assert levels == [CacheLevel.L2, CacheLevel.L1]
+    assert counted.sums == {
+        ("cache_lookups", "l1", "miss"): 3,
+        ("cache_lookups", "l1", "hit"): 1,
+        ("cache_lookups", "l2", "hit"): 1,
+        ("cache_lookups", "l2", "miss"): 2,
+    }
+
+
+async def test_a_lost_redis_is_gone_without_and_found_again(unique: str) -> None:
+    """L1 goes on; Redis is tried once a pause, and is back by itself when it is."""
+    counted, seconds = Counted(), Seconds()
+    server = EmbeddedCache()
+    server.start()
+    redis = RedisCache(server.url, timeout_s=1, ttl_s=TTL_S, prefix=unique.encode())
+    cache = TieredCache(MemoryCache(max_bytes=10_000, ttl_s=TTL_S), redis, counted.events, monotonic=seconds)
+    await cache.put_many({b"k": an_entry()})
+    server.kill()
+
+    assert set(await cache.get_many([b"k", b"x"], D)) == {b"k"}
+    await cache.put_many({b"later": an_entry(2)})
+    assert counted.sums["cache_faults", "unavailable"] == 1
+    assert counted.sums["cache_faults", "not_stored"] == 1
+
+    server.start()
+    assert ("cache_lookups", "l2", "miss") not in counted.sums
+    await cache.get_many([b"x"], D)
+    assert ("cache_lookups", "l2", "miss") not in counted.sums, "left alone for the pause"
+    seconds.now += PAUSE_S
+    await cache.get_many([b"x"], D)
+    assert counted.sums["cache_lookups", "l2", "miss"] == 1
+    await cache.put_many({b"now": an_entry(3)})
+    assert set(await redis.get_many([b"now"], D)) == {b"now"}
+    await redis.close()
+    server.stop()
+
+
+async def test_a_full_redis_still_answers_reads(unique: str) -> None:
+    """Refused writes do not close the way to what is there."""
+    seconds = Seconds()
+    with EmbeddedCache() as server:
+        client = Redis.from_url(server.url)
+        redis = RedisCache(server.url, timeout_s=1, ttl_s=TTL_S, prefix=unique.encode())
+        await redis.put_many({b"k": an_entry()})
+        await client.config_set("maxmemory", "1")
+        cache = TieredCache(MemoryCache(max_bytes=0, ttl_s=TTL_S), redis, monotonic=seconds)
+        await cache.put_many({b"more": an_entry(2)})
+        found = await cache.get_many([b"k", b"more"], D)
+        await redis.close()
+        await client.aclose()
+    assert set(found) == {b"k"}
