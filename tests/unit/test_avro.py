@@ -1,0 +1,482 @@
+"""The codec: what is sent comes back, what is not ours is a value with a reason, and keys are as documented."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from processor.adapters import avro_records
+from processor.adapters.avro import (
+    DLQ_SPARE_BYTES,
+    MAX_CORRELATION_BYTES,
+    MAX_TENANT_BYTES,
+    Codec,
+    encode_request,
+    key_of,
+    partition_of,
+    request_key,
+)
+from processor.adapters.schemas import (
+    MAX_SCHEMA_CHARACTERS,
+    allowed,
+    canonical_fingerprint,
+    confluent_header,
+    current,
+)
+from processor.domain import (
+    Amounts,
+    BucketKey,
+    CallKind,
+    CallOutcome,
+    DeadLetter,
+    DlqClass,
+    DocumentManifest,
+    ErrorCode,
+    Fault,
+    Part,
+    ProviderCall,
+    ReceivedResult,
+    Record,
+    ReplyTo,
+    Request,
+    Status,
+    TaskProgress,
+    Tombstone,
+    Usage,
+    UsageSums,
+    UsageTotal,
+)
+from processor.ports import Destination, Undecodable
+from tests.support.avro_data import encode, values_of
+from tests.support.builders import NOW_MS, a_call, a_record, a_request, a_result, a_source, a_usage, some_chunks
+from tests.support.codec import CODEC, done, read, value_of
+
+
+def decoded(value: bytes | None, codec: Codec = CODEC) -> Any:
+    return done(codec.decode(a_record(value)))
+
+
+MANIFEST = DocumentManifest(
+    tenant_id="acme",
+    collection=None,
+    document_id="doc-1",
+    chunk_ids=("c0", "c1"),
+    vector_spaces=("m@1/4/l2",),
+    source_version=a_source(7).version,
+    request_id="r",
+)
+TOTAL = UsageTotal(
+    key=BucketKey("acme", "2026-09", "model", "m"),
+    partitions={3: (17, UsageSums(requests=2, billed_tokens=5)), 1: (4, UsageSums(requests=1, billed_tokens=7))},
+    updated_at_ms=NOW_MS,
+)
+PROGRESS = TaskProgress(tenant_id="acme", task_id="t", done=3, failed=1, total=None, updated_at_ms=NOW_MS)
+RECEIPT = a_call(
+    CallKind.RECEIPT, items=(), outcome=CallOutcome.INVALID, billed_tokens=9, http_status=200, price_version="p"
+)
+
+
+# What is sent comes back.
+
+
+def test_a_request_comes_back_as_it_was_sent() -> None:
+    """Every field of a request survives the wire, with null apart from empty."""
+    request = a_request(
+        chunks=some_chunks(["one", "\x00", "", "<|endoftext|>", "日本語 🚂"], {"page": "1"}),
+        model="m",
+        dimensions=8,
+        input_type="query",
+        use_cache=False,
+        truncate="truncate_end",
+        collection="",
+        task_id="t",
+        task_total=9,
+        agent_id="a",
+        agent_owner_id="o",
+        conversation_id="c",
+        reply_to=ReplyTo("embedding-replies", 3, None),
+        deadline_ms=NOW_MS,
+        run_id="r",
+        vector_spaces=("s",),
+        metadata={"k": "v"},
+        first_chunk_index=2048,
+        chunk_count=4096,
+        chunk_ids=("c0",),
+    )
+    assert decoded(encode_request(request)) == request
+
+
+@settings(max_examples=60, deadline=None)
+@given(values_of(json.loads(current("EmbeddingRequest").text)))
+def test_any_request_of_the_schema_is_decoded(fields: dict[str, Any]) -> None:
+    """Whatever a producer may send by the schema becomes a request or a dead letter without identity."""
+    value = current("EmbeddingRequest").single_object_header + encode(current("EmbeddingRequest").parsed, fields)
+    request = decoded(value)
+    if not fields["tenant_id"] or not fields["correlation_id"]:
+        assert request.reason is DlqClass.NO_IDENTITY
+    else:
+        assert encode_request(request) == encode_request(replace(request)) == value_again(request)
+
+
+def value_again(request: Request) -> bytes:
+    again = decoded(encode_request(request))
+    assert again == request
+    return encode_request(again)
+
+
+def test_a_usage_event_comes_back_with_what_it_repeats_of_its_request() -> None:
+    """All of a usage event survives but its request's texts and parameters, which it does not carry."""
+    request = a_request(
+        ["one", "two"], agent_owner_id="o", task_id="t", task_total=4, first_chunk_index=2, metadata={"k": "v"}
+    )
+    usage = a_usage(
+        request,
+        source=a_source(41, partition=3),
+        billed=Amounts(1, 3, 3, None),
+        saved=Amounts(1, 2, 3, None),
+        price_nanos_per_million=None,
+        price_version=None,
+        parts=(Part("a", 1), Part("b", 2)),
+    )
+    expected = replace(usage, request=replace(request, chunks=()))
+    assert read(Usage, value_of("usage", usage)) == expected
+
+
+@pytest.mark.parametrize(
+    "name,message",
+    [("calls", a_call()), ("calls", RECEIPT), ("documents", MANIFEST), ("totals", TOTAL), ("progress", PROGRESS)],
+    ids=["intent", "receipt", "manifest", "total", "progress"],
+)
+def test_a_message_comes_back_as_it_was_sent(name: str, message: Any) -> None:
+    """Ledger, manifests, totals and progress survive the wire."""
+    assert read(type(message), value_of(name, message)) == message
+
+
+def test_a_total_is_the_sum_over_its_partitions() -> None:
+    """A reader of totals needs no sum of its own."""
+    fields = avro_records._total_fields(TOTAL)
+    assert fields["totals"] == avro_records._plain_fields(UsageSums(requests=3, billed_tokens=12))
+
+
+def test_a_failed_request_comes_back_as_one_result() -> None:
+    """An error of the whole request has no vector, index -1, and the range it stands for."""
+    request = a_request(
+        ["one", "two", "three"], first_chunk_index=5, chunk_count=9, reply_to=ReplyTo("embedding-replies", 0, "word")
+    )
+    fault = Fault(ErrorCode.UNKNOWN_MODEL, "model", "not listed", retryable=False)
+    result = a_result(request, chunk_index=-1, length=3, chunk_id="", status=Status.ERROR, error=fault, vector=None)
+    received = read(ReceivedResult, value_of("results", result))
+    assert (received.error, received.vector, received.vector_id) == (fault, None, None)
+    assert (received.reply_type, received.operation, received.chunk_count) == ("word", "document", 9)
+    assert [index for index in range(10) if received.stands_for(index)] == [5, 6, 7]
+
+
+def test_words_of_a_newer_writer_pass() -> None:
+    """An unknown word of an open set is read as that text and harms nothing."""
+    fields = avro_records._call_fields(RECEIPT) | {"outcome": "refunded"}
+    call = read(ProviderCall, framed("ProviderCall", fields))
+    assert call.outcome == "refunded"
+
+
+def test_the_memory_of_shared_parts_mixes_up_no_requests() -> None:
+    """Results of several requests written in turn equal those that a fresh codec writes."""
+    one, other = a_request(["a", "b"]), a_request(["a", "b"], tenant_id="other")
+    results = [a_result(request, index) for index in (0, 1) for request in (one, one, other)]
+    results += [replace(results[0], request_id="another"), replace(results[0], source=a_source(9))]
+    assert [value_of("results", result) for result in results] == [
+        Codec().encode(Destination("results", result)).value for result in results
+    ]
+
+
+# Framing, and what is not ours.
+
+
+def framed(record: str, fields: dict[str, Any]) -> bytes:
+    return current(record).single_object_header + encode(current(record).parsed, fields)
+
+
+def test_single_objects_begin_as_the_specification_says() -> None:
+    """C3 01, then the fingerprint of the canonical form, little-endian."""
+    value = encode_request(a_request())
+    assert value[:10] == b"\xc3\x01" + canonical_fingerprint(json.loads(current("EmbeddingRequest").text))
+
+
+VALID = encode_request(a_request(["one", "two"], metadata={"k": "v"}, reply_to=ReplyTo("t", 1, "w")))
+BODY = VALID[10:]
+
+
+@pytest.mark.parametrize(
+    "value,expected",
+    [
+        (None, (DlqClass.UNDECODABLE, "null_value")),
+        (b"", (DlqClass.UNDECODABLE, "no_frame")),
+        (b"\xc3\x01short", (DlqClass.UNDECODABLE, "no_frame")),
+        (b"\x00\x00\x00\x01", (DlqClass.UNDECODABLE, "no_frame")),
+        (b'{"tenant_id": "acme"}', (DlqClass.UNDECODABLE, "no_frame")),
+        (VALID[:10], (DlqClass.UNDECODABLE, "malformed")),
+        (VALID[:-1], (DlqClass.UNDECODABLE, "malformed")),
+        (VALID + b"\x00", (DlqClass.UNDECODABLE, "trailing_bytes")),
+        (VALID + VALID, (DlqClass.UNDECODABLE, "trailing_bytes")),
+        (b"\xc3\x01" + bytes(8) + BODY, (DlqClass.UNKNOWN_SCHEMA, "unknown_schema")),
+        (confluent_header(1) + BODY, (DlqClass.UNKNOWN_SCHEMA, "no_registry")),
+        (current("TokenUsage").single_object_header + BODY, (DlqClass.UNKNOWN_SCHEMA, "other_record")),
+        (VALID + bytes(1_000_000), (DlqClass.TOO_LARGE, "over_max_record_bytes")),
+    ],
+    ids=lambda case: case[1] if isinstance(case, tuple) else "",
+)
+def test_what_is_no_request_says_why(value: bytes | None, expected: tuple[DlqClass, str]) -> None:
+    """Each kind of unreadable record has its class and code."""
+    assert decoded(value) == Undecodable(*expected)
+
+
+@pytest.mark.parametrize(
+    "change,code",
+    [
+        ({"tenant_id": ""}, "no_tenant_id"),
+        ({"correlation_id": ""}, "no_correlation_id"),
+        ({"tenant_id": "ü" * (MAX_TENANT_BYTES // 2 + 1)}, "identity_too_long"),
+        ({"correlation_id": "x" * (MAX_CORRELATION_BYTES + 1)}, "identity_too_long"),
+    ],
+)
+def test_a_request_without_identity_is_a_dead_letter(change: dict[str, str], code: str) -> None:
+    """No result could be keyed or be told apart without tenant and correlation id."""
+    assert decoded(encode_request(a_request(**change))) == Undecodable(DlqClass.NO_IDENTITY, code)
+
+
+def test_the_longest_identity_passes() -> None:
+    """The control: at the limit a request is a request."""
+    request = a_request(tenant_id="ü" * (MAX_TENANT_BYTES // 2), correlation_id="x" * MAX_CORRELATION_BYTES)
+    assert decoded(encode_request(request)) == request
+
+
+def test_lone_surrogates_are_no_text() -> None:
+    """UTF-8 has none, so they end as malformed bytes on the way in and as an error on the way out."""
+    assert decoded(VALID.replace(b"one", "\ud800".encode("utf-8", "surrogatepass"))) == Undecodable(
+        DlqClass.UNDECODABLE, "malformed"
+    )
+    with pytest.raises(UnicodeEncodeError):
+        encode_request(a_request(["\ud800"]))
+
+
+def recursive() -> Any:
+    return {"type": "record", "name": "R", "fields": [{"name": "next", "type": ["null", "R"]}]}
+
+
+def nested(depth: int) -> str:
+    return '{"type":"array","items":' * depth + '"null"' + "}" * depth
+
+
+CRASHERS = {
+    "recursive record": json.dumps(recursive()),
+    "array of null": json.dumps({"type": "array", "items": "null"}),
+    "fixed of no bytes": json.dumps({"type": "array", "items": {"type": "fixed", "name": "F", "size": 0}}),
+    "huge decimal": json.dumps({"type": "bytes", "logicalType": "decimal", "precision": 10**9, "scale": 10**9}),
+    "enum": json.dumps({"type": "enum", "name": "E", "symbols": ["A"]}),
+    "deepest nesting": nested(MAX_SCHEMA_CHARACTERS // 26),
+    "too long": " " * MAX_SCHEMA_CHARACTERS + current("EmbeddingRequest").text,
+    "no JSON": "{",
+    "no schema": "42",
+    "unknown type": '{"type": "nothing"}',
+}
+
+
+@pytest.mark.parametrize("text", CRASHERS.values(), ids=CRASHERS)
+def test_schemas_that_crash_a_permissive_decoder_are_never_used(text: str) -> None:
+    """A schema that is not ours, whatever it is, is refused without decoding anything by it."""
+    assert allowed(text) is None
+
+
+@pytest.mark.parametrize("name", ["recursive record", "array of null", "fixed of no bytes", "huge decimal", "enum"])
+def test_records_of_crashing_schemas_end_as_unknown_schema(name: str) -> None:
+    """A record that names such a schema by its fingerprint reaches no decoder."""
+    value = b"\xc3\x01" + canonical_fingerprint(json.loads(CRASHERS[name])) + b"\xff" * 100
+    assert decoded(value) == Undecodable(DlqClass.UNKNOWN_SCHEMA, "unknown_schema")
+
+
+def test_a_schema_of_ours_is_known_in_any_spelling() -> None:
+    """Order of attributes, docs and a Java producer's additions don't make a schema foreign."""
+    text = current("EmbeddingRequest").text
+    document = json.loads(text)
+    java = json.loads(text.replace('"string"', '{"type": "string", "avro.java.string": "String"}'))
+    plain = {key: document[key] for key in reversed(document) if key != "doc"}
+    assert [allowed(json.dumps(schema)) for schema in (document, java, plain)] == [current("EmbeddingRequest")] * 3
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.binary(max_size=200))
+def test_random_bytes_never_raise(body: bytes) -> None:
+    """Bad bytes are a value, with and without a frame before them."""
+    for value in (body, VALID[:10] + body):
+        assert isinstance(decoded(value), Undecodable | Request)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.integers(0, 8 * len(VALID) - 1))
+def test_a_flipped_bit_never_raises(bit: int) -> None:
+    """A damaged record is another request or a dead letter, and never an exception."""
+    damaged = bytearray(VALID)
+    damaged[bit // 8] ^= 1 << bit % 8
+    assert isinstance(decoded(bytes(damaged)), Undecodable | Request)
+
+
+@pytest.mark.parametrize("size", range(len(VALID)))
+def test_a_cut_record_is_undecodable(size: int) -> None:
+    """No head of a record is a record."""
+    assert decoded(VALID[:size]).reason is DlqClass.UNDECODABLE
+
+
+@pytest.mark.parametrize("count", [2**31, 2**62, -(2**62), -(2**63)], ids=str)
+def test_a_huge_count_allocates_nothing(count: int) -> None:
+    """A list that claims more items than there are bytes ends as malformed."""
+    assert decoded(VALID[:-1] + encode("long", count)).reason is DlqClass.UNDECODABLE
+
+
+def with_union_index(index: int) -> bytes:
+    """A request whose optional model names that branch."""
+    value, without = encode_request(a_request(model="m")), encode_request(a_request())
+    at = next(i for i, (one, other) in enumerate(zip(value, without, strict=False)) if one != other)
+    assert value[at : at + 3] == b"\x02\x02m"
+    return value[:at] + encode("long", index) + value[at + 1 :]
+
+
+@pytest.mark.parametrize("index", [2, 2**31, 2**62, -3, -(2**31), -(2**63)])
+def test_a_union_index_without_branch_is_malformed(index: int) -> None:
+    """An index outside of the union leads nowhere."""
+    assert decoded(with_union_index(index)) == Undecodable(DlqClass.UNDECODABLE, "malformed")
+
+
+@pytest.mark.parametrize("index", [-1, -2])
+def test_a_union_index_counted_from_the_end_harms_nothing(index: int) -> None:
+    """The Avro library takes -1 for the last branch, which reads a valid request or none."""
+    assert isinstance(decoded(with_union_index(index)), Undecodable | Request)
+
+
+# Keys, headers, partitions.
+
+
+RESULT = a_result()
+
+
+@pytest.mark.parametrize(
+    "name,message,key",
+    [
+        ("results", RESULT, b"corr-1"),
+        ("replies", RESULT, None),
+        ("sink", RESULT, (RESULT.vector_id or "").encode()),
+        ("sink", Tombstone("v", "1"), b"v"),
+        ("usage", a_usage(a_request(agent_owner_id="owner")), b"owner"),
+        ("late", a_usage(), b"acme"),
+        ("calls", a_call(), b"attempt-1"),
+        ("documents", MANIFEST, b'["acme",null,"doc-1"]'),
+        ("documents", replace(MANIFEST, collection="Größe"), '["acme","Größe","doc-1"]'.encode()),
+        ("totals", TOTAL, b'["acme","2026-09","model","m"]'),
+        ("progress", PROGRESS, b'["acme","t"]'),
+        ("dlq", DeadLetter(record=a_record(b"x", key=b"k"), reason=DlqClass.LETHAL, code="c", at_ms=1), b"k"),
+    ],
+)
+def test_messages_are_keyed_as_described(name: str, message: Any, key: bytes | None) -> None:
+    """The key of each topic is a function of the ids that topics.yaml names."""
+    assert key_of(Destination(name, message)) == CODEC.encode(Destination(name, message)).key == key
+
+
+@given(st.tuples(st.text(), st.text()), st.tuples(st.text(), st.text()))
+def test_composite_keys_are_never_shared(one: tuple[str, str], other: tuple[str, str]) -> None:
+    """Two tasks have one key only when they are one."""
+    keys = [key_of(Destination("progress", replace(PROGRESS, tenant_id=t, task_id=i))) for t, i in (one, other)]
+    assert (keys[0] == keys[1]) == (one == other)
+
+
+def test_a_request_is_keyed_by_its_document() -> None:
+    """Requests of one document keep their order; without a document there is none to keep."""
+    assert request_key(a_request()) == b'["acme","docs","doc-1"]'
+    assert request_key(a_request(document_id=None)) is None
+
+
+def test_results_name_their_request_in_a_header() -> None:
+    """A reader of replies finds its own without decoding; the sink view names the version as well."""
+    request_id = ("request_id", RESULT.request_id.encode())
+    version = ("source_version", RESULT.source.version.encode())
+    headers = {name: list(CODEC.encode(Destination(name, RESULT)).headers) for name in ("results", "replies", "sink")}
+    assert headers == {"results": [request_id], "replies": [request_id], "sink": [request_id, version]}
+
+
+def test_a_tombstone_is_a_null_with_its_version() -> None:
+    """A delete carries the version that a sink compares."""
+    encoded = CODEC.encode(Destination("sink", Tombstone("v", a_source(3).version)))
+    assert (encoded.value, encoded.headers) == (None, [("source_version", a_source(3).version.encode())])
+
+
+OURS = [
+    ("error_class", b"undecodable"),
+    ("error_code", b"malformed"),
+    ("source_topic", b"embedding-requests"),
+    ("source_partition", b"2"),
+    ("source_offset", b"5"),
+    ("failed_at_ms", b"%d" % NOW_MS),
+]
+
+
+def dead_letter(record: Record, **fields: Any) -> Any:
+    letter = DeadLetter(record=record, reason=DlqClass.UNDECODABLE, code="malformed", at_ms=NOW_MS, **fields)
+    return CODEC.encode(Destination("dlq", letter))
+
+
+def test_a_dead_letter_keeps_key_bytes_and_headers() -> None:
+    """The original is untouched, and headers say what was wrong and where it stood."""
+    headers = [("traceparent", b"00-1"), ("error_code", b"of an earlier time")]
+    encoded = dead_letter(Record(a_source(5, partition=2), b"k", b"\xff\x00", headers))
+    assert (encoded.key, encoded.value) == (b"k", b"\xff\x00")
+    assert list(encoded.headers) == [("traceparent", b"00-1"), *OURS]
+
+
+def test_a_dead_letter_by_reference_has_no_value() -> None:
+    """What is too large or lethal is named by topic, partition and offset."""
+    encoded = dead_letter(Record(a_source(5, partition=2), b"k", b"x", [("h", b"v")]), by_reference=True)
+    assert (encoded.key, encoded.value, list(encoded.headers)) == (b"k", None, OURS)
+
+
+@pytest.mark.parametrize("where", ["key", "value", "headers"])
+def test_a_dead_letter_always_fits_into_a_record(where: str) -> None:
+    """A record too large for us becomes a reference, so that it can't stop the stream on its way out."""
+    large = bytes(1_000_000)
+    source = a_source(5, partition=2)
+    record = {
+        "key": Record(source, large, b"x"),
+        "value": Record(source, b"k", large),
+        "headers": Record(source, b"k", b"x", [("h", large)]),
+    }[where]
+    encoded = dead_letter(record)
+    assert (encoded.value, list(encoded.headers)) == (None, OURS)
+    assert len(encoded.key or b"") <= 1_000_000 - DLQ_SPARE_BYTES
+
+
+def test_partitions_are_those_of_a_java_producer() -> None:
+    """Hashes of Kafka's own test of its murmur2 lead to the partitions that its clients choose."""
+    hashes = {
+        b"21": -973932308,
+        b"foobar": -790332482,
+        b"a-little-bit-long-string": -985981536,
+        b"a-little-bit-longer-string": -1486304829,
+        b"lkjh234lh9fiuh90y23oiuhsafujhadof229phr9h19h89h8": -58897971,
+        b"abc": 479470107,
+    }
+    assert {key: partition_of(key, 1009) for key in hashes} == {
+        key: (value & 0x7FFFFFFF) % 1009 for key, value in hashes.items()
+    }
+
+
+def test_nothing_that_is_printed_holds_a_text_or_a_vector() -> None:
+    """Encoded messages and records show sizes alone."""
+    canary = "the canary sings"
+    request = a_request([canary], metadata={"m": canary}, correlation_id="c")
+    record = a_record(request, key=b"k")
+    encoded = CODEC.encode(Destination("dlq", DeadLetter(record=record, reason=DlqClass.LETHAL, code="c", at_ms=1)))
+    received = read(ReceivedResult, value_of("results", a_result(request)))
+    for shown in (record, encoded, decoded(record.value), received):
+        assert canary not in repr(shown)
+    assert "array" not in repr(received)
