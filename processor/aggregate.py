@@ -6,11 +6,11 @@ arguments.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import astuple, dataclass, fields
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from functools import lru_cache
-from operator import add, sub
+from operator import add, attrgetter, sub
 from typing import NamedTuple
 
 from processor.domain import (
@@ -32,11 +32,15 @@ from processor.domain import (
 from processor.usage import cost_nanos
 
 DAY_MS = 86_400_000
+SPARE_RETENTION_MS = 30 * DAY_MS
+"""`token-usage` is kept at least this much longer than two horizons; a start with less is refused."""
 
 PartitionTotals = Mapping[int, tuple[int, UsageSums]]
 """Usage partition -> (last_offset, sums), as in `UsageTotal.partitions`."""
 
-NO_SUMS = (0,) * len(fields(UsageSums))
+SUM_NAMES = [field.name for field in fields(UsageSums)]
+NO_SUMS = (0,) * len(SUM_NAMES)
+sums_as_tuple: Callable[[UsageSums], tuple[int, ...]] = attrgetter(*SUM_NAMES)
 
 
 class Copy(NamedTuple):
@@ -93,15 +97,17 @@ def sums_of(usage: Usage) -> tuple[int, ...]:
     )
 
 
-def seen_only_until(cursor: Cursor | None, offset: int, append_ms: int, horizon_ms: int) -> int | None:
+def seen_only_until(cursor: Cursor | None, offset: int, append_ms: int, *, horizon_ms: int, now_ms: int) -> int | None:
     """Up to which append time records only fill `seen`, given the first record that a fold is about to take.
 
-    A fold without a cursor begins with the log. Unless that begins at offset 0, the first copies of what is in
-    its first two horizons may have expired: those charges are in the published totals already.
+    A fold without a cursor begins with the log. Unless that begins at offset 0, the first copies of what is in its
+    first two horizons may have expired; those charges are in the published totals already. No further than the
+    spare days: what expired was older than two horizons and those days, so a copy younger than them has its first
+    copy in the log. Without this bound a log whose first record is young (a quiet partition) would lose charges.
     """
     if cursor is not None:
         return cursor.seen_only_until_ms
-    return None if offset == 0 else append_ms + 2 * horizon_ms
+    return None if offset == 0 else min(append_ms + 2 * horizon_ms, now_ms - SPARE_RETENTION_MS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,7 +200,7 @@ def fold_usage(
                 key=key,
                 partitions={
                     **before.totals.get(key, {}),
-                    partition: (bucket.last_offset, UsageSums(*bucket.sums)),
+                    partition: (bucket.last_offset, _sums(bucket.sums)),
                 },
                 updated_at_ms=now_ms,
             )
@@ -210,6 +216,10 @@ def fold_usage(
     )
 
 
+def _sums(values: Sequence[int]) -> UsageSums:
+    return UsageSums(**dict(zip(SUM_NAMES, values, strict=True)))
+
+
 class _Bucket:
     """The sums of one bucket in one usage partition while a run is folded."""
 
@@ -217,7 +227,7 @@ class _Bucket:
 
     def __init__(self, known: tuple[int, UsageSums] | None) -> None:
         self.last_offset = known[0] if known else -1
-        self.sums: tuple[int, ...] = astuple(known[1]) if known else NO_SUMS
+        self.sums: tuple[int, ...] = sums_as_tuple(known[1]) if known else NO_SUMS
         self.changed = False
 
     def take(self, offset: int, added: tuple[int, ...]) -> None:
@@ -264,8 +274,8 @@ def total_of(partitions: PartitionTotals) -> UsageSums:
     """The bucket's total: the sum over its usage partitions."""
     sums = NO_SUMS
     for _, part in partitions.values():
-        sums = tuple(map(add, sums, astuple(part)))
-    return UsageSums(*sums)
+        sums = tuple(map(add, sums, sums_as_tuple(part)))
+    return _sums(sums)
 
 
 # --- the ledger ------------------------------------------------------------------------------------------

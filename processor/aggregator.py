@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import zlib
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
@@ -217,18 +218,24 @@ class Aggregator:
 
     async def _merge_totals(self, spans: Mapping[int, Span]) -> None:
         merged = 0
-        async for records in self._reader.read(self._topics.totals):
-            totals, _ = await self._decode(UsageTotal, (record for record in records if record.value is not None))
-            for total in totals:
-                for partition, (last_offset, _sums) in total[1].partitions.items():
-                    if partition not in spans or last_offset >= spans[partition].end:
-                        raise StoreError(
-                            f"{self._topics.totals} counts offset {last_offset} of {self._topics.usage} partition "
-                            f"{partition}, which does not reach it: it was made again; {REBUILD}"
-                        )
-            self._store.merge_totals([total for _, total in totals])
-            merged += len(totals)
+        async with aclosing(self._reader.read(self._topics.totals)) as runs:
+            async for records in runs:
+                # A null value deletes a bucket.
+                read, _ = await self._decode(UsageTotal, (record for record in records if record.value is not None))
+                totals = [total for _, total in read]
+                self._check_totals(totals, spans)
+                self._store.merge_totals(totals)
+                merged += len(totals)
         log.info("aggregator.totals_merged", records=merged)
+
+    def _check_totals(self, totals: Sequence[UsageTotal], spans: Mapping[int, Span]) -> None:
+        for total in totals:
+            for partition, (last_offset, _) in total.partitions.items():
+                if partition not in spans or last_offset >= spans[partition].end:
+                    raise StoreError(
+                        f"{self._topics.totals} counts offset {last_offset} of {self._topics.usage} partition "
+                        f"{partition}, which does not reach it: it was made again; {REBUILD}"
+                    )
 
     def _position(self, topic: str, partition: int, spans: Mapping[str, Mapping[int, Span]]) -> int:
         cursor = self._store.cursor(topic, partition)
@@ -243,7 +250,10 @@ class Aggregator:
             usages, letters = await self._decode(Usage, fresh)
             copies = [copy_of(usage, record.source.offset, record.source.append_ms) for record, usage in usages]
             first = fresh[0].source
-            until_ms = seen_only_until(cursor, first.offset, first.append_ms, self._horizon_ms)
+            now_ms = self._clock.now_ms()
+            until_ms = seen_only_until(
+                cursor, first.offset, first.append_ms, horizon_ms=self._horizon_ms, now_ms=now_ms
+            )
             before = self._usage_state(lease.partition, copies)
             fold = fold_usage(
                 copies,
@@ -252,7 +262,7 @@ class Aggregator:
                 next_offset=first.offset,
                 seen_only_until_ms=until_ms,
                 horizon_ms=self._horizon_ms,
-                now_ms=self._clock.now_ms(),
+                now_ms=now_ms,
             )
             await self._publish(
                 lease,

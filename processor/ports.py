@@ -5,7 +5,7 @@ One contract suite per port (tests/contract) runs over every adapter and over th
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol, TypeVar
 
@@ -264,7 +264,7 @@ class TopicReader(Protocol):
         """The offsets that the aggregator's group has committed, for the partitions that have one."""
         ...
 
-    def read(self, topic: str) -> AsyncIterator[Sequence[Record]]:
+    def read(self, topic: str) -> AsyncGenerator[Sequence[Record], None]:
         """All records from the beginning to what is the end at the call, each partition in offset order."""
         ...
 

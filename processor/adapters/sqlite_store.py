@@ -15,7 +15,8 @@ import secrets
 import sqlite3
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import astuple, fields
+from dataclasses import fields
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ from processor.ports import StoreChange
 SCHEMA_VERSION = 1
 
 SUMS = [field.name for field in fields(UsageSums)]
+_SUM_VALUES = attrgetter(*SUMS)
 OUTCOMES = (None, CallOutcome.OK, CallOutcome.INVALID, CallOutcome.FAILED)
 """An attempt's outcome by the number that is stored; 0: no receipt yet."""
 
@@ -217,7 +219,7 @@ class SqliteStore:
                         _text(total.key),
                         partition,
                         total.partitions[partition][0],
-                        *astuple(total.partitions[partition][1]),
+                        *_SUM_VALUES(total.partitions[partition][1]),
                     )
                     for total in change.totals
                 ],
@@ -250,7 +252,7 @@ class SqliteStore:
 
     def merge_totals(self, totals: Sequence[UsageTotal]) -> None:
         rows = [
-            (_text(total.key), partition, last_offset, *astuple(sums))
+            (_text(total.key), partition, last_offset, *_SUM_VALUES(sums))
             for total in totals
             for partition, (last_offset, sums) in total.partitions.items()
         ]

@@ -1,0 +1,135 @@
+"""Reads topics from their beginning to their end, outside of any group: how a lost store is made again."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from typing import Any
+
+from aiokafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition
+from aiokafka.admin import AIOKafkaAdminClient
+from aiokafka.errors import KafkaError
+
+from processor.adapters.kafka import connection
+from processor.domain import Record, Source
+from processor.errors import BrokerUnavailable, TopicsError
+from processor.ports import Span
+from processor.settings import Settings
+
+POLL_MS = 1_000
+IDLE_POLLS = 60
+"""Empty polls in a row, short of the end, after which the broker is held to be gone."""
+
+
+class KafkaReader:
+    """Implements `ports.TopicReader` over plain consumers, one per call. `group_id`: whose commits are asked for."""
+
+    def __init__(self, settings: Settings, *, group_id: str) -> None:
+        self._settings = settings
+        self._group_id = group_id
+
+    async def spans(self, topic: str) -> Mapping[int, Span]:
+        """Raises TopicsError when there is no such topic."""
+        async with self._consumer(topic) as consumer:
+            return {place.partition: span for place, span in (await _spans(consumer)).items()}
+
+    async def records_at(self, topic: str, offsets: Mapping[int, int]) -> Mapping[int, Record]:
+        found: dict[int, Record] = {}
+        if not offsets:
+            return found
+        async with self._consumer(topic) as consumer:
+            begin = {TopicPartition(topic, partition): offset for partition, offset in offsets.items()}
+            async for place, records in _fetch(consumer, begin, stop_after_first=True):
+                if records[0].offset == begin[place]:
+                    found[place.partition] = _record(records[0])
+        return found
+
+    async def committed(self, topic: str) -> Mapping[int, int]:
+        spans = await self.spans(topic)
+        with _translated():
+            admin = AIOKafkaAdminClient(**connection(self._settings))
+            await admin.start()
+            try:
+                places = [TopicPartition(topic, partition) for partition in spans]
+                found = await admin.list_consumer_group_offsets(self._group_id, partitions=places)
+            finally:
+                await admin.close()
+        return {place.partition: known.offset for place, known in found.items() if known.offset >= 0}
+
+    async def read(self, topic: str) -> AsyncGenerator[Sequence[Record], None]:
+        async with self._consumer(topic) as consumer:
+            begin = {place: span.begin for place, span in (await _spans(consumer)).items()}
+            async for _, records in _fetch(consumer, begin):
+                yield [_record(record) for record in records]
+
+    @asynccontextmanager
+    async def _consumer(self, topic: str) -> AsyncIterator[Any]:
+        """A consumer that has every partition of the topic."""
+        with _translated():
+            consumer = AIOKafkaConsumer(
+                topic,
+                group_id=None,
+                enable_auto_commit=False,
+                auto_offset_reset="earliest",
+                **connection(self._settings),
+            )
+            try:
+                await consumer.start()
+                if not consumer.assignment():
+                    raise TopicsError(f"{topic}: there is no such topic: run `embedding-processor topics create`")
+                yield consumer
+            finally:
+                await consumer.stop()
+
+
+async def _spans(consumer: Any) -> dict[TopicPartition, Span]:
+    places = consumer.assignment()
+    begins = await consumer.beginning_offsets(places)
+    ends = await consumer.end_offsets(places)
+    return {place: Span(begins[place], ends[place]) for place in places}
+
+
+async def _fetch(
+    consumer: Any, begin: Mapping[TopicPartition, int], *, stop_after_first: bool = False
+) -> AsyncIterator[tuple[TopicPartition, Sequence[ConsumerRecord]]]:
+    """What these partitions hold from there to their present end, or each one's first fetch."""
+    ends = await consumer.end_offsets(consumer.assignment())
+    left = {place for place, offset in begin.items() if offset < ends[place]}
+    consumer.pause(*(consumer.assignment() - left))
+    for place in left:
+        consumer.seek(place, begin[place])
+    idle = 0
+    while left:
+        fetched = await consumer.getmany(*left, timeout_ms=POLL_MS)
+        idle = 0 if fetched else idle + 1
+        if idle == IDLE_POLLS:
+            raise BrokerUnavailable("the broker sends nothing more of a topic that it says is longer")
+        for place, records in fetched.items():
+            if records:
+                yield place, records
+        # The position, not the last record's offset: the end of a compacted log may hold no record.
+        done = {
+            place
+            for place in left
+            if await consumer.position(place) >= ends[place] or (stop_after_first and fetched.get(place))
+        }
+        if done:
+            consumer.pause(*done)
+            left -= done
+
+
+def _record(record: ConsumerRecord) -> Record:
+    return Record(
+        Source(record.topic, record.partition, record.offset, record.timestamp),
+        record.key,
+        record.value,
+        record.headers,
+    )
+
+
+@contextmanager
+def _translated() -> Iterator[None]:
+    try:
+        yield
+    except (KafkaError, OSError) as error:
+        raise BrokerUnavailable(f"Kafka did not answer a reader: {type(error).__name__}") from error
