@@ -1,4 +1,4 @@
-"""Processor processes for integration and fault tests: started, watched, killed, with their logs kept for the report."""
+"""Processor processes for integration and fault tests: started, watched, killed, their logs kept for the report."""
 
 from __future__ import annotations
 

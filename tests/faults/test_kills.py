@@ -1,0 +1,147 @@
+"""Workers killed and joined while work flows: every chunk has its outcome, and the bill adds up per attempt."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import redis.asyncio
+from redis.exceptions import RedisError
+
+from processor.adapters import topics
+from processor.adapters.embedded import EmbeddedCache
+from tests.support import audit
+from tests.support.brokers import Broker
+from tests.support.provider_server import ProviderProcess, expected_vector
+from tests.support.stack import Stack, until
+from tests.support.traffic import Traffic, check_samples, hard_requests
+
+DIMENSIONS = 1536
+PARTITIONS = 4
+KILLS = 10
+CHUNKS = 5
+
+
+def _environment(provider: ProviderProcess, redis_url: str) -> dict[str, str]:
+    return {
+        "EMBEDDING_PROVIDER": "openai",
+        "EMBEDDING_OPENAI_BASE_URL": provider.base_url,
+        "EMBEDDING_OPENAI_API_KEY": "tests",
+        "EMBEDDING_REDIS_URL": redis_url,
+        "EMBEDDING_WINDOW_MAX_TEXTS": "64",
+        "EMBEDDING_DEFAULT_MODEL": "text-embedding-3-small",
+    }
+
+
+async def _finish_and_audit(
+    stack: Stack, traffic: Traffic, provider: ProviderProcess
+) -> tuple[audit.Books, audit.Residuals, int]:
+    """Wait until all is committed and totalled, stop everybody cleanly, hold the books against the laws."""
+    settings = stack.settings()
+    await until(traffic.all_committed, within_s=120, what="every request is committed")
+    await traffic.sample()
+
+    async def totalled() -> bool:
+        return audit.totals_cover(await audit.read_books(settings, []))
+
+    await until(totalled, within_s=60, what="the totals count every charge", every_s=1.0)
+    for child in stack.children:
+        if child.process.poll() is None:
+            assert child.stop() == 0, child.tail()
+    books = await audit.read_books(settings, provider.admin("ledger")["requests"])
+    copies = audit.check_outcomes(books, vector_of=expected_vector, dimensions=DIMENSIONS)
+    audit.check_charges(books)
+    residuals = audit.check_attempts(books)
+    audit.check_totals(books)
+    check_samples(traffic.samples, books)
+    return books, residuals, copies
+
+
+async def test_ten_kills_lose_nothing_and_the_bill_adds_up(kafka: Broker, unique: str, tmp_path: Path) -> None:
+    """Laws 1 to 6 and section 5 per attempt, through ten SIGKILLs, a join mid-run and a flushed cache."""
+    requests = hard_requests(1000, chunks=CHUNKS)
+    per_wave = len(requests) // (KILLS + 1) + 1
+    waves = [requests[i : i + per_wave] for i in range(0, len(requests), per_wave)]
+    started = time.monotonic()
+    with (
+        EmbeddedCache() as cache,
+        ProviderProcess("--jitter", "0.01", "--base-ms", "60", "--per-text-ms", "2") as provider,
+        Stack(tmp_path, unique, kafka.bootstrap_servers, **_environment(provider, cache.url)) as stack,
+    ):
+        settings = stack.settings()
+        await topics.create(settings, partitions=PARTITIONS, replication=1)
+        aggregator = stack.spawn("aggregator")
+        workers = [stack.spawn("worker")]
+        async with Traffic(settings, partitions=PARTITIONS, group=f"{settings.group_id}-bulk") as traffic:
+            await until(workers[0].ready, within_s=60, what="the first worker is ready")
+            await traffic.send(waves[0])
+            workers.append(stack.spawn("worker"))
+            await until(workers[1].ready, within_s=60, what="the second worker joined")
+            for kill, wave in enumerate(waves[1 : KILLS + 1]):
+                before = await traffic.results()
+                await traffic.send(wave)
+
+                async def moved(before: int = before) -> bool:
+                    await traffic.sample()
+                    return await traffic.results() >= before + 40
+
+                await until(moved, within_s=90, what=f"results flow before kill {kill}")
+                workers[kill % 2].kill()
+                if kill == KILLS // 2:
+                    await _flush(cache.url)
+                workers[kill % 2] = stack.spawn("worker")
+            aggregator.check()
+            books, residuals, copies = await _finish_and_audit(stack, traffic, provider)
+    report = asdict(residuals) | {
+        "requests": len(books.requests),
+        "chunks": sum(len(request.chunks) for request in books.accepted().values()),
+        "result_copies": copies,
+        "attempts": len(books.bills),
+        "seconds": round(time.monotonic() - started),
+    }
+    print("\nresiduals after ten kills:", report)
+    _summary(f"residuals after ten kills: {report}")
+
+
+async def test_without_kills_nothing_is_billed_to_nobody(kafka: Broker, unique: str, tmp_path: Path) -> None:
+    """U7: one worker, the cache kept, no zombies: residual 0 for every receipt, and copies are byte-equal."""
+    requests = hard_requests(1000, chunks=CHUNKS, seed=2)
+    with (
+        EmbeddedCache() as cache,
+        ProviderProcess("--jitter", "0.01", "--base-ms", "20", "--per-text-ms", "0.2") as provider,
+        Stack(tmp_path, unique, kafka.bootstrap_servers, **_environment(provider, cache.url)) as stack,
+    ):
+        settings = stack.settings()
+        await topics.create(settings, partitions=PARTITIONS, replication=1)
+        stack.spawn("aggregator")
+        worker = stack.spawn("worker")
+        async with Traffic(settings, partitions=PARTITIONS, group=f"{settings.group_id}-bulk") as traffic:
+            await until(worker.ready, within_s=60, what="the worker is ready")
+            await traffic.send(requests)
+            books, residuals, _ = await _finish_and_audit(stack, traffic, provider)
+    _summary(f"residuals without a kill: {asdict(residuals)}")
+    assert residuals.total == 0
+    assert residuals.recovered_attempts == 0
+    first: dict[str, tuple[int, object]] = {}
+    for _, usage in books.usage:
+        parts = (usage.billed.tokens, tuple(usage.parts))
+        assert first.setdefault(usage.request_id, parts) == parts
+
+
+async def _flush(url: str) -> None:
+    client = redis.asyncio.from_url(url)
+    try:
+        await client.flushall()
+    except RedisError as error:
+        raise AssertionError("the cache could not be flushed") from error
+    finally:
+        await client.aclose()
+
+
+def _summary(line: str) -> None:
+    """Also into the file that the fault stage prints at its end."""
+    if path := os.environ.get("EMBEDDING_FAULTS_REPORT"):
+        with Path(path).open("a", encoding="utf-8") as report:
+            report.write(line + "\n")

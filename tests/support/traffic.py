@@ -1,0 +1,140 @@
+"""Traffic for fault tests: requests that are hard to account for, and what the broker shows of the progress."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
+from aiokafka.admin import AIOKafkaAdminClient
+
+from processor.adapters.avro import encode_request, partition_of
+from processor.adapters.kafka import connection
+from processor.adapters.topics import topics
+from processor.domain import Chunk, Request
+from processor.identity import encode_text
+from processor.settings import Settings
+from tests.support.audit import Books
+
+
+def hard_requests(count: int, *, chunks: int, seed: int = 1) -> list[Request]:
+    """Two tenants under equal correlation ids, a shared agent owner, one constant correlation id, equal texts.
+
+    A third of the texts is shared within a tenant and a tenth between the tenants; a tenth of the requests refuses
+    the cache; one in fifty is sent twice.
+    """
+    dice = random.Random(seed)
+    requests: list[Request] = []
+    for i in range(count):
+        tenant = ("acme", "globex")[i % 2]
+        correlation = "constant" if dice.random() < 0.05 else f"corr-{i // 2}"
+        texts = []
+        for j in range(chunks):
+            kind = dice.random()
+            if kind < 0.33:
+                texts.append(f"{tenant} keeps saying sentence number {dice.randrange(60)}")
+            elif kind < 0.43:
+                texts.append(f"everybody says sentence number {dice.randrange(20)}")
+            else:
+                texts.append(f"{tenant} {correlation} request {i} chunk {j} " + "word " * dice.randrange(1, 30))
+        request = Request(
+            tenant_id=tenant,
+            correlation_id=correlation,
+            action=dice.choice(["generate", "batch_process", "embedding.generate"]),
+            collection="docs",
+            document_id=f"doc-{i}",
+            agent_owner_id="initech" if dice.random() < 0.2 else None,
+            use_cache=dice.random() >= 0.1,
+            source_service="tests",
+            metadata={"n": str(i)},
+            chunks=[Chunk(f"k{j}", text, {"j": str(j)}) for j, text in enumerate(texts)],
+        )
+        requests.append(request)
+        if dice.random() < 0.02:
+            requests.append(request)
+    return requests
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """What was committed, and how long the results were right after it was read."""
+
+    committed: Mapping[int, int]
+    results_end: Mapping[int, int]
+
+
+class Traffic:
+    """Sends requests to a topic of the settings and watches group and results."""
+
+    def __init__(self, settings: Settings, *, partitions: int, group: str) -> None:
+        self.settings = settings
+        self.partitions = partitions
+        self.group = group
+        self.sent = 0
+        self.samples: list[Sample] = []
+        self._requests = settings.topic(topics()["requests"].name)
+        self._results = settings.topic(topics()["results"].name)
+
+    async def __aenter__(self) -> Self:
+        options = connection(self.settings)
+        self._producer = AIOKafkaProducer(**options, acks="all")
+        self._watcher = AIOKafkaConsumer(**options, group_id=None)
+        self._admin = AIOKafkaAdminClient(**options)
+        await self._producer.start()
+        await self._watcher.start()
+        await self._admin.start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._producer.stop()
+        await self._watcher.stop()
+        await self._admin.close()
+
+    async def send(self, requests: Sequence[Request]) -> None:
+        for request in requests:
+            key = encode_text(request.tenant_id) + encode_text(request.document_id)
+            partition = partition_of(key, self.partitions)
+            await self._producer.send(self._requests, encode_request(request), key=key, partition=partition)
+        await self._producer.flush()
+        self.sent += len(requests)
+
+    async def results(self) -> int:
+        """How many result records there are."""
+        return sum((await self._ends(self._results)).values())
+
+    async def committed(self) -> dict[int, int]:
+        found = await self._admin.list_consumer_group_offsets(self.group)
+        return {place.partition: known.offset for place, known in found.items() if place.topic == self._requests}
+
+    async def sample(self) -> None:
+        """Committed offsets first, then the results that must stand behind them."""
+        committed = await self.committed()
+        self.samples.append(Sample(committed, await self._ends(self._results)))
+
+    async def all_committed(self) -> bool:
+        return sum((await self.committed()).values()) >= self.sent
+
+    async def _ends(self, topic: str) -> dict[int, int]:
+        places = [TopicPartition(topic, partition) for partition in range(self.partitions)]
+        ends = await self._watcher.end_offsets(places)
+        return {place.partition: end for place, end in ends.items()}
+
+
+def check_samples(samples: Sequence[Sample], books: Books) -> None:
+    """Law 2: behind every committed offset, each chunk's outcome was in the results when it was committed."""
+    by_source: dict[str, list[tuple[int, int, int]]] = {}
+    for record, result in books.results:
+        source = by_source.setdefault(result.source_version, [])
+        source.append((result.chunk_index, record.source.partition, record.source.offset))
+    for sample in samples:
+        for record, request in books.requests:
+            if record.source.offset >= sample.committed.get(record.source.partition, 0):
+                continue
+            outcomes = by_source.get(record.source.version, [])
+            there = {index for index, partition, offset in outcomes if offset < sample.results_end[partition]}
+            assert there >= set(range(len(request.chunks))), f"committed past unfinished {record!r}"
