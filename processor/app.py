@@ -6,6 +6,7 @@ One worker process serves one route (a provider and its models) on one lane; see
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import structlog
@@ -93,7 +94,7 @@ class WorkerProcess:
                 decoder=self.codec,
                 catalogue=self.catalogue,
                 cache=self.cache,
-                counter=LocalTokenCounter(settings),
+                counter=LocalTokenCounter(),
                 outbox=self.outbox,
                 clock=clock,
                 events=events,
@@ -163,7 +164,7 @@ class AggregatorProcess:
         self.metrics = Metrics()
         self.codec = Codec.from_settings(settings)
         self.outbox = KafkaOutbox(settings, self.codec, lambda: self.engine.producer)
-        self.reader = KafkaReader(settings, settings.aggregator_group_id)
+        self.reader = KafkaReader(settings, group_id=settings.aggregator_group_id)
         self.store = SqliteStore(settings.aggregator_store)
         names = {name: settings.topic(topic.name) for name, topic in topics.topics().items()}
         folded = FoldedTopics(
@@ -195,6 +196,9 @@ class AggregatorProcess:
             health=self._health,
             reports={"/ledger": self._ledger},
         )
+        ledger = self.metrics.gauge("ledger_tokens")
+        for word in ("billed", "attributed", "waste", "uncharged", "unconfirmed_max"):
+            ledger.labels(word).set_function(partial(self._ledger_tokens, f"{word}_tokens"))
 
     async def _start(self) -> None:
         await self.http.start()
@@ -212,6 +216,9 @@ class AggregatorProcess:
         engine = self.engine.status()
         ready = engine["state"] in {"consuming", "standby"}
         return {"ready": ready, "kafka": engine, "ledger": await self._ledger()}
+
+    def _ledger_tokens(self, name: str) -> float:
+        return float(getattr(self.aggregator.ledger_summary().sums, name))
 
     async def _ledger(self) -> Mapping[str, Any]:
         summary = self.aggregator.ledger_summary()
