@@ -278,6 +278,10 @@ CRASHERS = {
     "huge decimal": json.dumps({"type": "bytes", "logicalType": "decimal", "precision": 10**9, "scale": 10**9}),
     "enum": json.dumps({"type": "enum", "name": "E", "symbols": ["A"]}),
     "deepest nesting": nested(MAX_SCHEMA_CHARACTERS // 26),
+    "deepest nesting of types": '{"type":' * (MAX_SCHEMA_CHARACTERS // 10)
+    + '"null"'
+    + "}" * (MAX_SCHEMA_CHARACTERS // 10),
+    "deepest nesting of unions": "[" * (MAX_SCHEMA_CHARACTERS // 2) + "]" * (MAX_SCHEMA_CHARACTERS // 2),
     "too long": " " * MAX_SCHEMA_CHARACTERS + current("EmbeddingRequest").text,
     "no JSON": "{",
     "no schema": "42",
