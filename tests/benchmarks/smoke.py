@@ -72,24 +72,8 @@ RELAXED = {"EMBEDDING_PRODUCER_IDEMPOTENT": "false", "EMBEDDING_REQUIRE_LOG_APPE
 
 def _texts(count: int) -> list[str]:
     """About 600 bytes each, all different."""
-    words = [
-        "the",
-        "stream",
-        "of",
-        "chunks",
-        "is",
-        "cut",
-        "into",
-        "windows",
-        "and",
-        "every",
-        "window",
-        "into",
-        "few",
-        "and",
-        "full",
-        "calls",
-    ]
+    phrase = "the stream of chunks is cut into windows and every window into few and full calls"
+    words = phrase.split(" ")
     return [f"chunk {i}: " + " ".join(words[(i + j) % len(words)] for j in range(115)) for i in range(count)]
 
 
