@@ -101,14 +101,16 @@ async def create(settings: Settings, *, partitions: int | None = None, replicati
         if not missing:
             return []
         answer = await admin.create_topics(missing)
+        made: list[str] = []
         for name, code, *message in answer.topic_errors:
             error = for_code(code)
-            if code and error is not TopicAlreadyExistsError:
+            if code == 0:
+                made.append(name)
+            elif error is not TopicAlreadyExistsError:
                 detail = message[0] if message and message[0] else error.__name__
                 raise TopicsError(f"{name}: can't be made: {detail}")
-        names = [topic.name for topic in missing]
-        await _await_known(admin, names)
-        return names
+        await _await_known(admin, [topic.name for topic in missing])
+        return made
 
 
 async def check(settings: Settings, only: Collection[str] | None = None) -> list[Finding]:
