@@ -269,7 +269,7 @@ class ModelSpec:
 
     `dimensions` are the allowed ones, the default first; with `shortenable` any from 1 to the default.
     `answers_as` are the model names a response may carry; None: the server echoes any name. `tokenizer` names an
-    exact counter ("cl100k_base", "local"), None: an estimate.
+    exact counter ("cl100k_base", "wordpiece:<path>"), None: an estimate.
     """
 
     name: str

@@ -1,0 +1,188 @@
+"""The model catalogue: what this release lists, what an operator's file changes, what is refused at start."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from processor.adapters import local_files
+from processor.adapters.catalogue import load_catalogue
+from processor.adapters.tokens import tokenizer_of
+from processor.domain import InputType
+from processor.errors import SettingsError
+from processor.settings import Settings, load
+
+MS_2026 = 1_767_225_600_000
+
+
+def settings(tmp_path: Path, yaml: str | None = None, **overrides: Any) -> Settings:
+    if yaml is not None:
+        overrides["catalogue_file"] = tmp_path / "models.yaml"
+        overrides["catalogue_file"].write_text(yaml)
+    return load(**{"provider": "openai", **overrides})
+
+
+@pytest.mark.parametrize(
+    "name,dimensions,nanos",
+    [
+        ("text-embedding-3-small", 1536, 20_000_000),
+        ("text-embedding-3-large", 3072, 130_000_000),
+        ("text-embedding-ada-002", 1536, 100_000_000),
+        ("all-MiniLM-L6-v2", 384, 1_000_000),
+    ],
+)
+def test_each_listed_model_has_dimensions_and_a_price(name: str, dimensions: int, nanos: int, tmp_path: Path) -> None:
+    """Nano-dollars per 1,000,000 tokens as published."""
+    spec = load_catalogue(settings(tmp_path)).find(name)
+    assert spec is not None
+    price = spec.price_at(MS_2026)
+    assert price is not None
+    assert (spec.dimensions[0], price.nanos_per_million) == (dimensions, nanos)
+
+
+def test_the_revision_of_the_local_model_is_that_of_its_files(tmp_path: Path) -> None:
+    """A worker that has the files and one that only reads the list name the same vector space."""
+    listed = load_catalogue(settings(tmp_path)).find(local_files.BUILTIN_NAME)
+    loaded = load_catalogue(settings(tmp_path, provider="local")).find(local_files.BUILTIN_NAME)
+    assert listed is not None
+    assert loaded is not None
+    assert listed.space(384) == loaded.space(384)
+    assert loaded.revision == local_files.builtin_revision() == local_files.locate().revision
+
+
+def test_only_the_models_of_the_route_are_served(tmp_path: Path) -> None:
+    """A model of another provider is known, and not served here."""
+    openai = load_catalogue(settings(tmp_path))
+    local = load_catalogue(settings(tmp_path, provider="local"))
+    assert (openai.default_model, local.default_model) == ("text-embedding-3-small", "all-MiniLM-L6-v2")
+    assert openai.served("text-embedding-ada-002")
+    assert not openai.served("all-MiniLM-L6-v2")
+    assert local.served("all-MiniLM-L6-v2")
+    assert not local.served("text-embedding-3-small")
+    assert not openai.served("unheard-of")
+
+
+def test_the_operator_chooses_models_default_and_dimensions(tmp_path: Path) -> None:
+    """The first of the served is the default unless one is named; sizes fall back to the model's own."""
+    chosen = settings(
+        tmp_path,
+        models="text-embedding-3-large,text-embedding-3-small",
+        default_dimensions_by_model='{"text-embedding-3-large": 1024}',
+    )
+    catalogue = load_catalogue(chosen)
+    large, small = catalogue.find("text-embedding-3-large"), catalogue.find("text-embedding-3-small")
+    assert large is not None
+    assert small is not None
+    assert catalogue.default_model == "text-embedding-3-large"
+    assert not catalogue.served("text-embedding-ada-002")
+    assert (catalogue.default_dimensions(large), catalogue.default_dimensions(small)) == (1024, 1536)
+
+
+def test_a_file_adds_models_and_changes_single_fields(tmp_path: Path) -> None:
+    """What the file does not say of a listed model stays as it is listed."""
+    yaml = """
+models:
+  text-embedding-3-small:
+    prices:
+      - {from: 2024-01-25, version: a, nanos_per_million: 20000000}
+      - {from: 2026-01-01, version: b, nanos_per_million: 15000000}
+  nomic:
+    provider: openai
+    dimensions: [768, 256]
+    max_input_tokens: 512
+    prefixes: {query: "search_query: "}
+    answers_as: any
+"""
+    catalogue = load_catalogue(settings(tmp_path, yaml, default_model="nomic"))
+    small, nomic = catalogue.find("text-embedding-3-small"), catalogue.find("nomic")
+    assert small is not None
+    assert nomic is not None
+    assert (small.shortenable, small.max_input_tokens) == (True, 8192)
+    assert small.answers_as == frozenset({"text-embedding-3-small"})
+    before, after = small.price_at(MS_2026 - 1), small.price_at(MS_2026)
+    assert before is not None
+    assert after is not None
+    assert (before.version, after.version) == ("a", "b")
+    assert nomic.prefixes == {InputType.QUERY: "search_query: "}
+    assert (nomic.answers_as, nomic.tokenizer, nomic.price_at(MS_2026)) == (None, None, None)
+    assert [size for size in (768, 256, 128) if nomic.allows(size)] == [768, 256]
+
+
+def test_a_directory_of_ones_own_is_a_model_once_it_is_listed(tmp_path: Path) -> None:
+    """Its name is the directory's, its revision that of its files, its counter its own tokenizer."""
+    builtin = local_files.locate()
+    directory = tmp_path / "my-export"
+    directory.mkdir()
+    (directory / "model.onnx").write_bytes(b"some weights")
+    (directory / "tokenizer.json").write_bytes(builtin.tokenizer.read_bytes())
+    with pytest.raises(SettingsError, match="list the model my-export"):
+        load_catalogue(settings(tmp_path, provider="local", local_model_path=directory))
+
+    yaml = "models: {my-export: {provider: local, dimensions: [384], max_input_tokens: 512}}"
+    catalogue = load_catalogue(settings(tmp_path, yaml, provider="local", local_model_path=directory))
+    spec = catalogue.find("my-export")
+    assert spec is not None
+    tokenizer = tokenizer_of(spec.tokenizer)
+    assert tokenizer is not None
+    assert tokenizer.count("hello world") == 4
+    assert spec.revision != builtin.revision
+    assert catalogue.served("my-export")
+    assert not catalogue.served(local_files.BUILTIN_NAME)
+
+
+@pytest.mark.parametrize(
+    "yaml,told",
+    [
+        ("models: [", "is no YAML, line 1"),
+        ("- a", "must hold models:"),
+        ("models: {}\nmodel: {}", "must hold models:"),
+        ("models: {m: 3}", r"models\.m: must be the fields"),
+        ("models: {m: {dimensions: [8], max_input_tokens: 8}}", r"models\.m: provider: Field required"),
+        (
+            "models: {m: {provider: openai, dimensions: [], max_input_tokens: 8}}",
+            r"models\.m: dimensions: List should",
+        ),
+        ("models: {text-embedding-3-small: {dimension: [3]}}", r"text-embedding-3-small: dimension: Extra inputs"),
+        ("models: {text-embedding-3-small: {max_tokens_per_call: 1}}", "must be at least max_input_tokens"),
+        (
+            "models: {text-embedding-3-small: {prices: [{from: soon, version: a, nanos_per_million: 1}]}}",
+            r"prices\.0\.from: ",
+        ),
+        ("models: {text-embedding-3-small: {prefixes: {other: x}}}", r"prefixes\.other"),
+    ],
+)
+def test_a_fault_in_the_file_names_file_model_and_field(yaml: str, told: str, tmp_path: Path) -> None:
+    """Whoever wrote it finds the place."""
+    with pytest.raises(SettingsError, match=told) as caught:
+        load_catalogue(settings(tmp_path, yaml))
+    assert str(tmp_path / "models.yaml") in str(caught.value)
+
+
+def test_all_faults_of_the_choice_are_told_together(tmp_path: Path) -> None:
+    """One start shows them all."""
+    chosen = settings(
+        tmp_path,
+        models="all-MiniLM-L6-v2,text-embedding-3-small",
+        default_model="gpt",
+        default_dimensions_by_model={"gpt": 1, "text-embedding-ada-002": 512},
+    )
+    with pytest.raises(SettingsError) as caught:
+        load_catalogue(chosen)
+    told = str(caught.value).splitlines()
+    assert [line.partition(":")[0] for line in told] == [
+        "EMBEDDING_MODELS",
+        "EMBEDDING_DEFAULT_MODEL",
+        "EMBEDDING_DEFAULT_DIMENSIONS_BY_MODEL",
+        "EMBEDDING_DEFAULT_DIMENSIONS_BY_MODEL",
+    ]
+
+
+@pytest.mark.parametrize("missing", ["model.onnx", "tokenizer.json"])
+def test_an_incomplete_directory_is_told_by_the_missing_file(missing: str, tmp_path: Path) -> None:
+    """The path that was looked for is in the message."""
+    for name in {"model.onnx", "tokenizer.json"} - {missing}:
+        (tmp_path / name).touch()
+    with pytest.raises(SettingsError, match=missing):
+        local_files.locate(tmp_path)
