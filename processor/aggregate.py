@@ -140,12 +140,11 @@ def fold_usage(
     before: UsageState,
     *,
     partition: int,
-    next_offset: int,
     seen_only_until_ms: int | None,
     horizon_ms: int,
     now_ms: int,
 ) -> UsageFold:
-    """Fold the copies of one usage partition, in offset order; those below `next_offset` were folded before.
+    """Fold copies of one usage partition, in offset order.
 
     A copy is a duplicate if the previous copy of its key was appended at most twice the horizon earlier, else a
     charge of its own. A charge is late if it was appended more than the horizon after its time of charge; it goes
@@ -162,8 +161,6 @@ def fold_usage(
     first = duplicates = 0
     for copy in copies:
         offset, append_ms, usage, keys = copy
-        if offset < next_offset:
-            continue
         previous = seen.get(usage.request_id) or before.seen.get(usage.request_id)
         if previous is not None and append_ms - previous.last_ms <= 2 * horizon_ms:
             # max: a new partition leader's clock may stand behind the old one's.
@@ -290,20 +287,13 @@ class CallFold:
 
 
 def fold_calls(
-    calls: Iterable[tuple[int, int, ProviderCall]],
+    calls: Iterable[tuple[int, ProviderCall]],
     before: Mapping[str, Attempt],
     ledger: Ledger,
-    *,
-    next_offset: int,
 ) -> CallFold:
-    """Fold (offset, append_ms, call) of one partition, in offset order; those below `next_offset` were folded before.
-
-    The first intent and the first receipt of an attempt stand.
-    """
+    """Fold (append_ms, call) of one partition, in offset order. The first intent and receipt of an attempt stand."""
     attempts: dict[str, Attempt] = {}
-    for offset, append_ms, call in calls:
-        if offset < next_offset:
-            continue
+    for append_ms, call in calls:
         known = attempts.get(call.attempt_id) or before.get(call.attempt_id, Attempt())
         attempts[call.attempt_id] = _recorded(known, call, append_ms)
     return CallFold(attempts, _moved(ledger, before, attempts))

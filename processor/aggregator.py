@@ -259,7 +259,6 @@ class Aggregator:
                 copies,
                 before,
                 partition=lease.partition,
-                next_offset=first.offset,
                 seen_only_until_ms=until_ms,
                 horizon_ms=self._horizon_ms,
                 now_ms=now_ms,
@@ -312,10 +311,9 @@ class Aggregator:
             attempts = self._store.attempts({call.attempt_id for _, call in calls})
             ledger = self._store.ledger()
             fold = fold_calls(
-                ((record.source.offset, record.source.append_ms, call) for record, call in calls),
+                ((record.source.append_ms, call) for record, call in calls),
                 attempts,
                 ledger,
-                next_offset=fresh[0].source.offset,
             )
             await self._publish(lease, self._dead_letters(letters, self._place(lease)))
             self._store.save(

@@ -15,18 +15,16 @@ from hypothesis import strategies as st
 from processor.adapters.sqlite_store import SqliteStore
 from processor.domain import (
     Amounts,
-    BucketKey,
     CallKind,
     CallOutcome,
-    DeadLetter,
     Part,
     Source,
     TaskKey,
     Usage,
     UsageTotal,
 )
-from processor.errors import LeaseLost, StoreError
-from processor.ports import Destination, Run, StoreChange
+from processor.errors import StoreError
+from processor.ports import Destination, Run
 from tests.support.aggregation import (
     DAY_MS,
     HORIZON_MS,
@@ -239,7 +237,7 @@ async def test_order_of_partitions_and_length_of_runs_do_not_matter(order: tuple
 
 
 async def test_folding_the_whole_log_twice_changes_nothing() -> None:
-    """A run that is fetched again publishes no total and leaves the ledger as it was."""
+    """A run that is fetched again publishes no total, and leaves the ledger and the cursor as they were."""
     with a_bench() as bench:
         log, history = bench.log, History()
         append(log, history, [Event(n % 4, n % 3, 1, 1_000, 0) for n in range(20)])
@@ -251,8 +249,11 @@ async def test_folding_the_whole_log_twice_changes_nothing() -> None:
             for partition in range(PARTITIONS):
                 lease = FakeLease(TOPICS.usage, partition)
                 records = log.after(TOPICS.usage, partition, 0)
+                cursor = store.cursor(TOPICS.usage, partition)
                 await aggregator.on_run(Run(lease, records))
-                assert lease.finished == [record.source.offset for record in records]
+                await aggregator.on_run(Run(lease, records[:2]))
+                assert lease.finished == [record.source.offset for record in (*records, *records[:2])]
+                assert store.cursor(TOPICS.usage, partition) == cursor
             assert aggregator.ledger_summary() == once
 
         assert len(log.all_of(TOPICS.totals)) == published
