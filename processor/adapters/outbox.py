@@ -99,7 +99,7 @@ class KafkaOutbox:
         if encoded.key is None and encoded.value is None:
             encoded = encoded._replace(key=b"")  # aiokafka takes no record that has neither
         topic = message.topic or self._topics[message.name]
-        size = DefaultRecordBatchBuilder.estimate_size_in_bytes(encoded.key, encoded.value, encoded.headers)
+        size = DefaultRecordBatchBuilder.estimate_size_in_bytes(encoded.key, encoded.value, list(encoded.headers))
         if size > self._max_record_bytes:
             raise RecordTooLarge(
                 f"a message for {topic} has {size} bytes: EMBEDDING_MAX_RECORD_BYTES is {self._max_record_bytes}"
