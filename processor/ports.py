@@ -214,7 +214,7 @@ class TokenCounter(Protocol):
     def count(self, texts: Sequence[str], model: ModelSpec) -> TokenCounts: ...
 
     def truncate(self, text: str, model: ModelSpec, limit: int, *, keep_end: bool) -> str:
-        """The longest head (or tail with keep_end) of at most `limit` tokens."""
+        """A head (or tail with keep_end) of at most `limit` tokens, cut between tokens; a text that fits as it is."""
         ...
 
 
