@@ -8,6 +8,7 @@ ProcessorError
 |- RecordTooLarge           a message of ours is over max_record_bytes: a bug of the step that made it
 |- CacheUnavailable         L2 did not answer in its budget: go without it
 |- RegistryUnavailable      the schema registry did not answer: retry, nothing is lost
+|- RequestRefused           the client refuses what it was given: fix the named field; nothing was sent
 |- EmbeddedUnavailable      an embedded server is not installed or did not start: see the message
 |- StoreError               the aggregator's local store is unusable or belongs to another topic: see the message
 `- ProviderError            one provider call failed; the subclass says what to do
@@ -56,6 +57,10 @@ class CacheUnavailable(ProcessorError):
 
 class RegistryUnavailable(ProcessorError):
     """The schema registry did not answer. Nothing is lost; check the registry's address and health."""
+
+
+class RequestRefused(ProcessorError):
+    """The client refuses what it was given; the message names the field and the fix. Nothing was sent."""
 
 
 class EmbeddedUnavailable(ProcessorError):

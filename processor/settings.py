@@ -173,7 +173,14 @@ class Settings(BaseSettings):
         description="Added to call and session timeout: an intent without receipt is then unconfirmed.",
     )
 
-    @field_validator("models", "reply_topics", mode="before")
+    # Client
+    vector_spaces: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="Vector spaces that deletes and manifests of the client mean, separated by commas; "
+        "none: that of the default model.",
+    )
+
+    @field_validator("models", "reply_topics", "vector_spaces", mode="before")
     @classmethod
     def _split(cls, value: Any) -> Any:
         return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
