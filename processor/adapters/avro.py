@@ -50,6 +50,9 @@ MAX_CORRELATION_BYTES = 1_024
 DLQ_SPARE_BYTES = 16_384
 """Room for what surrounds a dead letter's bytes: our headers and the record batch."""
 
+HEADER_SPARE_BYTES = 10
+"""The two lengths of a header, at most: a record may be made of a hundred thousand empty ones."""
+
 
 class Encoded(NamedTuple):
     """A message as Kafka takes it. Never print one: it may hold a vector."""
@@ -179,7 +182,7 @@ class Codec:
         names = {name for name, _ in ours}
         kept = [(name, value) for name, value in record.headers if name not in names]
         key_bytes = len(record.key or b"")
-        header_bytes = sum(len(name.encode()) + len(value or b"") for name, value in kept)
+        header_bytes = sum(len(name.encode()) + len(value or b"") + HEADER_SPARE_BYTES for name, value in kept)
         room = self._max_record_bytes - DLQ_SPARE_BYTES
         if letter.by_reference or key_bytes + header_bytes + len(record.value or b"") > room:
             return Encoded(record.key if key_bytes <= room else None, None, ours)

@@ -48,9 +48,7 @@ class SchemaRegistry:
         if status == HTTPStatus.NOT_FOUND:
             status, answer = await self._request("POST", f"{path}/versions", body)
             self._usable(status, answer, "id")
-            await self._request(
-                "PUT", f"/config/{quote(subject, safe='')}", {"compatibility": "FULL_TRANSITIVE"}
-            )
+            await self._request("PUT", f"/config/{quote(subject, safe='')}", {"compatibility": "FULL_TRANSITIVE"})
         self._usable(status, answer, "id")
         schema_id = int(answer["id"])
         self._schemas[schema_id] = schema

@@ -27,10 +27,10 @@ MAX_SCHEMA_CHARACTERS = 65_536
 
 
 def schema_directory() -> Path:
-    """`schemas/` of a checkout, or the copy inside an installed package."""
+    """The copy inside an installed package, or `schemas/` of a checkout."""
     package = Path(__file__).resolve().parent.parent
-    checkout = package.parent / "schemas"
-    return checkout if checkout.is_dir() else package / "_schemas"
+    installed = package / "_schemas"
+    return installed if installed.is_dir() else package.parent / "schemas"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -93,6 +93,4 @@ def _load(path: Path) -> Schema:
     name, version, _ = path.name.split(".")
     text = path.read_text(encoding="utf-8")
     document = json.loads(text)
-    return Schema(
-        name, int(version.removeprefix("v")), text, parse_schema(document), canonical_fingerprint(document)
-    )
+    return Schema(name, int(version.removeprefix("v")), text, parse_schema(document), canonical_fingerprint(document))

@@ -462,7 +462,7 @@ def test_a_dead_letter_by_reference_has_no_value() -> None:
     assert (encoded.key, encoded.value, list(encoded.headers)) == (b"k", None, OURS)
 
 
-@pytest.mark.parametrize("where", ["key", "value", "headers"])
+@pytest.mark.parametrize("where", ["key", "value", "headers", "many headers"])
 def test_a_dead_letter_always_fits_into_a_record(where: str) -> None:
     """A record too large for us becomes a reference, so that it can't stop the stream on its way out."""
     large = bytes(1_000_000)
@@ -471,6 +471,7 @@ def test_a_dead_letter_always_fits_into_a_record(where: str) -> None:
         "key": Record(source, large, b"x"),
         "value": Record(source, b"k", large),
         "headers": Record(source, b"k", b"x", [("h", large)]),
+        "many headers": Record(source, b"k", b"x", [("h", b"")] * 340_000),
     }[where]
     encoded = dead_letter(record)
     assert (encoded.value, list(encoded.headers)) == (None, OURS)
