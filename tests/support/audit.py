@@ -34,7 +34,15 @@ from processor.settings import Settings
 
 T = TypeVar("T")
 
-EMBEDDING = {"generate", "batch_process", "generate_query"}
+EMBEDDING = {
+    "generate",
+    "batch_process",
+    "generate_query",
+    "embedding.generate",
+    "embedding.generate_query",
+    "embedding.batch_process",
+    "embedding.batch.process",
+}
 
 
 @dataclass(slots=True)
