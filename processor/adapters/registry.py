@@ -39,8 +39,9 @@ class SchemaRegistry:
         return self._schemas[schema_id]
 
     async def register(self, subject: str, schema: Schema) -> int:
-        """The id of the schema under `subject`; it is registered there, under FULL_TRANSITIVE, when it is new.
+        """The id of the schema under `subject`; it is registered there when it is new.
 
+        A new subject is put under FULL_TRANSITIVE, where the registry lets us; our own tests hold us to it anyway.
         A known schema is only looked up, so a registry that is read-only for us will do.
         """
         path, body = f"/subjects/{quote(subject, safe='')}", {"schema": schema.text, "schemaType": "AVRO"}
