@@ -32,6 +32,8 @@ T = TypeVar("T")
 
 PRIVATE_NAMES: Mapping[str, Sequence[str]] = {
     "faust.app.base:App": (
+        "_consumer",
+        "_crash",
         "_create_directories",
         "_new_producer_transport",
         "_new_transport",

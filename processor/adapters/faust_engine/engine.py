@@ -65,9 +65,10 @@ class App(faust.App):
     def _create_directories(self) -> None:
         """Only tables would need them."""
 
-    async def crash(self, reason: BaseException) -> None:
+    def _crash(self, reason: BaseException) -> None:
+        """Whichever service breaks, in whichever thread: mode tells the root of the tree by this."""
         self.engine.crash(reason)
-        await super().crash(reason)
+        super()._crash(reason)
 
 
 class Engine:
@@ -99,6 +100,7 @@ class Engine:
         self._on_started = on_started
         self._on_stopping = on_stopping
         self._app: App | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._ended = asyncio.Event()
         self._error: BaseException | None = None
         self._stopping = False
@@ -144,10 +146,22 @@ class Engine:
 
     async def start(self) -> None:
         """Connect, join the group, run the hooks. Returns once the first assignment is there (it may be empty)."""
+        self._loop = asyncio.get_running_loop()
         for hook in self._on_starting:
             await hook()
         self._app = self._new_app()
-        await self._app.start()
+        starting = asyncio.create_task(self._app.start())
+        ended = asyncio.create_task(self._ended.wait())
+        try:
+            # Faust waits for an assignment even when what would bring it has crashed.
+            await asyncio.wait({starting, ended}, return_when=asyncio.FIRST_COMPLETED)
+            if self._error is not None:
+                raise self._error
+            await starting
+        finally:
+            for task in (starting, ended):
+                task.cancel()
+            await asyncio.wait({starting, ended})
         for hook in self._on_started:
             await hook()
 
@@ -177,9 +191,15 @@ class Engine:
         """End the process with code 1 and try nothing more: no commit, no send. The first error is the one told."""
         if self._error is None:
             self._error = error
-            if self._consumer is not None:
-                self._consumer.abandon()
-            self._ended.set()
+            if asyncio._get_running_loop() is self._loop:
+                self._abandon()
+            elif self._loop is not None:
+                self._loop.call_soon_threadsafe(self._abandon)
+
+    def _abandon(self) -> None:
+        if self._consumer is not None:
+            self._consumer.abandon()
+        self._ended.set()
 
     # --- parts -----------------------------------------------------------------------------------------
 

@@ -1,0 +1,307 @@
+"""The engine on Apache Kafka: nothing is lost, nothing unfinished is committed, whoever comes and goes."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections import Counter
+from collections.abc import Mapping
+
+import pytest
+from aiokafka import AIOKafkaProducer
+
+from processor.adapters.faust_engine import Engine
+from processor.errors import StoreError
+from processor.ports import Run
+from tests.support.brokers import Broker
+from tests.support.engines import (
+    Handler,
+    Place,
+    create_topic,
+    engine_settings,
+    group_of,
+    log_ends,
+    produce,
+    running,
+    until,
+)
+
+PARTITIONS = 4
+
+
+@pytest.fixture
+async def topic(kafka: Broker, unique: str) -> str:
+    """A topic of four partitions; its group has the same name."""
+    await create_topic(kafka.bootstrap_servers, unique, PARTITIONS)
+    return unique
+
+
+async def test_runs_arrive_in_order_and_are_committed(kafka: Broker, topic: str) -> None:
+    """Every record comes once, in offset order per partition, and stopping leaves the log's end committed."""
+    await produce(kafka.bootstrap_servers, topic, PARTITIONS, 4_000)
+    handler = Handler()
+    async with running(engine_settings(kafka.bootstrap_servers), topic, handler):
+        await until(lambda: len(handler.seen) == 4_000, "4,000 records")
+    assert set(handler.seen.values()) == {1}
+    for partition in range(PARTITIONS):
+        offsets = [
+            record.source.offset for run in handler.runs if run.lease.partition == partition for record in run.records
+        ]
+        assert offsets == list(range(1_000))
+    async with group_of(kafka.bootstrap_servers, topic) as group:
+        assert await group.committed() == dict.fromkeys(range(PARTITIONS), 1_000)
+
+
+async def test_what_is_finished_out_of_order_waits_for_what_came_before(kafka: Broker, topic: str) -> None:
+    """The first record of a log, offset 0, holds the commit back until it is finished; then all is committed."""
+    await produce(kafka.bootstrap_servers, topic, 1, 100)
+    held: list[Run] = []
+
+    async def finish_all_but_the_first(run: Run) -> None:
+        held.append(run)
+        for record in reversed(run.records):
+            if record.source.offset != 0:
+                handler.finish(run, record.source.offset)
+
+    handler = Handler(finish_all_but_the_first)
+    settings = engine_settings(kafka.bootstrap_servers)
+    async with group_of(kafka.bootstrap_servers, topic) as group, running(settings, topic, handler) as engine:
+        await until(lambda: len(handler.finished) == 99, "99 finished records")
+        await asyncio.sleep(3 * settings.commit_interval_s)
+        assert 0 not in await group.committed()
+        handler.finish(held[0], 0)
+        await asyncio.sleep(3 * settings.commit_interval_s)
+        assert (await group.committed())[0] == 100
+        assert engine.status()["state"] == "consuming"
+
+
+async def test_a_successor_begins_where_the_commit_stands(kafka: Broker, topic: str) -> None:
+    """Giving up commits what is finished: the next owner gets the rest, from the first unfinished record on."""
+    await produce(kafka.bootstrap_servers, topic, 1, 200)
+
+    async def finish_the_first_half(run: Run) -> None:
+        for record in run.records:
+            if record.source.offset < 100 or record.source.offset == 150:
+                handler.finish(run, record.source.offset)
+
+    handler, successor = Handler(finish_the_first_half), Handler()
+    settings = engine_settings(kafka.bootstrap_servers, commit_interval_s=3600)
+    async with running(settings, topic, handler):
+        await until(lambda: len(handler.seen) == 200, "200 records")
+    async with running(settings, topic, successor):
+        await until(lambda: len(successor.seen) == 100, "the rest")
+    assert set(successor.seen) == {(0, offset) for offset in range(100, 200)}
+    assert [lease.partition for lease in handler.revoked] == list(range(PARTITIONS))
+
+
+class Slow(Handler):
+    """Finishes each record in its own time, in any order, until its lease is revoked. Shares what is finished."""
+
+    def __init__(self, finished: set[Place], randomness: random.Random) -> None:
+        super().__init__(self.begin)
+        self.finished = finished
+        self._random = randomness
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def begin(self, run: Run) -> None:
+        if len(self._tasks) > 8:
+            await asyncio.wait(self._tasks, return_when=asyncio.FIRST_COMPLETED)
+        task = asyncio.create_task(self._work(run))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _work(self, run: Run) -> None:
+        records = list(run.records)
+        self._random.shuffle(records)
+        for begin in range(0, len(records), 50):
+            await asyncio.sleep(self._random.random() * 0.02)
+            for record in records[begin : begin + 50]:
+                self.finish(run, record.source.offset)
+
+    async def settle(self) -> None:
+        await asyncio.gather(*self._tasks)
+
+
+async def test_nothing_is_lost_while_members_come_and_go(kafka: Broker, topic: str) -> None:
+    """20,000 records flow while a second member joins and leaves five times: all are seen and finished, the commit
+    never passes an unfinished one and ends at the log's end.
+    """
+    finished: set[Place] = set()
+    randomness = random.Random(1)
+    settings = engine_settings(kafka.bootstrap_servers, revoke_budget_s=0.3)
+    first, others = Slow(finished, randomness), [Slow(finished, randomness) for _ in range(5)]
+    async with group_of(kafka.bootstrap_servers, topic) as group:
+
+        async def nothing_unfinished_is_committed() -> None:
+            for partition, end in (await group.committed()).items():
+                assert {(partition, offset) for offset in range(end)} <= finished
+
+        async with running(settings, topic, first):
+            source = asyncio.create_task(produce(kafka.bootstrap_servers, topic, PARTITIONS, 20_000, over_s=12))
+            for other in others:
+                async with running(settings, topic, other):
+                    await until(lambda other=other: len(other.seen) > 50, "records for the newcomer")  # type: ignore[misc]
+                    await nothing_unfinished_is_committed()
+                await nothing_unfinished_is_committed()
+            await source
+            await until(lambda: len(finished) == 20_000, "all 20,000 finished")
+        await asyncio.gather(*(handler.settle() for handler in (first, *others)))
+        ends = await log_ends(kafka.bootstrap_servers, topic, PARTITIONS)
+        assert await group.committed() == ends
+    seen = sum((handler.seen for handler in (first, *others)), Counter[Place]())
+    assert seen.keys() == {(partition, offset) for partition, end in ends.items() for offset in range(end)}
+    assert all(other.seen for other in others)
+
+
+async def test_what_is_fetched_behind_the_engines_back_is_read_again(kafka: Broker, topic: str) -> None:
+    """A hole between two runs that is ours is sought back to, not committed past."""
+    handler = Handler()
+    async with running(engine_settings(kafka.bootstrap_servers), topic, handler) as engine:
+        await produce(kafka.bootstrap_servers, topic, 1, 10)
+        await until(lambda: len(handler.finished) == 10, "the first ten")
+        consumer = engine._consumer
+        assert consumer is not None
+        assert consumer.leases is not None
+        stealing = consumer._thread.run(consumer._thread.fetch(consumer.leases))
+        stolen: Mapping[object, object] = {}
+        for _ in range(50):  # the engine's own fetch waits too: who gets a record is chance
+            await produce(kafka.bootstrap_servers, topic, 1, 10)
+            stolen = await stealing
+            if stolen:
+                break
+            stealing = consumer._thread.run(consumer._thread.fetch(consumer.leases))
+        assert stolen
+        await produce(kafka.bootstrap_servers, topic, 1, 10)
+        end = (await log_ends(kafka.bootstrap_servers, topic, 1))[0]
+        await until(lambda: len(handler.finished) == end, "every record")
+    assert {offset for _, offset in handler.finished} == set(range(end))
+
+
+async def test_offsets_that_are_not_in_the_log_are_passed_over(kafka: Broker, topic: str) -> None:
+    """Control records of transactions leave holes that are the log's own: reading goes on, and so does the commit."""
+    handler = Handler()
+    async with (
+        running(engine_settings(kafka.bootstrap_servers), topic, handler),
+        AIOKafkaProducer(bootstrap_servers=kafka.bootstrap_servers, transactional_id=topic) as producer,
+    ):
+        for number in range(5):
+            async with producer.transaction():
+                await producer.send_and_wait(topic, b"%d" % number, partition=0)
+            await until(lambda number=number: len(handler.finished) == number + 1, "the record")  # type: ignore[misc]
+    assert sorted(handler.finished) == [(0, 0), (0, 2), (0, 4), (0, 6), (0, 8)]
+    async with group_of(kafka.bootstrap_servers, topic) as group:
+        assert (await group.committed())[0] == 9
+
+
+async def test_waiting_is_backpressure(kafka: Broker, topic: str) -> None:
+    """While the handler waits, little more than what it holds is fetched, and the group is not left."""
+    await produce(kafka.bootstrap_servers, topic, PARTITIONS, 20_000)
+    go = asyncio.Event()
+
+    async def wait(run: Run) -> None:
+        await go.wait()
+        await handler.finish_all(run)
+
+    handler = Handler(wait)
+    settings = engine_settings(kafka.bootstrap_servers)
+    async with running(settings, topic, handler) as engine:
+        await until(lambda: bool(handler.runs), "a run")
+        generation = engine.status()["generation"]
+        await asyncio.sleep(settings.session_timeout_s + 1)
+        assert engine.status()["generation"] == generation
+        assert handler.runs[0].lease.held()
+        assert len(handler.runs) == 1
+        assert engine._consumer is not None
+        assert sum(len(lease.watermark) for lease in (engine._consumer.leases or {}).values()) <= 2 * 500
+        go.set()
+        await until(lambda: len(handler.finished) == 20_000, "all 20,000")
+
+
+async def test_a_run_that_waits_is_cancelled_with_its_lease(kafka: Broker, topic: str) -> None:
+    """A provider that is out for hours holds neither a rebalance nor a shutdown up."""
+    await produce(kafka.bootstrap_servers, topic, 1, 10)
+    cancelled = asyncio.Event()
+
+    async def wait_for_ever(run: Run) -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            cancelled.set()
+
+    handler = Handler(wait_for_ever)
+    async with running(engine_settings(kafka.bootstrap_servers), topic, handler):
+        await until(lambda: bool(handler.runs), "a run")
+    assert cancelled.is_set()
+    async with group_of(kafka.bootstrap_servers, topic) as group:
+        assert await group.committed() == {}
+
+
+async def test_a_broken_handler_ends_the_engine_and_nothing_is_committed_past(kafka: Broker, topic: str) -> None:
+    """An exception of the handler is told to whoever runs the engine; its lease is over, the commit stays."""
+    await produce(kafka.bootstrap_servers, topic, 1, 100)
+
+    async def break_at_50(run: Run) -> None:
+        for record in run.records:
+            if record.source.offset == 50:
+                raise RuntimeError("broken")
+            handler.finish(run, record.source.offset)
+
+    handler = Handler(break_at_50)
+    engine = Engine(engine_settings(kafka.bootstrap_servers), app_id=topic, topics=[topic], handler=handler)
+    await engine.start()
+    try:
+        with pytest.raises(RuntimeError, match="broken"):
+            await engine.wait()
+        assert engine.status() == {"state": "crashed", "reason": "RuntimeError"}
+        assert not handler.runs[0].lease.held()
+    finally:
+        await engine.stop()
+    async with group_of(kafka.bootstrap_servers, topic) as group:
+        assert (await group.committed()).get(0, 0) <= 50
+
+
+async def test_the_handlers_own_positions_win(kafka: Broker, topic: str) -> None:
+    """A store that knows better is read from where it stands, whatever is committed."""
+    await produce(kafka.bootstrap_servers, topic, PARTITIONS, 400)
+    handler, again = Handler(), Handler()
+    settings = engine_settings(kafka.bootstrap_servers)
+    async with running(settings, topic, handler):
+        await until(lambda: len(handler.finished) == 400, "all 400")
+    again.stored = {(topic, 0): 0, (topic, 1): 90}
+    async with running(settings, topic, again):
+        await until(lambda: len(again.seen) == 110, "what the store lacks")
+    assert set(again.seen) == {(0, offset) for offset in range(100)} | {(1, offset) for offset in range(90, 100)}
+
+
+async def test_a_position_beyond_the_log_is_refused(kafka: Broker, topic: str) -> None:
+    """A store of a topic that was made again must not wait for offsets of the old one."""
+    handler = Handler()
+    handler.stored = {(topic, 0): 5}
+    engine = Engine(engine_settings(kafka.bootstrap_servers), app_id=topic, topics=[topic], handler=handler)
+    await engine.start()
+    try:
+        with pytest.raises(StoreError, match="next offset 5 lies beyond the log's end 0"):
+            await engine.wait()
+    finally:
+        await engine.stop()
+
+
+async def test_one_owner_has_all_partitions_and_a_standby_takes_over(kafka: Broker, topic: str) -> None:
+    """With `single_owner` a second member gets nothing until the first leaves; then it gets everything."""
+    settings = engine_settings(kafka.bootstrap_servers)
+    owner, standby = Handler(), Handler()
+    async with (
+        running(settings, topic, owner, single_owner=True) as first,
+        running(settings, topic, standby, single_owner=True) as second,
+    ):
+        await until(
+            lambda: (first.status()["state"], second.status()["state"]) == ("consuming", "standby"),
+            "the first owns, the second stands by",
+        )
+        await produce(kafka.bootstrap_servers, topic, PARTITIONS, 40)
+        await until(lambda: len(owner.finished) == 40, "all for the first")
+        assert not standby.seen
+        await first.stop()
+        await produce(kafka.bootstrap_servers, topic, PARTITIONS, 40)
+        await until(lambda: len(standby.finished) == 40, "all for the second")
+    assert len(owner.seen) == 40

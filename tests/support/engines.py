@@ -1,0 +1,141 @@
+"""Engines for tests: tiny handlers, and what the log and the group hold."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
+from aiokafka.admin import AIOKafkaAdminClient, NewTopic
+
+from processor.adapters.faust_engine import Engine
+from processor.ports import Lease, Run
+from processor.settings import Settings
+
+Place = tuple[int, int]
+"""(partition, offset)"""
+
+
+def engine_settings(bootstrap_servers: str, **overrides: Any) -> Settings:
+    """Quick to notice, quick to commit."""
+    return Settings(
+        **{
+            "bootstrap_servers": bootstrap_servers,
+            "session_timeout_s": 6.0,
+            "heartbeat_interval_s": 0.5,
+            "lease_margin_s": 1.0,
+            "revoke_budget_s": 2.0,
+            "commit_interval_s": 0.1,
+            **overrides,
+        }
+    )
+
+
+class Handler:
+    """A `RunHandler` that notes what it gets and finishes it at once, unless told otherwise."""
+
+    def __init__(self, on_run: Callable[[Run], Awaitable[None]] | None = None) -> None:
+        self.seen: Counter[Place] = Counter()
+        self.finished: set[Place] = set()
+        self.runs: list[Run] = []
+        self.revoked: list[Lease] = []
+        self.stored: dict[tuple[str, int], int] = {}
+        self._on_run = on_run or self.finish_all
+
+    async def on_run(self, run: Run) -> None:
+        self.runs.append(run)
+        self.seen.update((record.source.partition, record.source.offset) for record in run.records)
+        await self._on_run(run)
+
+    async def on_revoke(self, leases: Sequence[Lease], budget_s: float) -> None:
+        self.revoked += leases
+
+    async def positions(self, partitions: Sequence[tuple[str, int]]) -> Mapping[tuple[str, int], int]:
+        return self.stored
+
+    async def finish_all(self, run: Run) -> None:
+        for record in run.records:
+            self.finish(run, record.source.offset)
+
+    def finish(self, run: Run, offset: int) -> None:
+        """Counted as finished only if the lease still stands: otherwise somebody else does it again."""
+        if not run.lease.revoked:
+            run.lease.finish(offset)
+            self.finished.add((run.lease.partition, offset))
+
+
+@asynccontextmanager
+async def running(settings: Settings, topic: str, handler: Handler, **options: Any) -> AsyncIterator[Engine]:
+    """An engine of the group named like the topic."""
+    engine = Engine(settings, app_id=topic, topics=[topic], handler=handler, **options)
+    await engine.start()
+    try:
+        yield engine
+    finally:
+        await engine.stop()
+
+
+async def until(condition: Callable[[], bool], what: str, *, within_s: float = 30) -> None:
+    """Wait for a condition; fails with what was waited for."""
+    try:
+        async with asyncio.timeout(within_s):
+            while not condition():
+                await asyncio.sleep(0.01)
+    except TimeoutError:
+        raise AssertionError(f"not within {within_s} s: {what}") from None
+
+
+async def create_topic(bootstrap_servers: str, topic: str, partitions: int) -> None:
+    admin = AIOKafkaAdminClient(bootstrap_servers=bootstrap_servers)
+    await admin.start()
+    try:
+        await admin.create_topics([NewTopic(topic, partitions, 1)])
+    finally:
+        await admin.close()
+
+
+async def produce(bootstrap_servers: str, topic: str, partitions: int, count: int, *, over_s: float = 0) -> None:
+    """`count` small records, spread evenly over the partitions and over the time."""
+    pieces = 100 if over_s else 1
+    async with AIOKafkaProducer(bootstrap_servers=bootstrap_servers, linger_ms=5) as producer:
+        await producer.partitions_for(topic)
+        for piece in range(pieces):
+            numbers = range(piece * count // pieces, (piece + 1) * count // pieces)
+            sent = [await producer.send(topic, b"%d" % n, partition=n % partitions) for n in numbers]
+            await asyncio.gather(*sent, asyncio.sleep(over_s / pieces))
+
+
+async def log_ends(bootstrap_servers: str, topic: str, partitions: int) -> dict[int, int]:
+    consumer = AIOKafkaConsumer(bootstrap_servers=bootstrap_servers)
+    await consumer.start()
+    try:
+        ends = await consumer.end_offsets([TopicPartition(topic, each) for each in range(partitions)])
+    finally:
+        await consumer.stop()
+    return {partition.partition: end for partition, end in ends.items()}
+
+
+class Group:
+    """What a group has committed of a topic; the group is named like the topic."""
+
+    def __init__(self, admin: AIOKafkaAdminClient, topic: str) -> None:
+        self._admin = admin
+        self._topic = topic
+
+    async def committed(self) -> dict[int, int]:
+        """Partition to committed offset; one without a commit is left out."""
+        offsets = await self._admin.list_consumer_group_offsets(self._topic)
+        return {partition.partition: each.offset for partition, each in offsets.items() if each.offset >= 0}
+
+
+@asynccontextmanager
+async def group_of(bootstrap_servers: str, topic: str) -> AsyncIterator[Group]:
+    admin = AIOKafkaAdminClient(bootstrap_servers=bootstrap_servers)
+    await admin.start()
+    try:
+        yield Group(admin, topic)
+    finally:
+        await admin.close()
