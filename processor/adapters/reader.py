@@ -45,15 +45,9 @@ class KafkaReader:
         return found
 
     async def committed(self, topic: str) -> Mapping[int, int]:
-        spans = await self.spans(topic)
-        with _translated():
-            admin = AIOKafkaAdminClient(**connection(self._settings))
-            await admin.start()
-            try:
-                places = [TopicPartition(topic, partition) for partition in spans]
-                found = await admin.list_consumer_group_offsets(self._group_id, partitions=places)
-            finally:
-                await admin.close()
+        async with self._admin() as admin:
+            places = await _places(admin, topic)
+            found = await admin.list_consumer_group_offsets(self._group_id, partitions=places)
         return {place.partition: known.offset for place, known in found.items() if known.offset >= 0}
 
     async def read(self, topic: str) -> AsyncGenerator[Sequence[Record], None]:
@@ -63,23 +57,38 @@ class KafkaReader:
                 yield [_record(record) for record in records]
 
     @asynccontextmanager
+    async def _admin(self) -> AsyncIterator[AIOKafkaAdminClient]:
+        with _translated():
+            admin = AIOKafkaAdminClient(**connection(self._settings))
+            try:
+                await admin.start()
+                yield admin
+            finally:
+                await admin.close()
+
+    @asynccontextmanager
     async def _consumer(self, topic: str) -> AsyncIterator[Any]:
         """A consumer that has every partition of the topic."""
+        async with self._admin() as admin:
+            places = await _places(admin, topic)
         with _translated():
             consumer = AIOKafkaConsumer(
-                topic,
-                group_id=None,
-                enable_auto_commit=False,
-                auto_offset_reset="earliest",
-                **connection(self._settings),
+                group_id=None, enable_auto_commit=False, auto_offset_reset="earliest", **connection(self._settings)
             )
             try:
                 await consumer.start()
-                if not consumer.assignment():
-                    raise TopicsError(f"{topic}: there is no such topic: run `embedding-processor topics create`")
+                consumer.assign(places)
                 yield consumer
             finally:
                 await consumer.stop()
+
+
+async def _places(admin: AIOKafkaAdminClient, topic: str) -> list[TopicPartition]:
+    """Every partition of the topic. TopicsError when there is none."""
+    (described,) = await admin.describe_topics([topic])
+    if not described["partitions"]:
+        raise TopicsError(f"{topic}: there is no such topic: run `embedding-processor topics create`")
+    return [TopicPartition(topic, each["partition"]) for each in described["partitions"]]
 
 
 async def _spans(consumer: Any) -> dict[TopicPartition, Span]:
