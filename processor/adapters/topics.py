@@ -17,7 +17,7 @@ from aiokafka.errors import KafkaError, TopicAlreadyExistsError, for_code
 
 from processor.adapters.kafka import connection
 from processor.adapters.schemas import schema_directory
-from processor.errors import TopicsError
+from processor.errors import BrokerUnavailable, TopicsError
 from processor.settings import Settings
 
 CREATE_COMMAND = "embedding-processor topics create"
@@ -87,7 +87,7 @@ async def create(settings: Settings, *, partitions: int | None = None, replicati
     """Make what is missing; returns the full names of what was made. What exists is left as it is.
 
     `partitions` overrides every topic's count; `replication` defaults to 3, or the number of brokers if lower.
-    Returns once the brokers know the topics. Raises TopicsError.
+    Returns once the brokers know the topics. Raises TopicsError or BrokerUnavailable.
     """
     async with _admin(settings) as admin:
         cluster = await admin.describe_cluster()
@@ -114,7 +114,7 @@ async def create(settings: Settings, *, partitions: int | None = None, replicati
 
 
 async def check(settings: Settings, only: Collection[str] | None = None) -> list[Finding]:
-    """What is wrong with the topics (`only` these logical names), worst first. TopicsError without a broker."""
+    """What is wrong with the topics (`only` these logical names), worst first. May raise BrokerUnavailable."""
     wanted = [topic for topic in topics().values() if only is None or topic.id in only]
     async with _admin(settings) as admin:
         live = await _describe(admin, [settings.topic(topic.name) for topic in wanted])
@@ -133,7 +133,8 @@ async def verify(settings: Settings, only: Collection[str] | None = None) -> lis
 
 
 async def partition_counts(settings: Settings, names: Iterable[str]) -> dict[str, int]:
-    """How many partitions each of these topics (full names) has; a missing one is left out. May raise TopicsError."""
+    """How many partitions each of these topics (full names) has; a missing one is left out. May raise
+    BrokerUnavailable."""
     async with _admin(settings) as admin:
         live = await _describe(admin, list(names))
     return {name: topic.partitions for name, topic in live.items()}
@@ -209,7 +210,7 @@ async def _admin(settings: Settings) -> AsyncIterator[AIOKafkaAdminClient]:
         await admin.start()
         yield admin
     except (KafkaError, TimeoutError) as error:
-        raise TopicsError(
+        raise BrokerUnavailable(
             f"the brokers at {settings.bootstrap_servers} don't answer as they should ({type(error).__name__}); "
             "check EMBEDDING_BOOTSTRAP_SERVERS, the security settings and our rights"
         ) from None

@@ -11,7 +11,7 @@ from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 from aiokafka.admin import AIOKafkaAdminClient
 
 from processor.adapters.topics import Severity, check, create, topics, verify
-from processor.errors import TopicsError
+from processor.errors import BrokerUnavailable, TopicsError
 from processor.settings import Settings
 from tests.support.brokers import Broker, create_topic
 
@@ -113,5 +113,5 @@ async def test_brokers_that_do_not_answer_are_named() -> None:
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{closed.getsockname()[1]}"
-        with pytest.raises(TopicsError, match=f"{address}.*EMBEDDING_BOOTSTRAP_SERVERS"):
+        with pytest.raises(BrokerUnavailable, match=f"{address}.*EMBEDDING_BOOTSTRAP_SERVERS"):
             await check(Settings(bootstrap_servers=address))
