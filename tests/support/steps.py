@@ -107,6 +107,7 @@ class MemoryOutbox:
     def __init__(self) -> None:
         self.sent: list[Destination] = []
         self.on_send: Callable[[Sequence[Destination]], Awaitable[None]] | None = None
+        self.posts_acknowledged: asyncio.Event | None = None
 
     async def send(self, messages: Sequence[Destination], *, leases: Sequence[Lease] = ()) -> None:
         if not messages:
@@ -119,9 +120,11 @@ class MemoryOutbox:
 
     async def post(self, message: Destination) -> Awaitable[None]:
         self.sent.append(message)
-        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        done.set_result(None)
-        return done
+        return asyncio.ensure_future(self._acknowledged())
+
+    async def _acknowledged(self) -> None:
+        if self.posts_acknowledged is not None:
+            await self.posts_acknowledged.wait()
 
     def of(self, name: str) -> list[Any]:
         return [message.message for message in self.sent if message.name == name]

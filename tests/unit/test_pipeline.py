@@ -32,6 +32,37 @@ async def test_an_intent_precedes_the_call_and_usage_follows_the_results() -> No
         assert bench.lease.finished == [0]
 
 
+async def test_no_call_is_made_before_its_intent_is_acknowledged() -> None:
+    """U1: a provider that is asked has an intent in the log, however slow the broker is."""
+    acknowledged = asyncio.Event()
+
+    async def slow(messages: Sequence[Destination]) -> None:
+        if any(message.name == "calls" for message in messages):
+            await acknowledged.wait()
+
+    async with Bench() as bench:
+        bench.outbox.on_send = slow
+        await bench.publish(a_request(["text"]))
+        await bench.step()
+        assert bench.provider.asked == []
+        acknowledged.set()
+        await bench.run_until_idle()
+        assert bench.provider.asked == [["text"]]
+
+
+async def test_no_offset_is_finished_before_the_receipt_is_acknowledged() -> None:
+    """Step 7: every acknowledgement is awaited, the receipts' too."""
+    async with Bench() as bench:
+        bench.outbox.posts_acknowledged = asyncio.Event()
+        await bench.publish(a_request(["text"]))
+        await bench.step()
+        assert len(bench.outbox.results) == 1
+        assert bench.lease.finished == []
+        bench.outbox.posts_acknowledged.set()
+        await bench.run_until_idle()
+        assert bench.lease.finished == [0]
+
+
 async def test_a_vector_belongs_to_its_text() -> None:
     """Law 6: each chunk gets the vector of its own text, whatever the packing."""
     texts = [f"text number {i}" for i in range(40)]
@@ -395,7 +426,6 @@ async def test_a_revoked_partition_sends_nothing_more() -> None:
         revoking = asyncio.ensure_future(bench.worker.on_revoke([bench.lease], budget_s=5.0))
         while not revoking.done():
             await bench.step()
-        bench.lease.revoked = True
         bench.provider.gate.set()
         await bench.run_until_idle()
         assert [r.request.correlation_id for r in bench.outbox.results] == ["c2"]

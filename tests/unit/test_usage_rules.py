@@ -1,0 +1,82 @@
+"""The rules of the bill as arithmetic: shares, prices, charges, order per document."""
+
+from __future__ import annotations
+
+from decimal import ROUND_HALF_EVEN, Decimal
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from processor.embed import split
+from processor.ordering import DocumentOrder
+from processor.usage import cost_nanos
+from processor.work import Parcel, Ticket
+from tests.support.builders import a_request, a_source
+from tests.support.steps import Bench, FakeLease
+
+COUNTS = st.lists(st.integers(0, 10_000), min_size=1, max_size=50)
+
+
+@given(bill=st.integers(0, 10**7), counts=COUNTS)
+def test_shares_sum_to_the_bill(bill: int, counts: list[int]) -> None:
+    """U1: largest remainder loses and invents no token, and no share is negative."""
+    shares = split(bill, counts)
+    assert sum(shares) == bill
+    assert min(shares) >= 0
+
+
+@given(counts=COUNTS)
+def test_an_exact_count_is_its_own_share(counts: list[int]) -> None:
+    """U1: with an exact tokenizer a share is the local count, in any batch."""
+    if sum(counts):
+        assert split(sum(counts), counts) == counts
+
+
+def test_ties_go_to_the_lower_position() -> None:
+    """U1: of equal remainders the first text gets the odd token."""
+    assert split(4, [1, 1, 1]) == [2, 1, 1]
+
+
+@given(tokens=st.integers(0, 10**9), price=st.integers(0, 10**9))
+def test_money_is_rounded_once_half_to_even(tokens: int, price: int) -> None:
+    """Nano-dollars are the exact product over a million, rounded half to even."""
+    exact = Decimal(tokens) * price / 1_000_000
+    assert cost_nanos(tokens, price) == int(exact.quantize(Decimal(1), ROUND_HALF_EVEN))
+
+
+def test_no_price_is_null_never_zero() -> None:
+    """An unpriced token costs null."""
+    assert cost_nanos(5, None) is None
+
+
+async def test_the_time_of_a_charge_is_the_append_time_of_the_source() -> None:
+    """A client's or worker's clock can't move a bill."""
+    async with Bench() as bench:
+        bench.clock.now_s = 9_999.0
+        outbox = await bench.handle(a_request(["text"], requested_at_ms=1))
+        assert outbox.usage[0].charged_at_ms == outbox.usage[0].source.append_ms
+
+
+@given(
+    offsets=st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2)), min_size=1, max_size=12),
+    picks=st.randoms(use_true_random=False),
+)
+def test_whatever_leaves_first_each_chunk_leaves_in_offset_order(offsets: list[tuple[int, int]], picks: object) -> None:
+    """Law 8: among equal chunks of a document only the lowest offset is ever ready, and all get their turn."""
+    lease, order = FakeLease(), DocumentOrder()
+    waiting: list[Parcel] = []
+    for offset, (document, chunk) in enumerate(offsets):
+        key, name = ("t", None, f"d{document}"), f"c{chunk}"
+        order.enter(lease, offset, key, [name])
+        ticket = Ticket(lease, a_source(offset), 1, 0.0)
+        waiting.append(Parcel(ticket, list, document=key, chunk_id=name))
+    left: dict[tuple[object, object], int] = {}
+    while waiting:
+        ready = [parcel for parcel in waiting if order.ready(parcel)]
+        assert ready, "nobody may go: a deadlock"
+        parcel = picks.choice(ready)  # type: ignore[attr-defined]
+        place = (parcel.document, parcel.chunk_id)
+        assert left.get(place, -1) < parcel.ticket.source.offset
+        left[place] = parcel.ticket.source.offset
+        order.leave(parcel)
+        waiting.remove(parcel)
