@@ -102,7 +102,7 @@ class WorkerProcess:
             policy,
             self.route,
             read_ahead_bytes=settings.read_ahead_bytes,
-            fail=lambda error: self.engine.crash(error),
+            fail=lambda error: self.engine.crash(error),  # noqa: PLW0108  (the engine is made after the worker)
         )
         self.source = "queries" if interactive else "requests"
         self.engine = Engine(

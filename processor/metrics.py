@@ -42,7 +42,7 @@ METRICS = (
     Metric("provider_paused", "gauge", (), "1 while the provider's stream is paused; /health/detailed says why."),
     Metric("usage_events", "counter", ("outcome",), "Usage events folded: charged, duplicate or late."),
     Metric("stale_vectors_deleted", "counter", (), "Tombstones written for what a newer manifest left out."),
-    Metric("aggregator_pruned_keys", "counter", (), "Keys dropped from the store: no copy of theirs can come any more."),
+    Metric("aggregator_pruned_keys", "counter", (), "Keys dropped from the store: no copy of them can come."),
     Metric("ledger_over_attributed_attempts", "counter", (), "Attempts charged more than their bill: must stay 0."),
     Metric("ledger_tokens", "gauge", ("class",), "Tokens of the ledger: billed, attributed and residuals by class."),
 )

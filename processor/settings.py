@@ -137,9 +137,7 @@ class Settings(BaseSettings):
         description="A text that failed so often while others succeeded is bisected out as provider_rejects.",
     )
     local_model_path: Path | None = Field(None, description="Directory of an ONNX export; default: the built-in model.")
-    local_threads: int = Field(
-        0, ge=0, description="Threads of the local model; 0: one less than the cores, at least 1."
-    )
+    local_threads: int = Field(0, ge=0, description="Threads of the local model; 0: one per core.")
     catalogue_file: Path | None = Field(None, description="YAML file that extends or overrides the model catalogue.")
     default_dimensions_by_model: Annotated[dict[str, int], NoDecode] = Field(
         default_factory=dict,
