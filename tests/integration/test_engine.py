@@ -305,3 +305,18 @@ async def test_one_owner_has_all_partitions_and_a_standby_takes_over(kafka: Brok
         await produce(kafka.bootstrap_servers, topic, PARTITIONS, 40)
         await until(lambda: len(standby.finished) == 40, "all for the second")
     assert len(owner.seen) == 40
+
+
+async def test_the_embedded_broker_serves_an_engine(embedded_broker: Broker, unique: str) -> None:
+    """Without an idempotent producer, for the demo alone: consumed, committed, produced."""
+    await create_topic(embedded_broker.bootstrap_servers, unique, 1)
+    await produce(embedded_broker.bootstrap_servers, unique, 1, 100)
+    handler, successor = Handler(), Handler()
+    settings = engine_settings(embedded_broker.bootstrap_servers, producer_idempotent=False)
+    async with running(settings, unique, handler) as engine:
+        await engine.producer.send_and_wait(unique, b"one more", partition=0)
+        await until(lambda: len(handler.finished) == 101, "101 records")
+    async with running(settings, unique, successor) as engine:
+        await engine.producer.send_and_wait(unique, b"and another", partition=0)
+        await until(lambda: bool(successor.seen), "what came after the commit")
+    assert set(successor.seen) == {(0, 101)}

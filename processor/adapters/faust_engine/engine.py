@@ -101,6 +101,7 @@ class Engine:
         self._on_stopping = on_stopping
         self._app: App | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
         self._ended = asyncio.Event()
         self._error: BaseException | None = None
         self._stopping = False
@@ -146,7 +147,7 @@ class Engine:
 
     async def start(self) -> None:
         """Connect, join the group, run the hooks. Returns once the first assignment is there (it may be empty)."""
-        self._loop = asyncio.get_running_loop()
+        self._loop, self._thread = asyncio.get_running_loop(), threading.current_thread()
         for hook in self._on_starting:
             await hook()
         self._app = self._new_app()
@@ -191,7 +192,7 @@ class Engine:
         """End the process with code 1 and try nothing more: no commit, no send. The first error is the one told."""
         if self._error is None:
             self._error = error
-            if asyncio._get_running_loop() is self._loop:
+            if threading.current_thread() is self._thread:
                 self._abandon()
             elif self._loop is not None:
                 self._loop.call_soon_threadsafe(self._abandon)

@@ -1,0 +1,133 @@
+"""The engine as a process: how it ends, and what it does when it was frozen."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+
+from tests.support.brokers import Broker
+from tests.support.engines import Handler, create_topic, engine_settings, group_of, produce, running, until
+
+
+class Process:
+    """A child engine and what it has said."""
+
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        self._process = process
+        self.events: list[dict[str, Any]] = []
+
+    async def listen(self) -> None:
+        assert self._process.stdout is not None
+        async for line in self._process.stdout:
+            if line.startswith(b"{"):
+                self.events.append(json.loads(line))
+
+    def said(self, event: str) -> list[dict[str, Any]]:
+        return [each for each in self.events if each["event"] == event]
+
+    def signal(self, number: signal.Signals) -> None:
+        self._process.send_signal(number)
+
+    async def exit_code(self, within_s: float = 15) -> int:
+        async with asyncio.timeout(within_s):
+            return await self._process.wait()
+
+
+@asynccontextmanager
+async def process(broker: Broker, topic: str, **options: Any) -> AsyncIterator[Process]:
+    """A started child engine; killed at the end if it still runs."""
+    child = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "tests.support.engine_process"),
+        json.dumps({"bootstrap_servers": broker.bootstrap_servers, "topic": topic, **options}),
+        stdout=asyncio.subprocess.PIPE,
+    )
+    seen = Process(child)
+    listening = asyncio.create_task(seen.listen())
+    try:
+        yield seen
+    finally:
+        if child.returncode is None:
+            child.kill()
+        await child.wait()
+        await listening
+
+
+@pytest.fixture
+async def topic(kafka: Broker, unique: str) -> str:
+    """A topic of one partition with a hundred records."""
+    await create_topic(kafka.bootstrap_servers, unique, 1)
+    await produce(kafka.bootstrap_servers, unique, 1, 100)
+    return unique
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_a_signal_ends_the_process_cleanly(kafka: Broker, topic: str, number: signal.Signals) -> None:
+    """What is finished is committed, the hooks run, the group is left at once, the exit code is 0; uvloop ran it."""
+    successor = Handler()
+    async with process(kafka, topic, settings={"commit_interval_s": 3600}) as child:
+        await until(lambda: bool(child.said("run")), "a run")
+        assert child.said("started")[0]["loop"] == "uvloop"
+        child.signal(number)
+        assert await child.exit_code() == 0
+    assert child.said("stopping")
+    async with group_of(kafka.bootstrap_servers, topic) as group:
+        assert await group.committed() == {0: 100}
+    settings = engine_settings(kafka.bootstrap_servers, session_timeout_s=30)
+    async with asyncio.timeout(10), running(settings, topic, successor) as engine:
+        assert engine.status()["generation"] is not None
+
+
+async def test_a_broken_handler_ends_the_process_with_1(kafka: Broker, topic: str) -> None:
+    """Nothing is committed past the record at which it broke."""
+    async with process(kafka, topic, break_at=50) as child:
+        assert await child.exit_code() == 1
+    async with group_of(kafka.bootstrap_servers, topic) as group:
+        assert (await group.committed()).get(0, 0) <= 50
+
+
+async def test_a_broker_out_of_reach_ends_the_process_with_1(kafka: Broker, topic: str) -> None:
+    """Whoever restarts it sees that it does not run."""
+    async with process(kafka, topic, settings={"bootstrap_servers": "127.0.0.1:1"}) as child:
+        assert await child.exit_code() == 1
+
+
+async def test_a_shutdown_that_hangs_is_ended(kafka: Broker, topic: str) -> None:
+    """The watchdog ends the process with 1 before whoever stops it would kill it."""
+    async with process(kafka, topic, hang=True, settings={"shutdown_timeout_s": 1}) as child:
+        await until(lambda: bool(child.said("run")), "a run")
+        child.signal(signal.SIGTERM)
+        assert await child.exit_code() == 1
+
+
+async def test_a_frozen_worker_finds_its_lease_over_and_recovers(kafka: Broker, topic: str) -> None:
+    """Stopped for longer than its session and replaced, it may send nothing when it wakes; it joins again and gets
+    the partition back when its successor leaves.
+    """
+    settings = engine_settings(kafka.bootstrap_servers)
+
+    async def hold(run: Any) -> None:
+        """Finish nothing, so that everything is left for whoever is next."""
+
+    successor = Handler(hold)
+    async with process(kafka, topic, hold=True) as frozen:
+        await until(lambda: bool(frozen.said("lease")), "a lease")
+        assert frozen.said("lease")[0]["held"]
+        frozen.signal(signal.SIGSTOP)
+        async with running(settings, topic, successor):
+            await until(lambda: bool(successor.runs), "the successor's run")
+            assert successor.runs[0].lease.held()
+            frozen.signal(signal.SIGCONT)
+            await until(lambda: not frozen.said("lease")[-1]["held"], "word from the frozen worker")
+        woken = [each for each in frozen.said("lease") if each["frozen_s"] > 1]
+        assert [each["held"] for each in woken] == [False]
+        assert not any(each["held"] for each in frozen.said("lease")[1:])
+        await until(lambda: frozen.said("run")[-1]["generation"] > frozen.said("run")[0]["generation"], "its return")
+        frozen.signal(signal.SIGTERM)
+        assert await frozen.exit_code() == 0
