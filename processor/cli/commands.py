@@ -1,0 +1,255 @@
+"""Every command: parses, calls, prints. What is more than that lies in its own module beside this one."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import aclosing
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from processor.adapters import topics as topic_adapter
+from processor.cli import console, settings_table
+from processor.cli import doctor as doctor_checks
+from processor.cli.console import EXIT_CODES, err, fail_if, out, print_json, run
+from processor.cli.totals import read_totals, table, total_fields
+from processor.client import Client, ReceivedResult
+from processor.domain import Lane
+from processor.errors import ProcessorError
+from processor.settings import load
+
+app = typer.Typer(
+    name="embedding-processor",
+    help="Embeds chunk events from Kafka: one vector per chunk, and an exact bill.",
+    epilog=EXIT_CODES,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+topics_app = typer.Typer(help="Make and check the topics.", no_args_is_help=True)
+app.add_typer(topics_app, name="topics")
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, one object a line, instead of text.")]
+
+
+class _Options:
+    debug = False
+
+
+def main() -> None:
+    """Run the command line; an error of ours is one readable line, with --debug a traceback before it."""
+    try:
+        app()
+    except ProcessorError as error:
+        if _Options.debug:
+            err.print_exception()
+        err.print(f"error: {error}", style="red", markup=False, highlight=False)
+        sys.exit(console.exit_code(error))
+
+
+@app.callback()
+def _common(debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and debug logs.")] = False) -> None:
+    _Options.debug = debug
+
+
+@app.command()
+def worker(
+    lane: Annotated[
+        Lane | None,
+        typer.Option(help="bulk takes embedding-requests, interactive takes embedding-queries [EMBEDDING_LANE]."),
+    ] = None,
+) -> None:
+    """Run a worker until SIGTERM or Ctrl-C: it consumes requests and writes results, usage and the ledger."""
+    from processor.app import run_worker
+
+    raise typer.Exit(run_worker(load() if lane is None else load(lane=lane)))
+
+
+@app.command()
+def aggregator() -> None:
+    """Run the aggregator until SIGTERM or Ctrl-C: it folds usage into totals. A second one stands by."""
+    from processor.app import run_aggregator
+
+    raise typer.Exit(run_aggregator(load()))
+
+
+@topics_app.command("create")
+def topics_create(
+    partitions: Annotated[int | None, typer.Option(min=1, help="Partitions of each topic instead of its own.")] = None,
+    replication: Annotated[
+        int | None, typer.Option(min=1, help="Copies of each partition; default 3 or fewer.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make the topics that are missing; what exists is left as it is."""
+    made = run(topic_adapter.create(load(), partitions=partitions, replication=replication), debug=_Options.debug)
+    if as_json:
+        print_json({"made": made})
+    else:
+        out.print("\n".join(f"made {name}" for name in made) or "nothing to do: every topic exists", markup=False)
+
+
+@topics_app.command("check")
+def topics_check(as_json: AsJson = False) -> None:
+    """Say what is wrong with the topics and how to mend it. Exit code 1 when a worker would refuse to start."""
+    findings = run(topic_adapter.check(load()), debug=_Options.debug)
+    for finding in findings:
+        if as_json:
+            print_json(finding._asdict())
+        else:
+            out.print(f"{finding.severity}: {finding.topic}: {finding.what}; {finding.fix}", markup=False)
+    if not findings and not as_json:
+        out.print("every topic is as described")
+    fail_if(any(finding.severity is topic_adapter.Severity.ERROR for finding in findings))
+
+
+@app.command()
+def produce(
+    paths: Annotated[list[Path], typer.Argument(exists=True, help="Text files, or directories of them.")],
+    tenant: Annotated[str, typer.Option(help="Whose texts they are, and who pays.")],
+    collection: Annotated[str | None, typer.Option(help="Collection that the documents belong to.")] = None,
+    model: Annotated[str | None, typer.Option(help="Model; default: the worker's.")] = None,
+    max_characters: Annotated[int, typer.Option(min=20, help="Longest chunk, in characters.")] = 800,
+    overlap: Annotated[int, typer.Option(min=0, help="Characters that a chunk repeats of the one before.")] = 0,
+    replace: Annotated[bool, typer.Option("--replace", help="Delete chunks that a document had before.")] = False,
+    wait: Annotated[bool, typer.Option("--wait", help="Wait for the outcomes and print failures.")] = False,
+    timeout_s: Annotated[float, typer.Option(min=1, help="Longest wait for one document, in seconds.")] = 300,
+    as_json: AsJson = False,
+) -> None:
+    """Split files into chunks and request their vectors; a file is a document, named by its path.
+
+    Paragraphs are kept together while they fit, then sentences, then words. Exit code 1 when, with --wait or
+    --replace, a chunk failed or timed out.
+    """
+    from processor.cli.produce import produce_files
+
+    if 2 * overlap >= max_characters:
+        raise typer.BadParameter("must stay below half of --max-characters", param_hint="--overlap")
+    summary = run(
+        produce_files(
+            load(),
+            paths,
+            tenant_id=tenant,
+            collection=collection,
+            model=model,
+            max_characters=max_characters,
+            overlap_characters=overlap,
+            replace=replace,
+            wait=wait or replace,
+            timeout_s=timeout_s,
+        ),
+        debug=_Options.debug,
+    )
+    if as_json:
+        print_json(asdict(summary))
+    else:
+        out.print(summary.sentence(), markup=False)
+    fail_if(summary.failed or summary.timed_out)
+
+
+@app.command()
+def results(
+    follow: Annotated[bool, typer.Option("--follow/--no-follow", help="Go on when the end is reached.")] = False,
+    new: Annotated[bool, typer.Option("--new", help="Begin at the present end; goes with --follow.")] = False,
+    tenant: Annotated[str | None, typer.Option(help="Only this tenant's.")] = None,
+    vectors: Annotated[bool, typer.Option("--vectors", help="With --json: the vectors too.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Print outcomes as they were written, the first copy of each. No text is in them."""
+
+    async def show() -> None:
+        async with Client(load()) as client:
+            stream = client.results(from_beginning=not new, follow=follow)
+            async with aclosing(stream):
+                async for result in stream:
+                    if tenant in (None, result.tenant_id):
+                        _print_result(result, vectors=vectors, as_json=as_json)
+
+    if new and not follow:
+        raise typer.BadParameter("needs --follow: there is nothing beyond the end yet", param_hint="--new")
+    run(show(), debug=_Options.debug)
+
+
+def _print_result(result: ReceivedResult, *, vectors: bool, as_json: bool) -> None:
+    if as_json:
+        fields = asdict(result)
+        vector = fields.pop("vector")
+        if vectors:
+            fields["vector"] = None if vector is None else vector.tolist()
+        print_json(fields)
+        return
+    what = result.error.message if result.error else f"{result.dimensions} dimensions, {result.token_count} tokens"
+    where = f"{result.document_id or '-'} {result.chunk_id or f'(all {result.length})'}"
+    out.print(f"{result.tenant_id} {where} {result.status} {result.cache} {what}", markup=False, highlight=False)
+
+
+@app.command()
+def usage(
+    payer: Annotated[str | None, typer.Option(help="Only this payer's.")] = None,
+    bucket: Annotated[
+        str | None, typer.Option(help="A day 2026-11-21 or a month 2026-11; default: all months.")
+    ] = None,
+    dimension: Annotated[str, typer.Option(help="all, model, operation, agent or collection.")] = "all",
+    as_json: AsJson = False,
+) -> None:
+    """Print the totals of tokens and money as the aggregator publishes them, by UTC month or day."""
+    totals = run(read_totals(load()), debug=_Options.debug)
+    chosen = {
+        key: sums
+        for key, sums in totals.items()
+        if payer in (None, key.payer_id)
+        and key.dimension == dimension
+        and (key.bucket == bucket if bucket else len(key.bucket) == len("2026-11"))
+    }
+    if as_json:
+        for key, sums in chosen.items():
+            print_json(total_fields(key, sums))
+    else:
+        out.print(table(chosen))
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """Look at settings, broker, topics, cache, registry and provider; say cause and fix. Nothing is embedded."""
+
+    async def look() -> list[doctor_checks.Check]:
+        return [check async for check in doctor_checks.examine()]
+
+    checks = run(look(), debug=_Options.debug)
+    if as_json:
+        for check in checks:
+            print_json(asdict(check))
+    else:
+        view = Table("", "what", "finding", "fix")
+        colours = {"ok": "green", "warning": "yellow", "error": "red"}
+        for check in checks:
+            view.add_row(f"[{colours[check.state]}]{check.state}[/]", check.name, check.what, check.fix)
+        out.print(view)
+    fail_if(any(check.state == "error" for check in checks))
+
+
+@app.command()
+def settings() -> None:
+    """Print every setting with its default and meaning, as Markdown (docs/settings.md)."""
+    sys.stdout.write(settings_table.markdown())
+
+
+@app.command()
+def demo(
+    files: Annotated[
+        list[Path] | None, typer.Argument(exists=True, help="Texts; default: Python's docstrings.")
+    ] = None,
+    keep: Annotated[bool, typer.Option("--keep", help="Leave it all up and print the addresses.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Run the whole path on this machine: broker, cache, local model, workers, aggregator, questions, bill.
+
+    Needs nothing but this package with its extras local and embedded. Ctrl-C leaves no process and no file behind.
+    Exit code 1 when a figure is not as it must be.
+    """
+    from processor.cli.demo import run_demo
+
+    raise typer.Exit(run_demo(files or [], as_json=as_json, keep=keep, debug=_Options.debug))

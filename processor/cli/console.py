@@ -1,0 +1,61 @@
+"""What every command shares: where output goes, exit codes, one readable line for each error of ours."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import sys
+from collections.abc import Coroutine, Mapping
+from typing import Any, TypeVar
+
+import typer
+from rich.console import Console
+
+from processor.adapters import logs
+from processor.errors import BrokerUnavailable, DeliveryFailed, ProcessorError, RegistryUnavailable
+
+T = TypeVar("T")
+
+FAILED = 1
+NOT_REACHABLE = 3
+INTERRUPTED = 130
+
+EXIT_CODES = """\
+Exit codes: 0 ok, 1 failed or something is wrong, 2 wrong usage, 3 Kafka or the registry is not reachable,
+130 interrupted. Settings come from environment variables, see `embedding-processor settings`."""
+
+out = Console(soft_wrap=True)
+err = Console(stderr=True, soft_wrap=True)
+
+
+def exit_code(error: ProcessorError) -> int:
+    """What the process ends with when a command raises this."""
+    unreachable = isinstance(error, BrokerUnavailable | DeliveryFailed | RegistryUnavailable)
+    return NOT_REACHABLE if unreachable else FAILED
+
+
+def run(work: Coroutine[Any, Any, T], *, debug: bool = False) -> T:
+    """Run a command's coroutine; libraries keep quiet, since what fails is said by our own errors."""
+    logs.configure("DEBUG" if debug else "WARNING", "console")
+    if not debug:
+        for noisy in ("aiokafka", "kafka", "asyncio"):
+            logging.getLogger(noisy).setLevel(logging.CRITICAL)
+    return asyncio.run(work)
+
+
+def print_json(document: Mapping[str, Any]) -> None:
+    """One JSON object a line on standard output."""
+    sys.stdout.write(json.dumps(document, default=str, ensure_ascii=False) + "\n")
+    sys.stdout.flush()
+
+
+def fail_if(failed: object) -> None:
+    """End with `FAILED` when it is true."""
+    if failed:
+        raise typer.Exit(FAILED)
+
+
+def money(nanos: int) -> str:
+    """Nano-dollars in dollars, no digit lost below a cent."""
+    return f"${nanos / 1e9:,.6f}"

@@ -1,0 +1,115 @@
+"""Looks at everything a worker needs and says of each fault its cause and its fix. Never embeds, never writes."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+from processor.adapters import topics
+from processor.adapters.catalogue import load_catalogue
+from processor.adapters.providers import open_provider
+from processor.adapters.redis_cache import RedisCache
+from processor.adapters.registry import SchemaRegistry
+from processor.errors import (
+    BrokerUnavailable,
+    ProcessorError,
+    ProviderError,
+    ProviderPaused,
+    RegistryUnavailable,
+    SettingsError,
+)
+from processor.settings import Settings, load
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One thing looked at. `state` is ok, warning or error; `fix` says what to do about the latter two."""
+
+    name: str
+    state: str
+    what: str
+    fix: str = ""
+
+
+async def examine(settings: Settings | None = None) -> AsyncIterator[Check]:
+    """All checks, each as it is done; without usable settings there is nothing else to look at."""
+    try:
+        settings = settings or load()
+    except SettingsError as error:
+        yield Check("settings", "error", str(error), "correct the named variables")
+        return
+    yield Check("settings", "ok", "usable")
+    async for check in _kafka(settings):
+        yield check
+    yield await _cache(settings)
+    yield await _registry(settings)
+    yield await _provider(settings)
+
+
+async def _kafka(settings: Settings) -> AsyncIterator[Check]:
+    try:
+        findings = await topics.check(settings)
+    except BrokerUnavailable as error:
+        yield Check("broker", "error", str(error), "start Kafka, or correct EMBEDDING_BOOTSTRAP_SERVERS")
+        return
+    except ProcessorError as error:
+        yield Check("broker", "error", str(error), "correct the named variables")
+        return
+    yield Check("broker", "ok", f"answers at {settings.bootstrap_servers}")
+    for finding in findings:
+        yield Check("topics", finding.severity.value, f"{finding.topic}: {finding.what}", finding.fix)
+    if not findings:
+        yield Check("topics", "ok", f"all {len(topics.topics())} are as described")
+
+
+async def _cache(settings: Settings) -> Check:
+    if not settings.redis_url:
+        fix = "set EMBEDDING_REDIS_URL to share the cache and keep it over restarts"
+        return Check("cache", "warning", "no shared cache: each worker has its own, empty at start", fix)
+    try:
+        redis = RedisCache.from_settings(settings)
+    except SettingsError as error:
+        return Check("cache", "error", str(error), "correct EMBEDDING_REDIS_URL")
+    try:
+        said = await redis.ping()
+    finally:
+        await redis.close()
+    if said == "ok":
+        return Check("cache", "ok", "Redis answers")
+    return Check("cache", "error", said, "start Redis, or correct EMBEDDING_REDIS_URL; workers go on without it")
+
+
+async def _registry(settings: Settings) -> Check:
+    if not settings.schema_registry_url:
+        return Check("registry", "ok", "none set: records are Avro single objects")
+    registry = SchemaRegistry(settings.schema_registry_url, timeout_s=settings.schema_registry_timeout_s)
+    try:
+        await registry.schema(1)
+    except RegistryUnavailable as error:
+        return Check("registry", "error", str(error), "start it, or correct EMBEDDING_SCHEMA_REGISTRY_URL")
+    finally:
+        await registry.close()
+    return Check("registry", "ok", "answers")
+
+
+async def _provider(settings: Settings) -> Check:
+    try:
+        catalogue = load_catalogue(settings)
+        provider = open_provider(settings, catalogue)
+    except SettingsError as error:
+        return Check("provider", "error", str(error), "correct the named variables")
+    try:
+        models = await provider.list_models()
+    except ProviderPaused as error:
+        return Check("provider", "error", f"{provider.name}: {error}", "check the API key and the account's quota")
+    except ProviderError as error:
+        return Check(
+            "provider", "error", f"{provider.name}: {error}", "check EMBEDDING_OPENAI_BASE_URL and the network"
+        )
+    finally:
+        await provider.close()
+    default = catalogue.default_model
+    if default not in models:
+        fix = "set EMBEDDING_DEFAULT_MODEL to one that it lists, or ignore this if the server lists none"
+        return Check("provider", "warning", f"{provider.name} answers, but does not list {default}", fix)
+    return Check("provider", "ok", f"{provider.name} serves {default}")

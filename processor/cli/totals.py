@@ -1,0 +1,67 @@
+"""Usage totals as analytics and billing read them: the newest record of each key of the compacted topic."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from contextlib import aclosing
+from dataclasses import asdict, fields
+from typing import Any
+
+from rich.table import Table
+
+from processor.adapters import topics
+from processor.adapters.avro import Codec
+from processor.adapters.reader import KafkaReader
+from processor.cli.console import money
+from processor.domain import BucketKey, UsageSums, UsageTotal
+from processor.ports import Undecodable
+from processor.settings import Settings
+
+
+async def read_totals(settings: Settings) -> dict[BucketKey, UsageSums]:
+    """Every bucket with its sums as of now. Raises BrokerUnavailable or TopicsError."""
+    codec = Codec.from_settings(settings)
+    topic = settings.topic(topics.topics()["totals"].name)
+    newest: dict[BucketKey, UsageTotal] = {}
+    try:
+        fetched = KafkaReader(settings, group_id=settings.aggregator_group_id).read(topic)
+        async with aclosing(fetched):
+            async for records in fetched:
+                for record in records:
+                    total = await codec.read(UsageTotal, record.value)
+                    if not isinstance(total, Undecodable):
+                        newest[total.key] = total
+    finally:
+        await codec.close()
+    return {key: add(sums for _, sums in total.partitions.values()) for key, total in sorted(newest.items())}
+
+
+def add(parts: Iterable[UsageSums]) -> UsageSums:
+    parts = list(parts)
+    return UsageSums(**{field.name: sum(getattr(part, field.name) for part in parts) for field in fields(UsageSums)})
+
+
+def table(totals: Mapping[BucketKey, UsageSums], *, title: str = "") -> Table:
+    view = Table(title=title or None)
+    for name in ("payer", "bucket", "dimension", "value"):
+        view.add_column(name)
+    for name in ("requests", "texts", "billed tokens", "cost", "cached texts", "saved tokens", "saved cost", "failed"):
+        view.add_column(name, justify="right")
+    for key, sums in totals.items():
+        unpriced = "" if not sums.unpriced_tokens else f" + {sums.unpriced_tokens:,} unpriced"
+        view.add_row(
+            *key,
+            f"{sums.requests:,}",
+            f"{sums.billed_texts:,}",
+            f"{sums.billed_tokens:,}",
+            money(sums.billed_cost_nanos) + unpriced,
+            f"{sums.cached_texts:,}",
+            f"{sums.saved_tokens:,}",
+            money(sums.saved_cost_nanos),
+            f"{sums.failed_texts:,}",
+        )
+    return view
+
+
+def total_fields(key: BucketKey, sums: UsageSums) -> dict[str, Any]:
+    return key._asdict() | asdict(sums)
