@@ -127,6 +127,25 @@ async def test_a_compacted_tail_ends(kafka: Broker, unique: str) -> None:
         assert (await arranged.reader.spans(unique))[2].end > 1
 
 
+async def test_the_last_batch_of_the_embedded_broker_counts(embedded_broker: Broker, unique: str) -> None:
+    """The end is behind the last record, though this broker names an earlier one after a batch."""
+    servers = {"bootstrap_servers": embedded_broker.bootstrap_servers}
+    admin = AIOKafkaAdminClient(**servers)
+    await admin.start()
+    try:
+        await admin.create_topics([NewTopic(unique, 2, 1)])
+    finally:
+        await admin.close()
+    async with AIOKafkaProducer(**servers, linger_ms=100) as producer:
+        await producer.send_and_wait(unique, b"first", partition=0)
+        await asyncio.gather(*[await producer.send(unique, b"%d" % number, partition=0) for number in range(5)])
+    reader = KafkaReader(
+        Settings(bootstrap_servers=embedded_broker.bootstrap_servers, producer_idempotent=False), group_id=unique
+    )
+    assert await reader.spans(unique) == {0: Span(0, 6), 1: Span(0, 0)}
+    assert len(await all_of(reader, unique)) == 6
+
+
 async def test_a_topic_that_is_not_there_names_the_command(kafka: Broker, unique: str) -> None:
     """Who reads a missing topic is told to create it."""
     reader = KafkaReader(Settings(bootstrap_servers=kafka.bootstrap_servers), group_id=unique)
