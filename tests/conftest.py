@@ -7,19 +7,21 @@ import gc
 import inspect
 import logging
 import uuid
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 
 import pytest
 
 from tests.support.brokers import Broker, Servers
 
 SERVERS = pytest.StashKey[Servers]()
+FIGURES = pytest.StashKey[list[str]]()
 NOT_RUN = "NOT RUN, needs Apache Kafka: "
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """One set of servers for the run."""
     config.stash[SERVERS] = Servers()
+    config.stash[FIGURES] = []
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
@@ -53,6 +55,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     if servers.report:
         terminalreporter.section("servers")
         for line in servers.report:
+            terminalreporter.write_line(line)
+    if config.stash[FIGURES]:
+        terminalreporter.section("figures")
+        for line in config.stash[FIGURES]:
             terminalreporter.write_line(line)
     skipped = [
         report
@@ -96,6 +102,12 @@ def embedded_broker(servers: Servers) -> Broker:
 def redis_url(servers: Servers) -> str:
     """A Redis-protocol cache, shared by the run: keep to `unique` key prefixes, flush nothing."""
     return servers.redis_url()
+
+
+@pytest.fixture
+def tell(pytestconfig: pytest.Config) -> Callable[[str], None]:
+    """Prints a line of figures at the end of the run."""
+    return pytestconfig.stash[FIGURES].append
 
 
 @pytest.fixture

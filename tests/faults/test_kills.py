@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -22,6 +22,8 @@ DIMENSIONS = 1536
 PARTITIONS = 4
 KILLS = 10
 CHUNKS = 5
+
+Tell = Callable[[str], None]
 
 
 def _environment(provider: ProviderProcess, redis_url: str) -> dict[str, str]:
@@ -59,7 +61,9 @@ async def _finish_and_audit(
     return books, residuals, copies
 
 
-async def test_ten_kills_lose_nothing_and_the_bill_adds_up(kafka: Broker, unique: str, tmp_path: Path) -> None:
+async def test_ten_kills_lose_nothing_and_the_bill_adds_up(
+    kafka: Broker, unique: str, tmp_path: Path, tell: Tell
+) -> None:
     """Laws 1 to 6 and section 5 per attempt, through ten SIGKILLs, a join mid-run and a flushed cache."""
     requests = hard_requests(1000, chunks=CHUNKS)
     per_wave = len(requests) // (KILLS + 1) + 1
@@ -101,11 +105,12 @@ async def test_ten_kills_lose_nothing_and_the_bill_adds_up(kafka: Broker, unique
         "attempts": len(books.bills),
         "seconds": round(time.monotonic() - started),
     }
-    print("\nresiduals after ten kills:", report)
-    _summary(f"residuals after ten kills: {report}")
+    tell(f"residuals after ten kills: {report}")
 
 
-async def test_without_kills_nothing_is_billed_to_nobody(kafka: Broker, unique: str, tmp_path: Path) -> None:
+async def test_without_kills_nothing_is_billed_to_nobody(
+    kafka: Broker, unique: str, tmp_path: Path, tell: Tell
+) -> None:
     """U7: one worker, the cache kept, no zombies: residual 0 for every receipt, and copies are byte-equal."""
     requests = hard_requests(1000, chunks=CHUNKS, seed=2)
     with (
@@ -121,13 +126,48 @@ async def test_without_kills_nothing_is_billed_to_nobody(kafka: Broker, unique: 
             await until(worker.ready, within_s=60, what="the worker is ready")
             await traffic.send(requests)
             books, residuals, _ = await _finish_and_audit(stack, traffic, provider)
-    _summary(f"residuals without a kill: {asdict(residuals)}")
+    tell(f"residuals without a kill: {asdict(residuals)}")
     assert residuals.total == 0
     assert residuals.recovered_attempts == 0
     first: dict[str, tuple[int, object]] = {}
     for _, usage in books.usage:
         parts = (usage.billed.tokens, tuple(usage.parts))
         assert first.setdefault(usage.request_id, parts) == parts
+
+
+async def test_a_failing_provider_costs_retries_and_no_chunk(
+    kafka: Broker, unique: str, tmp_path: Path, tell: Tell
+) -> None:
+    """A fifth of the calls fails in every way a provider can: each chunk gets its own vector, section 5 holds."""
+    faults = ["500", "429", "503", "reset", "reset_billed", "hang_billed", "truncated_body", "broken_json", "200_error"]
+    faults += ["wrong_count", "nan", "zero_vector", "wrong_dimension", "wrong_model", "duplicate_index", "shuffled"]
+    requests = hard_requests(1000, chunks=CHUNKS, seed=3)
+    with (
+        EmbeddedCache() as cache,
+        ProviderProcess("--jitter", "0.01", "--base-ms", "5", "--per-text-ms", "0.1") as provider,
+        Stack(
+            tmp_path,
+            unique,
+            kafka.bootstrap_servers,
+            EMBEDDING_RETRY_INITIAL_S="0.05",
+            EMBEDDING_RETRY_MAX_S="0.5",
+            EMBEDDING_PROVIDER_TIMEOUT_S="2",
+            **(_environment(provider, cache.url) | {"EMBEDDING_WINDOW_MAX_TEXTS": "16"}),
+        ) as stack,
+    ):
+        settings = stack.settings()
+        await topics.create(settings, partitions=PARTITIONS, replication=1)
+        provider.admin("faults", {"probabilities": dict.fromkeys(faults, 0.0135), "retry_after": "0.1", "seed": 7})
+        stack.spawn("aggregator")
+        worker = stack.spawn("worker")
+        async with Traffic(settings, partitions=PARTITIONS, group=f"{settings.group_id}-bulk") as traffic:
+            await until(worker.ready, within_s=60, what="the worker is ready")
+            await traffic.send(requests)
+            books, residuals, _ = await _finish_and_audit(stack, traffic, provider)
+    met = {bill["fault"] for bill in books.bills if bill["fault"]}
+    tell(f"residuals of a failing provider: {asdict(residuals)}; faults met: {len(met)}")
+    assert len(met) >= len(faults) // 2, "the provider did not fail enough to prove anything"
+    assert residuals.rework == residuals.unclaimed == 0
 
 
 async def _flush(url: str) -> None:
@@ -138,10 +178,3 @@ async def _flush(url: str) -> None:
         raise AssertionError("the cache could not be flushed") from error
     finally:
         await client.aclose()
-
-
-def _summary(line: str) -> None:
-    """Also into the file that the fault stage prints at its end."""
-    if path := os.environ.get("EMBEDDING_FAULTS_REPORT"):
-        with Path(path).open("a", encoding="utf-8") as report:
-            report.write(line + "\n")
