@@ -93,7 +93,7 @@ class ApacheKafka(ChildServer):
         ]
         cluster_id = base64.urlsafe_b64encode(uuid.uuid4().bytes).rstrip(b"=").decode()
         _run(
-            [*run, "kafka.tools.StorageTool", "format", "-t", cluster_id, "-c", str(config)],
+            [*run, "kafka.tools.StorageTool", "format", f"--cluster-id={cluster_id}", "-c", str(config)],
             "formatting Kafka's log directory",
         )
         super().__init__(

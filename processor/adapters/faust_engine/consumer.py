@@ -249,9 +249,12 @@ class Consumer(driver.Consumer):
         try:
             async with asyncio.timeout(REQUESTS_TIMEOUT_S):
                 partitions = await self._thread.run(self._thread.assigned(generation))
-                if partitions is None:
-                    return False
-                starts = await self._starts(partitions)
+            if partitions is None:
+                return False
+            # No time limit: a handler that makes its store again may read a long topic, and would begin anew each time.
+            own = await self._own_positions(partitions)
+            async with asyncio.timeout(REQUESTS_TIMEOUT_S):
+                starts = await self._starts(partitions, own)
                 if not await self._thread.run(self._thread.seek_all(generation, starts)):
                     return False
         except (IllegalStateError, TimeoutError) as error:
@@ -272,11 +275,17 @@ class Consumer(driver.Consumer):
         log.info("partitions taken over", generation=generation, starts=_offsets(starts))
         return True
 
-    async def _starts(self, partitions: Sequence[TopicPartition]) -> dict[TopicPartition, int]:
+    async def _own_positions(self, partitions: Sequence[TopicPartition]) -> Mapping[tuple[str, int], int]:
+        if not partitions:
+            return {}
+        return await self.engine.handler.positions([(each.topic, each.partition) for each in partitions])
+
+    async def _starts(
+        self, partitions: Sequence[TopicPartition], own: Mapping[tuple[str, int], int]
+    ) -> dict[TopicPartition, int]:
         """Where each partition is read from: the handler's own position, else the committed one, else the beginning."""
         if not partitions:
             return {}
-        own = await self.engine.handler.positions([(each.topic, each.partition) for each in partitions])
         committed, first, end = await self._thread.run(self._thread.offsets(partitions))
         starts = {}
         for partition in partitions:
