@@ -91,7 +91,8 @@ async def test_a_successor_begins_where_the_commit_stands(kafka: Broker, topic: 
     async with running(settings, topic, successor):
         await until(lambda: len(successor.seen) == 100, "the rest")
     assert set(successor.seen) == {(0, offset) for offset in range(100, 200)}
-    assert [lease.partition for lease in handler.revoked] == list(range(PARTITIONS))
+    assert sorted(lease.partition for lease in handler.revoked) == list(range(PARTITIONS))
+    assert all(lease.revoked and not lease.held() for lease in handler.revoked)
 
 
 class Slow(Handler):
@@ -228,10 +229,14 @@ async def test_a_run_that_waits_is_cancelled_with_its_lease(kafka: Broker, topic
         finally:
             cancelled.set()
 
-    handler = Handler(wait_for_ever)
-    async with running(engine_settings(kafka.bootstrap_servers), topic, handler):
+    handler, newcomer = Handler(wait_for_ever), Handler(wait_for_ever)
+    settings = engine_settings(kafka.bootstrap_servers)
+    async with running(settings, topic, handler):
         await until(lambda: bool(handler.runs), "a run")
-    assert cancelled.is_set()
+        async with running(settings, topic, newcomer):
+            await cancelled.wait()
+            assert handler.runs[0].lease.revoked
+            await until(lambda: len(handler.runs) + len(newcomer.runs) == 2, "the run again, in the next generation")
     async with group_of(kafka.bootstrap_servers, topic) as group:
         assert await group.committed() == {}
 
