@@ -25,8 +25,17 @@ EXIT_CODES = """\
 Exit codes: 0 ok, 1 failed or something is wrong, 2 wrong usage, 3 Kafka or the registry is not reachable,
 130 interrupted. Settings come from environment variables, see `embedding-processor settings`."""
 
-out = Console(soft_wrap=True)
-err = Console(stderr=True, soft_wrap=True)
+WIDTH_OF_A_FILE = 160
+
+
+def _console(*, stderr: bool) -> Console:
+    """Where nobody looks at a screen, lines and tables get the width they need."""
+    console = Console(stderr=stderr, soft_wrap=True)
+    return console if console.is_terminal else Console(stderr=stderr, soft_wrap=True, width=WIDTH_OF_A_FILE)
+
+
+out = _console(stderr=False)
+err = _console(stderr=True)
 
 
 def exit_code(error: ProcessorError) -> int:

@@ -7,6 +7,7 @@ from contextlib import aclosing
 from dataclasses import asdict, fields
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from processor.adapters import topics
@@ -41,16 +42,28 @@ def add(parts: Iterable[UsageSums]) -> UsageSums:
     return UsageSums(**{field.name: sum(getattr(part, field.name) for part in parts) for field in fields(UsageSums)})
 
 
-def table(totals: Mapping[BucketKey, UsageSums], *, title: str = "") -> Table:
-    view = Table(title=title or None)
-    for name in ("payer", "bucket", "dimension", "value"):
-        view.add_column(name)
-    for name in ("requests", "texts", "billed tokens", "cost", "cached texts", "saved tokens", "saved cost", "failed"):
+def table(totals: Mapping[BucketKey, UsageSums]) -> Table:
+    """A row for each bucket; `of` is the value of its dimension."""
+    view = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    for name in ("payer", "bucket", "of"):
+        view.add_column(name, overflow="fold")
+    for name in (
+        "requests",
+        "billed texts",
+        "billed tokens",
+        "cost",
+        "cached texts",
+        "saved tokens",
+        "saved",
+        "failed",
+    ):
         view.add_column(name, justify="right")
     for key, sums in totals.items():
         unpriced = "" if not sums.unpriced_tokens else f" + {sums.unpriced_tokens:,} unpriced"
         view.add_row(
-            *key,
+            key.payer_id,
+            key.bucket,
+            "all" if key.dimension == "all" else f"{key.dimension} {key.value}",
             f"{sums.requests:,}",
             f"{sums.billed_texts:,}",
             f"{sums.billed_tokens:,}",
