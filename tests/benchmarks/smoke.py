@@ -59,7 +59,12 @@ async def run(say: Say) -> dict[str, Any]:
             for name, provider, count in (("local", local, LOCAL_TEXTS), ("provider", remote, SERVER_TEXTS)):
                 where = Path(folder) / name
                 where.mkdir()
-                environment = {"EMBEDDING_REDIS_URL": redis_url, **provider, **relaxed}
+                environment = {
+                    "EMBEDDING_REDIS_URL": redis_url,
+                    "EMBEDDING_COMMIT_INTERVAL_S": "0.1",
+                    **provider,
+                    **relaxed,
+                }
                 with Stack(where, f"smoke-{uuid.uuid4().hex[:8]}", broker.bootstrap_servers, **environment) as stack:
                     figures |= await _measure(name, stack, _texts(count), say)
             return figures
@@ -92,10 +97,8 @@ async def _measure(name: str, stack: Stack, texts: Sequence[str], say: Say) -> d
         started = time.monotonic()
         await traffic.send(_requests(texts))
 
-        async def all_there() -> bool:
-            return await traffic.results() > len(texts)
-
-        await until(all_there, within_s=300, what="every result is there", every_s=0.05)
+        # The offset of a request is committed once all its results are acknowledged.
+        await until(traffic.all_committed, within_s=300, what="every request is committed", every_s=0.05)
         rate = len(texts) / (time.monotonic() - started)
     peak_mb = _resident_mb(worker)
     worker.stop()

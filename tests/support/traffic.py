@@ -108,8 +108,9 @@ class Traffic:
         return sum((await self._ends(self._results)).values())
 
     async def committed(self) -> dict[int, int]:
-        found = await self._admin.list_consumer_group_offsets(self.group)
-        return {place.partition: known.offset for place, known in found.items() if place.topic == self._requests}
+        places = [TopicPartition(self._requests, partition) for partition in range(self.partitions)]
+        found = await self._admin.list_consumer_group_offsets(self.group, partitions=places)
+        return {place.partition: known.offset for place, known in found.items() if known.offset >= 0}
 
     async def sample(self) -> None:
         """Committed offsets first, then the results that must stand behind them."""
