@@ -14,10 +14,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from processor.adapters import topics
 from processor.adapters.catalogue import load_catalogue
 from processor.adapters.providers import open_provider
-
-from processor.adapters import topics
 from processor.domain import Chunk, EmbeddingFunction, InputType, Request, Truncate
 from processor.ports import EmbeddingProvider
 from processor.settings import Settings
