@@ -66,5 +66,6 @@ def fail_if(failed: object) -> None:
 
 
 def money(nanos: int) -> str:
-    """Nano-dollars in dollars, no digit lost below a cent."""
-    return f"${nanos / 1e9:,.6f}"
+    """Nano-dollars in dollars: cents, and as many digits more as it has."""
+    cents, rest = divmod(nanos, 10_000_000)
+    return f"${cents // 100:,}.{cents % 100:02d}" + f"{rest:07d}".rstrip("0")

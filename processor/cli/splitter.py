@@ -26,7 +26,7 @@ def split_text(text: str, *, max_characters: int, overlap_characters: int = 0) -
             bodies[-1] = joined
         else:
             bodies.append(piece)
-    if not overlap_characters:
+    if not bodies or not overlap_characters:
         return bodies
     overlaps = ["", *(_last_words(body, overlap_characters) for body in bodies[:-1])]
     return [f"{overlap} {body}".strip() for overlap, body in zip(overlaps, bodies, strict=True)]

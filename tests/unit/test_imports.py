@@ -53,7 +53,7 @@ PARTS = (
     Part(
         OUTERMOST,
         ("*",),
-        ("aiokafka", "click", "numpy", "prometheus_client", "rich", "structlog", "typer", "uvloop", "yaml"),
+        ("aiokafka", "click", "numpy", "prometheus_client", "pydantic", "rich", "structlog", "typer", "uvloop", "yaml"),
     ),
 )
 STEP = Part(("*",), ("[!_]*",), ("numpy", "structlog"))
