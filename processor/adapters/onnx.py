@@ -28,6 +28,8 @@ class LocalProvider:
     name = "local"
 
     def __init__(self, files: LocalFiles, model: ModelSpec, *, threads: int = 0) -> None:
+        # Else onnxruntime (seen in 1.31) keeps a device id and a queue of reports to its maker in the home directory.
+        os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
         try:
             import onnxruntime
             import tokenizers  # noqa: F401  (used by WordPiece; both are told of here, at start)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import subprocess
+import sys
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -166,3 +169,28 @@ def test_files_that_are_not_the_ones_we_know_are_refused(monkeypatch: pytest.Mon
     monkeypatch.setattr(local_files, "builtin_tokenizer", lambda: changed)
     with pytest.raises(SettingsError, match="SHA-256"):
         local_files.locate()
+
+
+def test_the_local_model_leaves_nothing_in_the_home_directory(tmp_path: Path) -> None:
+    """No device id and no queue of reports to the maker of the runtime: what happens here stays here."""
+    start = (
+        "from processor.adapters.catalogue import load_catalogue;"
+        "from processor.adapters.providers import open_provider;"
+        "from processor.settings import load;"
+        "settings = load(provider='local', _env_file=None);"
+        "open_provider(settings, load_catalogue(settings))"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"}
+    for name in ("HOME", "XDG_CACHE_HOME", "XDG_DATA_HOME"):
+        environment[name] = str(tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-c", start],
+        cwd=Path(__file__).parents[2],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert list(tmp_path.rglob("*")) == []
