@@ -108,7 +108,11 @@ async def test_order_is_kept_within_and_across_calls(kafka: Broker, unique: str)
             [Destination("results", a_result(big, chunk_id=f"{call}.{part}")) for part in range(10)]
             for call in range(60)
         ]
-        await asyncio.gather(*map(posted.outbox.send, calls))
+        sending = []
+        for call in calls:
+            sending.append(asyncio.create_task(posted.outbox.send(call)))
+            await asyncio.sleep(0.0005)  # so that some arrive when room was just made and others still wait for it
+        await asyncio.gather(*sending)
         records = [record for records in (await posted.log("results")).values() for record in records]
     received = [await codec.read(ReceivedResult, record.value) for record in records]
     order = [each.chunk_id for each in received if isinstance(each, ReceivedResult)]

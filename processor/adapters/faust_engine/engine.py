@@ -243,7 +243,8 @@ class Engine:
             # The broker must wait longer for a member that gives its partitions up than the member may take, and
             # it counts from before the member's next heartbeat.
             rebalance_timeout_ms=_ms(settings.session_timeout_s + grace_s),
-            request_timeout_ms=max(REQUEST_TIMEOUT_MS, _ms(settings.session_timeout_s + grace_s)),
+            # A join is answered when every member has joined, or at the end of that wait.
+            request_timeout_ms=_ms(settings.session_timeout_s + grace_s) + REQUEST_TIMEOUT_MS,
         )
 
     def new_producer(self) -> AIOKafkaProducer:
