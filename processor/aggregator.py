@@ -121,6 +121,7 @@ class Aggregator:
         }
         self._lock = asyncio.Lock()  # one run at a time: the folds share attempts, tasks and the ledger
         self._places: dict[tuple[str, int], Place] = {}
+        self._backlog: set[int] = set()  # usage partitions not yet folded to where they ended when assigned
         self._waiting: dict[int, list[tuple[Lease, int]]] = {}
         self._pruned_at = clock.monotonic()
         self._prune_part = 0
@@ -153,6 +154,11 @@ class Aggregator:
             usage = self._topics.usage
             if any(self._is_behind(partition, committed[usage]) for partition in spans[usage]):
                 await self._merge_totals(spans[usage])
+            self._backlog = {
+                partition
+                for partition, span in spans[usage].items()
+                if self._position(usage, partition, spans) < span.end
+            }
             return {(topic, partition): self._position(topic, partition, spans) for topic, partition in partitions}
 
     async def on_run(self, run: Run) -> None:
@@ -166,6 +172,9 @@ class Aggregator:
                 except LeaseLost:
                     return
             self._prune()
+
+    def waiting(self) -> bool:
+        return False
 
     async def on_revoke(self, leases: Sequence[Lease], budget_s: float) -> None:
         """Wait for the slice in work; those after it find their lease gone."""
@@ -244,6 +253,8 @@ class Aggregator:
     # --- folds: publish, save, finish ---------------------------------------------------------------------
 
     async def _fold_usage(self, lease: Lease, records: Sequence[Record]) -> None:
+        """Progress has no offsets by which a reader could tell an older version: while any usage partition has a
+        backlog it is only saved, so that who starts from an old store or none never publishes less than was known."""
         cursor, fresh = self._fresh(lease, records)
         if fresh:
             place = self._place(lease)
@@ -263,11 +274,14 @@ class Aggregator:
                 horizon_ms=self._horizon_ms,
                 now_ms=now_ms,
             )
+            if fresh[-1].source.offset + 1 >= place.end:
+                self._backlog.discard(lease.partition)
+            tasks = fold.tasks if self._backlog else self._store.unpublished_tasks() | dict(fold.tasks)
             await self._publish(
                 lease,
                 [Destination("late", copy.usage) for copy in fold.late if copy.offset >= place.acted_on],
                 [Destination("totals", total) for total in fold.totals],
-                [Destination("progress", task) for task in fold.tasks.values()],
+                [] if self._backlog else [Destination("progress", task) for task in tasks.values()],
                 self._dead_letters(letters, place),
             )
             self._store.save(
@@ -277,7 +291,8 @@ class Aggregator:
                     cursor=_cursor(fresh[-1], until_ms),
                     seen=fold.seen,
                     totals=fold.totals,
-                    tasks=fold.tasks,
+                    tasks=tasks,
+                    tasks_published=not self._backlog,
                     attempts=fold.attempts,
                     ledger=fold.ledger,
                 )

@@ -99,10 +99,11 @@ class Lease(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A fetched run of records of one partition, in offset order."""
+    """A fetched run of records of one partition, in offset order. `lethal`: its one record ends processes, bury it."""
 
     lease: Lease
     records: Sequence[Record]
+    lethal: bool = False
 
 
 class RunHandler(Protocol):
@@ -118,6 +119,10 @@ class RunHandler(Protocol):
 
     async def on_revoke(self, leases: Sequence[Lease], budget_s: float) -> None:
         """Finish what is nearly done within the budget, then drop what is left. Returns when nothing more is sent."""
+        ...
+
+    def waiting(self) -> bool:
+        """Whether work stands still for a paused dependency; an end of the process is no record's fault then."""
         ...
 
     async def positions(self, partitions: Sequence[tuple[str, int]]) -> Mapping[tuple[str, int], int]:
@@ -279,6 +284,7 @@ class StoreChange:
     seen: Mapping[str, Seen] = field(default_factory=dict)
     totals: Sequence[UsageTotal] = ()
     tasks: Mapping[TaskKey, TaskProgress] = field(default_factory=dict)
+    tasks_published: bool = True
     attempts: Mapping[str, Attempt] = field(default_factory=dict)
     ledger: Ledger | None = None
     documents: Mapping[DocumentKey, DocumentVectors] = field(default_factory=dict)
@@ -312,6 +318,10 @@ class AggregateStore(Protocol):
         ...
 
     def tasks(self, keys: Collection[TaskKey]) -> dict[TaskKey, TaskProgress]: ...
+
+    def unpublished_tasks(self) -> dict[TaskKey, TaskProgress]:
+        """Those whose last save said that they are not published."""
+        ...
 
     def attempts(self, attempt_ids: Collection[str]) -> dict[str, Attempt]: ...
 

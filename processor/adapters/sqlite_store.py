@@ -65,8 +65,10 @@ CREATE TABLE totals (
     PRIMARY KEY (bucket, partition)
 ) WITHOUT ROWID;
 CREATE TABLE tasks (
-    task TEXT PRIMARY KEY, done INTEGER NOT NULL, failed INTEGER NOT NULL, total INTEGER, updated_at_ms INTEGER NOT NULL
+    task TEXT PRIMARY KEY, done INTEGER NOT NULL, failed INTEGER NOT NULL, total INTEGER,
+    updated_at_ms INTEGER NOT NULL, published INTEGER NOT NULL
 ) WITHOUT ROWID;
+CREATE INDEX unpublished_tasks ON tasks (published) WHERE published = 0;
 CREATE TABLE attempts (
     attempt BLOB PRIMARY KEY, last_ms INTEGER NOT NULL, confirm_by_ms INTEGER, estimated_tokens INTEGER NOT NULL,
     price INTEGER, outcome INTEGER NOT NULL, billed_tokens INTEGER NOT NULL, attributed_tokens INTEGER NOT NULL
@@ -169,19 +171,13 @@ class SqliteStore:
         return found
 
     def tasks(self, keys: Collection[TaskKey]) -> dict[TaskKey, TaskProgress]:
-        packed = {_text(key): key for key in keys}
+        packed = [_text(key) for key in keys]
         sql = "SELECT task, done, failed, total, updated_at_ms FROM tasks WHERE task IN ({})"
-        return {
-            packed[task]: TaskProgress(
-                tenant_id=packed[task].tenant_id,
-                task_id=packed[task].task_id,
-                done=done,
-                failed=failed,
-                total=total,
-                updated_at_ms=updated_at_ms,
-            )
-            for task, done, failed, total, updated_at_ms in self._lookup(sql, packed)
-        }
+        return dict(map(_task, self._lookup(sql, packed)))
+
+    def unpublished_tasks(self) -> dict[TaskKey, TaskProgress]:
+        sql = "SELECT task, done, failed, total, updated_at_ms FROM tasks WHERE published = 0"
+        return dict(map(_task, self._rows(sql)))
 
     def attempts(self, attempt_ids: Collection[str]) -> dict[str, Attempt]:
         packed = {pack_id(attempt_id): attempt_id for attempt_id in attempt_ids}
@@ -227,7 +223,7 @@ class SqliteStore:
             self._put(
                 "tasks",
                 [
-                    (_text(key), task.done, task.failed, task.total, task.updated_at_ms)
+                    (_text(key), task.done, task.failed, task.total, task.updated_at_ms, change.tasks_published)
                     for key, task in change.tasks.items()
                 ],
             )
@@ -349,6 +345,13 @@ def _attempt(row: Sequence[Any]) -> Attempt:
 
 def _attempt_row(attempt_id: str, attempt: Attempt) -> tuple[Any, ...]:
     return (pack_id(attempt_id), *attempt[:4], OUTCOMES.index(attempt.outcome), *attempt[5:])
+
+
+def _task(row: Sequence[Any]) -> tuple[TaskKey, TaskProgress]:
+    task, done, failed, total, updated_at_ms = row
+    key = TaskKey(*json.loads(task))
+    progress = TaskProgress(**key._asdict(), done=done, failed=failed, total=total, updated_at_ms=updated_at_ms)
+    return key, progress
 
 
 def _document(row: Sequence[Any]) -> tuple[DocumentKey, DocumentVectors]:

@@ -20,6 +20,7 @@ from processor.domain import (
     Part,
     Source,
     TaskKey,
+    TaskProgress,
     Usage,
     UsageTotal,
 )
@@ -169,6 +170,20 @@ async def test_progress_counts_first_copies_across_partitions(past: list[Life]) 
             counts[0] += usage.texts - usage.failed_texts
             counts[1] += usage.failed_texts
         assert {key: [task.done, task.failed] for key, task in (await bench.log.progress()).items()} == done
+
+
+async def test_progress_never_goes_back() -> None:
+    """Who starts without a store publishes progress once the backlog is folded, crashed on the way or not."""
+    with a_bench() as bench:
+        history: History = []
+        append(bench.log, history, [Event(0, n, 1, 1_000, 0) for n in range(6)])
+        await bench.run(run_length=1)
+        bench.lose_store()
+        await bench.run(run_length=1, crash_at=4)
+        await bench.run(run_length=1)
+
+        done = [task.done + task.failed for _, task in await bench.log.contents("progress", TaskProgress)]
+        assert done == [12, 12]
 
 
 @settings(max_examples=60, deadline=None)

@@ -61,6 +61,7 @@ def full_change() -> StoreChange:
         seen={"not a uuid": Seen(7, 1_000), str(uuid.UUID(int=5)): Seen(3, 900)},
         totals=[a_total(7, 40)],
         tasks={TaskKey("acme", "t"): task},
+        tasks_published=False,
         attempts={
             "attempt": Attempt(5, 6, 7, 8, CallOutcome.INVALID, 9, 10),
             "open": Attempt(5, confirm_by_ms=6),
@@ -80,6 +81,7 @@ def check_full(store: SqliteStore) -> None:
     assert store.seen(2, list(change.seen)) == {}
     assert store.totals([KEY]) == {KEY: {1: (7, UsageSums(billed_tokens=40))}}
     assert store.tasks([*change.tasks, TaskKey("acme", "u")]) == change.tasks
+    assert store.unpublished_tasks() == change.tasks
     assert store.attempts([*change.attempts, "unknown"]) == change.attempts
     assert store.open_attempts() == [change.attempts["open"]]
     assert store.ledger() == change.ledger
