@@ -63,7 +63,7 @@ REFUSED: dict[str, tuple[Request, str, str]] = {
         "invalid_request",
         "document_id",
     ),
-    "delete in no space": (
+    "unknown spelling of an action": (
         a_request(action="embedding.delete", chunks=(), chunk_ids=("a",)),
         "invalid_request",
         "action",
@@ -154,15 +154,15 @@ async def test_odd_texts_are_texts_like_any_other(text: str) -> None:
         assert bench.outbox.results[0].status is Status.OK
 
 
-@pytest.mark.parametrize(
-    "name, texts, overrides, code",
-    [
-        ("empty", ["", "fine"], {}, "empty_text"),
-        ("blank", [" \n ", "fine"], {}, "empty_text"),
-        ("too long", ["w " * 11, "fine"], {}, "text_too_long"),
-        ("expired", ["late"], {"deadline_ms": NOW_MS - 1}, "deadline_exceeded"),
-    ],
-)
+BAD_CHUNKS: list[tuple[str, list[str], dict[str, Any], str]] = [
+    ("empty", ["", "fine"], {}, "empty_text"),
+    ("blank", [" \n ", "fine"], {}, "empty_text"),
+    ("too long", ["w " * 11, "fine"], {}, "text_too_long"),
+    ("expired", ["late"], {"deadline_ms": NOW_MS - 1}, "deadline_exceeded"),
+]
+
+
+@pytest.mark.parametrize("name, texts, overrides, code", BAD_CHUNKS)
 async def test_a_bad_chunk_fails_alone(name: str, texts: list[str], overrides: dict[str, Any], code: str) -> None:
     """Faults of a chunk are its own error result, with its chunk id and index; its neighbours are `ok`."""
     async with Bench() as bench:
