@@ -39,6 +39,7 @@ class Replies:
         self._waiters: Counter[str] = Counter()
         self._news = asyncio.Condition()
         self._starting = asyncio.Lock()
+        self._consumer: AIOKafkaConsumer | None = None
         self._listener: asyncio.Task[None] | None = None
         self._listening = False
         self._partition = 0
@@ -48,9 +49,10 @@ class Replies:
         async with self._starting:
             if self._listening:
                 return
+            await self.stop()
             self._partition = partition_of(self._client_id, partitions)
             place = TopicPartition(self._topic, self._partition)
-            consumer = AIOKafkaConsumer(
+            self._consumer = consumer = AIOKafkaConsumer(
                 group_id=None,
                 enable_auto_commit=False,
                 auto_offset_reset="earliest",
@@ -60,19 +62,20 @@ class Replies:
                 await consumer.start()
                 consumer.assign([place])
                 consumer.seek(place, (await consumer.end_offsets([place]))[place])
-            except BaseException as error:
-                await consumer.stop()
-                if isinstance(error, KafkaError | OSError):
-                    raise BrokerUnavailable(f"Kafka did not answer: {type(error).__name__}") from None
-                raise
+            except (KafkaError, OSError) as error:
+                raise BrokerUnavailable(f"Kafka did not answer: {type(error).__name__}") from None
             self._listening = True
             self._listener = asyncio.create_task(self._listen(consumer))
 
     async def stop(self) -> None:
+        """Does nothing before a start."""
         if self._listener is not None:
             self._listener.cancel()
             await asyncio.gather(self._listener, return_exceptions=True)
             self._listener = None
+        if self._consumer is not None:
+            await self._consumer.stop()
+            self._consumer = None
 
     def address(self, reply_type: str | None = None) -> ReplyTo:
         """Where a worker is to reply to. Valid once started."""
@@ -118,7 +121,6 @@ class Replies:
         except (KafkaError, OSError, ProcessorError) as error:
             log.warning("replies can't be read", error=type(error).__name__)
         finally:
-            await consumer.stop()
             self._listening = False
             await self._tell()
 
