@@ -85,6 +85,9 @@ class Worker:
     def _is_over(self, lease: Lease) -> bool:
         return lease.revoked or lease in self._closing
 
+    def waiting(self) -> bool:
+        return self.route.paused is not None
+
     async def positions(self, partitions: Sequence[tuple[str, int]]) -> Mapping[tuple[str, int], int]:  # noqa: ARG002
         """Committed offsets are the truth for a worker."""
         return {}

@@ -14,6 +14,7 @@ from processor.decode import EMPTY_TEXT, check, counts_as_usage, echoable, too_l
 from processor.domain import (
     Action,
     DeadLetter,
+    DlqClass,
     DocumentManifest,
     Fault,
     Item,
@@ -31,7 +32,6 @@ from processor.ports import (
     Clock,
     Destination,
     Events,
-    Lease,
     Outbox,
     RequestDecoder,
     Run,
@@ -42,6 +42,9 @@ from processor.ports import (
 from processor.results import chunk_result, messages, plain_result, request_result, settle, tombstones
 from processor.usage import charge, cost_nanos
 from processor.work import Fold, Job, Outcome, Parcel, Plan, Policy, Ticket, Window, Work
+
+LETHAL = Undecodable(DlqClass.LETHAL, "ended_its_processes")
+BY_REFERENCE = frozenset({DlqClass.TOO_LARGE, DlqClass.LETHAL})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,7 +83,7 @@ class Pipeline:
         """
         known: list[Parcel] = []
         for record in run.records:
-            ticket, parcels = await self._decode(record, run.lease)  # 1. bad input becomes a value
+            ticket, parcels = await self._decode(record, run)  # 1. bad input becomes a value
             opened(ticket)
             self._group(ticket, parcels)  # 2. equal texts are embedded once
             known += parcels
@@ -111,24 +114,16 @@ class Pipeline:
 
     # Step 1
 
-    async def _decode(self, record: Record, lease: Lease) -> tuple[Ticket, list[Parcel]]:
-        """A job to queue, or a ticket with the parcels of what is known already."""
-        clock = self.ports.clock
+    async def _decode(self, record: Record, run: Run) -> tuple[Ticket, list[Parcel]]:
+        """A job to queue, or a ticket with the parcels of what is known already. A lethal record is not looked at."""
+        decoded = LETHAL if run.lethal else await self.ports.decoder.decode(record)
         size_bytes = len(record.value or b"")
-        decoded = await self.ports.decoder.decode(record)
+        clock = self.ports.clock
         if isinstance(decoded, Undecodable):
-            self.ports.events.count("dead_letters", 1, {"class": decoded.reason})
-            ticket = Ticket(lease, record.source, size_bytes, clock.monotonic())
-            letter = DeadLetter(
-                record=record,
-                reason=decoded.reason,
-                code=decoded.code,
-                at_ms=clock.now_ms(),
-                by_reference=decoded.reason == "too_large",
-            )
-            return ticket, [Parcel(ticket, lambda: [Destination("dlq", letter)])]
+            ticket = Ticket(run.lease, record.source, size_bytes, clock.monotonic())
+            return ticket, [self._dead_letter(ticket, record, decoded)]
         job = Job(
-            lease,
+            run.lease,
             record.source,
             size_bytes,
             clock.monotonic(),
@@ -142,6 +137,17 @@ class Pipeline:
             return job, [self._whole(job, plan)]
         job.plan = plan
         return job, self._plain_action(job, plan, decoded)
+
+    def _dead_letter(self, ticket: Ticket, record: Record, why: Undecodable) -> Parcel:
+        self.ports.events.count("dead_letters", 1, {"class": why.reason})
+        letter = DeadLetter(
+            record=record,
+            reason=why.reason,
+            code=why.code,
+            at_ms=self.ports.clock.now_ms(),
+            by_reference=why.reason in BY_REFERENCE,
+        )
+        return Parcel(ticket, lambda: [Destination("dlq", letter)])
 
     def _plain_action(self, job: Job, plan: Plan, request: Request) -> list[Parcel]:
         """The parcels of actions without embedding, which go from step 2 to step 7."""

@@ -31,14 +31,14 @@ class Part(NamedTuple):
 PARTS = (
     Part(INNERMOST, (), ("numpy",)),
     Part(("identity",), INNERMOST, ()),
-    Part(("watermark",), (), ()),
+    Part(("watermark", "suspicion"), (), ()),
     Part(("ports",), (*INNERMOST, "identity"), ("numpy",)),
     Part(("settings",), INNERMOST, ("pydantic", "pydantic_settings")),
     Part(("metrics",), INNER, ("prometheus_client",)),
     Part(("__init__",), (), ()),
     Part(
         ("adapters.faust_engine*",),
-        (*INNER, "metrics", "settings", "adapters*", "watermark"),
+        (*INNER, "metrics", "settings", "adapters*", "watermark", "suspicion"),
         ("aiokafka", "faust", "mode", "numpy", "structlog"),
     ),
     Part(

@@ -18,7 +18,7 @@ from processor.errors import (
     ProviderThrottled,
     ProviderTransient,
 )
-from processor.ports import Destination, ProviderAnswer
+from processor.ports import Destination, ProviderAnswer, Run
 from tests.support.builders import NOW_MS, a_request
 from tests.support.steps import Bench, FakeLease, MemoryCache, vector_of
 
@@ -210,6 +210,17 @@ async def test_undecodable_bytes_go_to_the_dead_letters_and_nothing_stops() -> N
         assert [letter.record.value for letter in bench.outbox.letters] == [b"\x00garbage", None]
         assert len(bench.outbox.results) == 2
         assert sorted(bench.lease.finished) == [0, 1, 2, 3]
+
+
+async def test_a_lethal_record_is_buried_unread_and_uncharged() -> None:
+    """A record that ends processes goes to the DLQ by reference; it is not decoded, embedded or charged."""
+    async with Bench() as bench:
+        await bench.worker.on_run(Run(bench.lease, bench.records(a_request(["text"])), lethal=True))
+        await bench.run_until_idle()
+        (letter,) = bench.outbox.letters
+        assert (letter.reason, letter.by_reference) == ("lethal", True)
+        assert bench.outbox.names() == ["dlq"]
+        assert bench.lease.finished == [0]
 
 
 async def test_validate_says_what_would_happen_and_embeds_nothing() -> None:
