@@ -110,7 +110,7 @@ def test_faust_waits_for_us_between_stopping_the_flow_and_the_rebalance() -> Non
 
 
 def test_faust_resumes_the_flow_without_looking_at_the_generation_again() -> None:
-    """Why the flow alone is no leave to fetch: `_assigned_generation` is. If this fails, that may be simplified."""
+    """Why the flow alone is no leave to fetch but `_assigned_generation` is: if this fails, that may be simplified."""
     resume = source(Recovery._resume_streams)
     assert resume.index("consumer_generation_id != generation_id") < resume.index("perform_seek")
     assert "generation" not in resume[resume.index("perform_seek") :]

@@ -84,6 +84,16 @@ async def test_a_signal_ends_the_process_cleanly(kafka: Broker, topic: str, numb
         assert engine.status()["generation"] is not None
 
 
+@pytest.mark.parametrize("after_s", [0, 0.3, 0.9])
+async def test_a_signal_during_the_start_ends_the_process_cleanly(kafka: Broker, topic: str, after_s: float) -> None:
+    """Whether it connects, joins or waits for an assignment: it stops and leaves."""
+    async with process(kafka, topic) as child:
+        await until(lambda: bool(child.said("starting")), "the beginning of its start")
+        await asyncio.sleep(after_s)
+        child.signal(signal.SIGTERM)
+        assert await child.exit_code() == 0
+
+
 async def test_a_broken_handler_ends_the_process_with_1(kafka: Broker, topic: str) -> None:
     """Nothing is committed past the record at which it broke."""
     async with process(kafka, topic, break_at=50) as child:

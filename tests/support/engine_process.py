@@ -49,6 +49,9 @@ def main() -> int:
             looked_at = now
             await asyncio.sleep(0.01)
 
+    async def starting() -> None:
+        say(event="starting")
+
     async def started() -> None:
         tasks.append(asyncio.create_task(watch()))
         say(event="started", loop=type(asyncio.get_running_loop()).__module__)
@@ -64,6 +67,7 @@ def main() -> int:
         app_id=options["topic"],
         topics=[options["topic"]],
         handler=handler,
+        on_starting=[starting],
         on_started=[started],
         on_stopping=[stopping],
     )

@@ -84,7 +84,7 @@ class Listener(driver.ConsumerRebalanceListener):
         consumer = self._thread.consumer
         consumer.session.revoking(consumer.engine.settings.revoke_budget_s + consumer.engine.settings.lease_margin_s)
         if consumer.closed:
-            return None  # the main loop no longer answers, and there is nothing left to give up
+            return None
         return super().on_partitions_revoked(revoked)
 
     async def on_partitions_assigned(self, assigned: Iterable[TopicPartition]) -> None:
@@ -202,7 +202,10 @@ class Consumer(driver.Consumer):
         self.session = Session(timeout_s=settings.session_timeout_s, margin_s=settings.lease_margin_s)
         self.leases: Mapping[TopicPartition, PartitionLease] | None = None
         """Replaced as a whole by each generation; None between two of them, empty while standing by."""
+        self.closing = False
+        """No generation is taken over any more."""
         self.closed = False
+        """All is given up, and the main loop no longer answers a rebalance."""
         self._assigned_generation: int | None = None
         self._revocations = 0
         self._release_lock = asyncio.Lock()
@@ -220,7 +223,7 @@ class Consumer(driver.Consumer):
         """The one task that seeks and fetches, so that no position moves behind its back."""
         try:
             while not (self.should_stop or fetcher.should_stop):
-                if not self.flow_active or self._assigned_generation is None or self.closed:
+                if not self.flow_active or self._assigned_generation is None or self.closing:
                     await self._idle(IDLE_S)
                 elif self.leases is None:
                     if not await self._take_over(self._assigned_generation):
@@ -265,7 +268,7 @@ class Consumer(driver.Consumer):
                 raise
             log.warning("partitions not taken over yet", generation=generation, reason=type(error).__name__)
             return False
-        if revocations != self._revocations or self.closed:
+        if revocations != self._revocations or self.closing:
             return False
         self._queued.clear()
         self.leases = {
@@ -429,10 +432,19 @@ class Consumer(driver.Consumer):
     def abandon(self) -> None:
         """A crash: nothing more is sent, finished or committed."""
         self._revocations += 1
-        self.closed = True
+        self.closing = self.closed = True
         leases, self.leases = self.leases, None
         for lease in (leases or {}).values():
             lease.revoke()
+
+    async def shut(self) -> None:
+        """Give everything up, for good. A rebalance that comes meanwhile waits for it like any other."""
+        self.closing = True
+        self.stop_flow()
+        self.app.flow_control.suspend()
+        self.app.flow_control.clear()
+        await self.release()
+        self.closed = True
 
     async def wait_empty(self) -> None:
         await self.release()
@@ -502,7 +514,7 @@ class Consumer(driver.Consumer):
         leases = self.leases
         partitions = []
         for partition, lease in sorted((leases or {}).items()):
-            with suppress(IllegalStateError):
+            with suppress(AssertionError):  # a rebalance in the consumer's thread took it away just now
                 end = self._thread._ensure_consumer().highwater(partition)
                 partitions.append(
                     {

@@ -138,10 +138,13 @@ class Engine:
         if not started.done():
             started.cancel()
             await asyncio.wait({started})
-        await self.stop()
-        watchdog.cancel()
+        try:
+            await self.stop()
+        except Exception as error:  # noqa: BLE001 - whatever it is, it ends the process
+            self.crash(error)
         if self._error is not None:
             _end_process(self._error)
+        watchdog.cancel()
         log.info("stopped")
         return 0
 
@@ -177,13 +180,8 @@ class Engine:
         if self._app is None or self._stopping:
             return
         self._stopping = True
-        consumer = self._consumer
-        if consumer is not None:
-            consumer.closed = True
-            consumer.stop_flow()
-            self._app.flow_control.suspend()
-            self._app.flow_control.clear()
-            await consumer.release()
+        if self._consumer is not None:
+            await self._consumer.shut()
         for hook in self._on_stopping:
             await hook()
         await self._app.stop()
