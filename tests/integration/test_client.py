@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import socket
 import sys
 import uuid
@@ -87,9 +88,13 @@ def assert_vectors(outcomes: list[Outcome], wanted: list[str]) -> None:
 
 async def cli(service: Service, *arguments: str) -> tuple[int, str, str]:
     """Exit code, standard output and standard error of the command line."""
+    return await python(service, "-m", "processor", *arguments)
+
+
+async def python(service: Service, *arguments: str) -> tuple[int, str, str]:
     process = await asyncio.create_subprocess_exec(
         sys.executable,
-        *("-m", "processor", *arguments),
+        *arguments,
         env=os.environ | service.environment,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
@@ -319,6 +324,20 @@ async def test_the_command_line_from_files_to_a_bill(service: Service, tenant: s
     code, out, _ = await cli(service, "doctor", "--json")
     assert code == 0, out
     assert {check["state"] for check in map(json.loads, out.splitlines())} == {"ok"}
+
+
+async def test_the_readmes_example_does_what_it_says(service: Service, tmp_path: Path) -> None:
+    """Run as it stands there, it prints a nearest chunk and the outcomes shown below it."""
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    _, example, below = re.split(r"```python\n|```\n", readme, maxsplit=2)
+    assert len([line for line in example.splitlines() if line.strip()]) <= 20
+    (tmp_path / "example.py").write_text(example)
+    code, out, err = await python(service, str(tmp_path / "example.py"))
+    assert (code, err) == (0, "")
+    shown = [line.strip() for line in below.splitlines()[1:4]]
+    assert shown[0] == "nearest: diet"  # by a model that knows words; the tests' provider knows none
+    assert out.splitlines()[0] in {"nearest: intro", "nearest: diet"}
+    assert out.splitlines()[1:] == shown[1:]
 
 
 async def test_a_failed_chunk_is_printed_and_ends_with_1(service: Service, tmp_path: Path) -> None:
