@@ -110,6 +110,7 @@ class WorkerProcess:
             app_id=f"{settings.group_id}-{settings.lane}",
             topics=[settings.topic(topics.topics()[self.source].name)],
             handler=self.worker,
+            isolates=True,
             on_starting=[self._start],
             on_stopping=[self._stop],
         )

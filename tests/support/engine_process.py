@@ -1,13 +1,15 @@
 """A worker process of nothing but an engine: `python -m tests.support.engine_process OPTIONS`.
 
-OPTIONS is JSON: bootstrap_servers, topic, settings; `hold`: finish nothing; `break_at`: raise at that offset; `hang`: a
-stop hook that never ends. It prints a line of JSON for each event.
+OPTIONS is JSON: bootstrap_servers, topic, settings; `hold`: finish nothing; `break_at`: raise at that offset; `die_at`:
+end at once there; `waiting`: claim a paused dependency; `hang`: a stop hook that never ends. It prints a line of JSON
+for each event.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import os
 import sys
 import time
 from typing import Any
@@ -29,6 +31,10 @@ def main() -> int:
 
     async def on_run(run: Run) -> None:
         for record in run.records:
+            if run.lethal:
+                say(event="lethal", offset=record.source.offset)
+            elif record.source.offset == options.get("die_at"):
+                os._exit(9)
             if record.source.offset == options.get("break_at"):
                 raise RuntimeError("broken")
             if not options.get("hold"):
@@ -62,11 +68,13 @@ def main() -> int:
         say(event="stopping")
 
     handler = Handler(on_run)
+    handler.stands_still = bool(options.get("waiting"))
     engine = Engine(
         engine_settings(options["bootstrap_servers"], **options.get("settings", {})),
         app_id=options["topic"],
         topics=[options["topic"]],
         handler=handler,
+        isolates=True,
         on_starting=[starting],
         on_started=[started],
         on_stopping=[stopping],

@@ -42,6 +42,7 @@ class Handler:
         self.finished: set[Place] = set()
         self.runs: list[Run] = []
         self.revoked: list[Lease] = []
+        self.stands_still = False
         self.stored: dict[tuple[str, int], int] = {}
         self._on_run = on_run or self.finish_all
 
@@ -52,6 +53,9 @@ class Handler:
 
     async def on_revoke(self, leases: Sequence[Lease], budget_s: float) -> None:
         self.revoked += leases
+
+    def waiting(self) -> bool:
+        return self.stands_still
 
     async def positions(self, partitions: Sequence[tuple[str, int]]) -> Mapping[tuple[str, int], int]:
         return self.stored

@@ -24,6 +24,7 @@ from processor.adapters.faust_engine.lease import NO_GENERATION, PartitionLease,
 from processor.domain import Record, Source
 from processor.errors import StoreError
 from processor.ports import Run
+from processor.suspicion import Suspicion
 
 if TYPE_CHECKING:
     from processor.adapters.faust_engine.engine import App, Engine
@@ -67,6 +68,7 @@ PRIVATE_NAMES: Mapping[str, Sequence[str]] = {
 FETCH_WAIT_MS = 1000
 IDLE_S = 1.0
 RETRY_S = 0.1
+ALONE_POLL_S = 0.05
 REQUESTS_TIMEOUT_S = 10.0
 COMMIT_TIMEOUT_S = 5.0
 RECORDS_PER_FETCH = 500
@@ -140,12 +142,11 @@ class ConsumerThread(driver.AIOKafkaConsumerThread):
 
     async def offsets(
         self, partitions: Sequence[TopicPartition]
-    ) -> tuple[Mapping[TopicPartition, int | None], Mapping[TopicPartition, int], Mapping[TopicPartition, int]]:
-        """Committed offset (None without one), first and end offset of each partition."""
+    ) -> tuple[Mapping[TopicPartition, Any], Mapping[TopicPartition, int], Mapping[TopicPartition, int]]:
+        """What is committed (offset and metadata; missing without a commit), first and end offset of each partition."""
         consumer = self._ensure_consumer()
-        committed = await asyncio.gather(*map(consumer.committed, partitions))
         return (
-            dict(zip(partitions, committed, strict=True)),
+            await consumer._coordinator.fetch_committed_offsets(partitions),
             await consumer.beginning_offsets(partitions),
             await consumer.end_offsets(partitions),
         )
@@ -158,14 +159,16 @@ class ConsumerThread(driver.AIOKafkaConsumerThread):
             self._ensure_consumer().seek(partition, offset)
         return True
 
-    async def fetch(self, partitions: Iterable[TopicPartition]) -> Mapping[TopicPartition, Sequence[Any]]:
+    async def fetch(
+        self, partitions: Iterable[TopicPartition], max_records: int = RECORDS_PER_FETCH
+    ) -> Mapping[TopicPartition, Sequence[Any]]:
         """The next records of these partitions, after at most a second. Raises errors of the group's coordinator."""
         fetched: Mapping[TopicPartition, Sequence[Any]] = await self._ensure_consumer().getmany(
-            *partitions, timeout_ms=FETCH_WAIT_MS, max_records=RECORDS_PER_FETCH
+            *partitions, timeout_ms=FETCH_WAIT_MS, max_records=max_records
         )
         return fetched
 
-    async def commit_offsets(self, generation: int, offsets: Mapping[TopicPartition, int]) -> bool:
+    async def commit_offsets(self, generation: int, offsets: Mapping[TopicPartition, tuple[int, str]]) -> bool:
         """Commit for that generation; False when it is over, which is not an error: the records come again."""
         consumer = self._ensure_consumer()
         if consumer._coordinator.generation != generation:
@@ -230,6 +233,8 @@ class Consumer(driver.Consumer):
                         await self._idle(RETRY_S)
                 elif not self.leases or self._queued:
                     await self._idle(IDLE_S)  # standing by, or no room: the agent has not taken the last runs
+                elif (suspect := next(filter(_isolated, self.leases.items()), None)) is not None:
+                    await self._run_alone(*suspect, self.leases)
                 else:
                     await self._fetch(self.leases)
         except (asyncio.CancelledError, ConsumerStoppedError):
@@ -257,7 +262,7 @@ class Consumer(driver.Consumer):
             # No time limit: a handler that makes its store again may read a long topic, and would begin anew each time.
             own = await self._own_positions(partitions)
             async with asyncio.timeout(REQUESTS_TIMEOUT_S):
-                starts = await self._starts(partitions, own)
+                starts, suspicions = await self._starts(partitions, own)
                 if not await self._thread.run(self._thread.seek_all(generation, starts)):
                     return False
         except (IllegalStateError, TimeoutError) as error:
@@ -272,10 +277,13 @@ class Consumer(driver.Consumer):
             return False
         self._queued.clear()
         self.leases = {
-            partition: PartitionLease(partition.topic, partition.partition, generation, start, self.session)
+            partition: PartitionLease(
+                partition.topic, partition.partition, generation, start, self.session, suspicions[partition]
+            )
             for partition, start in starts.items()
         }
         log.info("partitions taken over", generation=generation, starts=_offsets(starts))
+        await self._commit_leases(self.leases)  # the marks stand before anything is handed out
         return True
 
     async def _own_positions(self, partitions: Sequence[TopicPartition]) -> Mapping[tuple[str, int], int]:
@@ -285,19 +293,22 @@ class Consumer(driver.Consumer):
 
     async def _starts(
         self, partitions: Sequence[TopicPartition], own: Mapping[tuple[str, int], int]
-    ) -> dict[TopicPartition, int]:
-        """Where each partition is read from: the handler's own position, else the committed one, else the beginning."""
+    ) -> tuple[dict[TopicPartition, int], dict[TopicPartition, Suspicion]]:
+        """Where each partition is read from: the handler's own position, else the committed one, else the beginning.
+
+        And what is suspected of the record there, when it is the committed one.
+        """
         if not partitions:
-            return {}
+            return {}, {}
         committed, first, end = await self._thread.run(self._thread.offsets(partitions))
-        starts = {}
+        starts, suspicions = {}, {}
         for partition in partitions:
             name = f"{partition.topic}/{partition.partition}"
             stored = own.get((partition.topic, partition.partition))
-            start = committed[partition] if stored is None else stored
-            if start is None:
-                start = first[partition]
-            if start > end[partition]:
+            known = committed.get(partition)
+            start = stored if stored is not None else known.offset if known is not None else first[partition]
+            # The embedded broker, known by its want of idempotent producers, says an end short of its last batch.
+            if start > end[partition] and self.engine.settings.producer_idempotent:
                 if stored is not None:
                     raise StoreError(
                         f"{name}: the store's next offset {start} lies beyond the log's end {end[partition]}: "
@@ -314,7 +325,9 @@ class Consumer(driver.Consumer):
                 )
                 start = first[partition]
             starts[partition] = start
-        return starts
+            metadata = known.metadata if known is not None and known.offset == start else None
+            suspicions[partition] = Suspicion.parse(metadata).taken_over()
+        return starts, suspicions
 
     async def _fetch(self, leases: Mapping[TopicPartition, PartitionLease]) -> None:
         try:
@@ -332,6 +345,41 @@ class Consumer(driver.Consumer):
             lease = leases[partition]
             if await self._continues(lease, partition, records[0].offset):
                 await self._queue(lease, records)
+
+    async def _run_alone(
+        self, partition: TopicPartition, lease: PartitionLease, leases: Mapping[TopicPartition, PartitionLease]
+    ) -> None:
+        """Read one record of a suspect partition and wait for its end, while nothing else is handed out.
+
+        That it runs alone is committed first: a process that it ends can't say so afterwards.
+        """
+        fetched = await self._thread.run(self._thread.fetch([partition], 1))
+        if self.leases is not leases:
+            return
+        records = fetched.get(partition)
+        if not records:
+            lease.suspicion = Suspicion()
+            return
+        offset = records[0].offset
+        if not await self._continues(lease, partition, offset):
+            return
+        numbers = {"partition": f"{partition.topic}/{partition.partition}", "offset": offset}
+        lethal = lease.suspicion.lethal
+        log.warning("record is given up as lethal" if lethal else "record runs alone", **numbers)
+        while self.leases is leases:
+            waiting = self.engine.handler.waiting()
+            lease.suspicion = lease.suspicion.running_alone(waiting=waiting)
+            if lease.watermark.next_offset <= offset:
+                if not await self._commit_leases(leases) and lease.noted != str(lease.suspicion):
+                    await self._thread.run(self._thread.seek_all(lease.generation, {partition: offset}))
+                    return
+                await self._queue(lease, records, lethal=lethal)
+            await self._commit_leases(leases)
+            if lease.watermark.first_unfinished > offset:
+                lease.alone_left -= 1
+                lease.suspicion = lease.suspicion.passed() if lease.alone_left else Suspicion()
+                return
+            await self._idle(ALONE_POLL_S)
 
     async def _continues(self, lease: PartitionLease, partition: TopicPartition, offset: int) -> bool:
         """Whether the run continues what was read before; if not, seek back once, and believe it the second time.
@@ -360,13 +408,13 @@ class Consumer(driver.Consumer):
         await self._idle(IDLE_S)
         return False
 
-    async def _queue(self, lease: PartitionLease, fetched: Sequence[Any]) -> None:
+    async def _queue(self, lease: PartitionLease, fetched: Sequence[Any], *, lethal: bool = False) -> None:
         """Hand a run to the agent through Faust's stream, as one message. The watermark knows it first."""
         records = [
             Record(Source(each.topic, each.partition, each.offset, each.timestamp), each.key, each.value, each.headers)
             for each in fetched
         ]
-        run = Run(lease, records)
+        run = Run(lease, records, lethal)
         lease.watermark.hand_out(record.source.offset for record in records)
         self._queued.add(id(run))
         first = fetched[0]
@@ -427,7 +475,7 @@ class Consumer(driver.Consumer):
                     lease.revoke()
                 if self._in_hand is not None and self._in_hand[0].revoked:
                     self._in_hand[1].cancel()
-            await self._commit_leases(leases)
+            await self._commit_leases(leases, clean=True)
 
     def abandon(self) -> None:
         """A crash: nothing more is sent, finished or committed."""
@@ -484,14 +532,18 @@ class Consumer(driver.Consumer):
         await self._thread.run(self._thread.check())
         return await self._commit_leases(self.leases or {})
 
-    async def _commit_leases(self, leases: Mapping[TopicPartition, PartitionLease]) -> bool:
-        """Commit the watermarks that moved. Every delivery behind them was awaited, so no producer is flushed."""
+    async def _commit_leases(self, leases: Mapping[TopicPartition, PartitionLease], *, clean: bool = False) -> bool:
+        """Commit the watermarks that moved, and what is suspected where they stand; a clean end clears that.
+
+        Every delivery behind a watermark was awaited, so no producer is flushed.
+        """
         async with self._commit_lock:
-            moved = {
-                partition: lease.watermark.first_unfinished
-                for partition, lease in leases.items()
-                if lease.watermark.first_unfinished != lease.committed
-            }
+            moved = {}
+            for partition, lease in leases.items():
+                offset = lease.watermark.first_unfinished
+                metadata = "" if clean or not self.engine.isolates else lease.note()
+                if offset != lease.committed or (self.engine.isolates and metadata != lease.noted):
+                    moved[partition] = (offset, metadata)
             if not moved:
                 return False
             generation = next(iter(leases.values())).generation
@@ -503,8 +555,9 @@ class Consumer(driver.Consumer):
             if not done:
                 log.warning("not committed: delivered again if not tried again", generation=generation)
                 return False
-            for partition, offset in moved.items():
+            for partition, (offset, metadata) in moved.items():
                 leases[partition].committed = offset
+                leases[partition].noted = metadata
             return True
 
     # --- looking ---------------------------------------------------------------------------------------
@@ -556,6 +609,10 @@ class Producer(driver.Producer):
 class Transport(driver.Transport):
     Consumer = Consumer
     Producer = Producer
+
+
+def _isolated(held: tuple[TopicPartition, PartitionLease]) -> bool:
+    return held[1].suspicion.isolated
 
 
 def _offsets(offsets: Mapping[TopicPartition, int]) -> dict[str, int]:

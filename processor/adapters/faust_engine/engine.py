@@ -76,7 +76,8 @@ class Engine:
 
     `run` is the whole life of a process. `start`, `wait` and `stop` are its parts, to embed it in a running loop.
     The hooks run before the app connects, once it has joined its group, and after the last lease was given up while
-    the producer is still open. With `single_owner` one member gets all partitions and the others stand by.
+    the producer is still open. With `single_owner` one member gets all partitions and the others stand by. With
+    `isolates` a record that ends processes is found and handed over as lethal.
     """
 
     def __init__(
@@ -87,6 +88,7 @@ class Engine:
         topics: Sequence[str],
         handler: RunHandler,
         single_owner: bool = False,
+        isolates: bool = False,
         on_starting: Sequence[Hook] = (),
         on_started: Sequence[Hook] = (),
         on_stopping: Sequence[Hook] = (),
@@ -96,6 +98,7 @@ class Engine:
         self._app_id = app_id
         self._topics = list(topics)
         self._single_owner = single_owner
+        self.isolates = isolates
         self._on_starting = on_starting
         self._on_started = on_started
         self._on_stopping = on_stopping

@@ -6,9 +6,16 @@ import time
 from collections.abc import Callable
 from math import inf
 
+from processor.suspicion import MOVED, Suspicion
 from processor.watermark import Watermark
 
 NO_GENERATION = -1
+ISOLATED_RECORDS = 100
+"""So many records run alone after three unclean ends: the one that ended them may not be the first."""
+
+NO_SUSPICION = Suspicion()
+NOT_NOTED = "?"
+"""What the committed metadata is, as far as this lease knows: nothing, so that it is written at least once."""
 
 
 class Session:
@@ -53,12 +60,24 @@ class Session:
 class PartitionLease:
     """`ports.Lease`: one partition for one generation. Used from the main loop alone."""
 
-    def __init__(self, topic: str, partition: int, generation: int, start: int, session: Session) -> None:
+    def __init__(
+        self,
+        topic: str,
+        partition: int,
+        generation: int,
+        start: int,
+        session: Session,
+        suspicion: Suspicion = NO_SUSPICION,
+    ) -> None:
         self.topic = topic
         self.partition = partition
         self.generation = generation
         self.watermark = Watermark(start)
         self.committed = start
+        self._start = start
+        self.suspicion = suspicion
+        self.noted = NOT_NOTED
+        self.alone_left = ISOLATED_RECORDS
         self.sought_to: int | None = None
         self._revoked = False
         self._session = session
@@ -69,6 +88,12 @@ class PartitionLease:
 
     def held(self) -> bool:
         return not self._revoked and self._session.lasts(self.generation)
+
+    def note(self) -> str:
+        """What the commit's metadata says of the first unfinished record. A moved offset clears what was counted."""
+        if not self.suspicion.isolated and self.watermark.first_unfinished != self._start:
+            self.suspicion = Suspicion(MOVED)
+        return str(self.suspicion)
 
     def finish(self, offset: int) -> None:
         if not self._revoked:

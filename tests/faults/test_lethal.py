@@ -1,0 +1,72 @@
+"""A record that ends every process that reads it does not stop its partition."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tests.support.brokers import Broker
+from tests.support.engines import create_topic, group_of, produce
+
+RECORDS = 40
+SESSION = {"session_timeout_s": 6, "heartbeat_interval_s": 1, "lease_margin_s": 1, "commit_interval_s": 0.2}
+
+
+@pytest.fixture
+async def topic(kafka: Broker, unique: str) -> str:
+    await create_topic(kafka.bootstrap_servers, unique, 1)
+    await produce(kafka.bootstrap_servers, unique, 1, RECORDS)
+    return unique
+
+
+async def _life(broker: Broker, topic: str, done: Callable[[list[dict[str, Any]]], bool], **options: Any) -> list[Any]:
+    """One process from start to its end, or until `done`; what it said."""
+    child = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "tests.support.engine_process"),
+        json.dumps({"bootstrap_servers": broker.bootstrap_servers, "topic": topic, "settings": SESSION, **options}),
+        stdout=asyncio.subprocess.PIPE,
+    )
+    assert child.stdout is not None
+    said: list[dict[str, Any]] = []
+    try:
+        async with asyncio.timeout(60):
+            async for line in child.stdout:
+                if line.startswith(b"{"):
+                    said.append(json.loads(line))
+                    if done(said):
+                        child.terminate()
+            await child.wait()
+    finally:
+        if child.returncode is None:
+            child.kill()
+            await child.wait()
+    return said
+
+
+def _worked(said: list[dict[str, Any]]) -> int:
+    return sum(event["records"] for event in said if event["event"] == "run")
+
+
+async def test_a_record_that_ends_processes_is_given_up_and_its_neighbours_are_not(kafka: Broker, topic: str) -> None:
+    """Within seven lives the partition is past it; the record is handed over as lethal once, no other ever is."""
+    lethal: list[int] = []
+    for _ in range(7):
+        said = await _life(kafka, topic, lambda said: _worked(said) >= RECORDS - 17, die_at=17)
+        lethal += [event["offset"] for event in said if event["event"] == "lethal"]
+        if lethal:
+            break
+    assert lethal == [17]
+    async with group_of(kafka.bootstrap_servers, topic) as group:
+        assert await group.committed() == {0: RECORDS}
+
+
+async def test_processes_killed_while_a_dependency_is_paused_make_nothing_lethal(kafka: Broker, topic: str) -> None:
+    """An outage, and whoever restarts workers meanwhile, is no fault of the record that waits."""
+    for _ in range(7):
+        said = await _life(kafka, topic, lambda said: False, die_at=0, waiting=True)
+        assert [event for event in said if event["event"] == "lethal"] == []
