@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import pytest
 from aiokafka import AIOKafkaProducer
 
 from processor.adapters.faust_engine import Engine
 from processor.errors import StoreError
-from processor.ports import Run
+from processor.ports import Lease, Run
 from tests.support.brokers import Broker
 from tests.support.engines import (
     Handler,
@@ -239,6 +239,41 @@ async def test_a_run_that_waits_is_cancelled_with_its_lease(kafka: Broker, topic
             await until(lambda: len(handler.runs) + len(newcomer.runs) == 2, "the run again, in the next generation")
     async with group_of(kafka.bootstrap_servers, topic) as group:
         assert await group.committed() == {}
+
+
+class Reluctant(Handler):
+    """Takes its time to give partitions up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked, self.go = asyncio.Event(), asyncio.Event()
+
+    async def on_revoke(self, leases: Sequence[Lease], budget_s: float) -> None:
+        self.asked.set()
+        await self.go.wait()
+
+
+async def test_a_rebalance_waits_for_a_member_that_stops(kafka: Broker, topic: str) -> None:
+    """A newcomer is assigned nothing while a stopping member still finishes under its leases."""
+    reluctant = Reluctant()
+    settings = engine_settings(kafka.bootstrap_servers, revoke_budget_s=10)
+    async with running(settings, topic, reluctant) as engine:
+        await until(lambda: engine.status()["state"] == "consuming", "the leases")
+        stopping = asyncio.create_task(engine.stop())
+        await reluctant.asked.wait()
+        newcomer = Engine(settings, app_id=topic, topics=[topic], handler=Handler())
+        starting = asyncio.create_task(newcomer.start())
+        try:
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(asyncio.shield(starting), timeout=3)
+            reluctant.go.set()
+            await stopping
+            await starting
+            await until(lambda: newcomer.status()["state"] == "consuming", "the newcomer's leases")
+        finally:
+            reluctant.go.set()
+            await stopping
+            await newcomer.stop()
 
 
 async def test_a_broken_handler_ends_the_engine_and_nothing_is_committed_past(kafka: Broker, topic: str) -> None:
