@@ -60,13 +60,18 @@ class Client:
         self._codec = Codec.from_settings(self.settings)
         self._replies = Replies(self.settings, self._codec, self._names["replies"])
         self._producer: AIOKafkaProducer | None = None
+        self._retiring: set[asyncio.Task[None]] = set()
         self._connecting = asyncio.Lock()
         self._counts: dict[str, int] = {}
 
     async def __aenter__(self) -> Self:
         """Raises BrokerUnavailable, or RegistryUnavailable when a schema registry is set."""
-        await self._codec.start([(self._names[id_], "EmbeddingRequest") for id_ in ("requests", "queries")])
-        await self._connected()
+        try:
+            await self._codec.start([(self._names[id_], "EmbeddingRequest") for id_ in ("requests", "queries")])
+            await self._connected()
+        except BaseException:
+            await self._codec.close()
+            raise
         return self
 
     async def __aexit__(
@@ -75,6 +80,7 @@ class Client:
         await self._replies.stop()
         if self._producer is not None:
             await self._producer.stop()
+        await asyncio.gather(*self._retiring)
         await self._codec.close()
 
     async def embed(
@@ -269,13 +275,22 @@ class Client:
                     sent.append(await producer.send(name, value, key=key, partition=partition))
                 await asyncio.gather(*sent)
         except (KafkaError, TimeoutError) as error:
-            # An idempotent producer does not recover from every failure: the next call gets a new one.
-            if self._producer is producer:
-                self._producer = None
-            await producer.stop()
+            self._retire(producer)
             raise DeliveryFailed(
                 f"{name}: not acknowledged ({type(error).__name__}); repeat the call with the same correlation_id"
             ) from None
+
+    def _retire(self, producer: AIOKafkaProducer) -> None:
+        """An idempotent producer does not recover from every failure: the next call gets a new one.
+
+        The old one may take its request timeout to stop, which no caller should wait for.
+        """
+        if self._producer is not producer:
+            return  # another call that failed with it was first
+        task = asyncio.create_task(producer.stop())
+        self._producer = None
+        self._retiring.add(task)
+        task.add_done_callback(self._retiring.discard)
 
     async def _connected(self) -> AIOKafkaProducer:
         async with self._connecting:

@@ -138,8 +138,12 @@ async def test_what_is_too_large_is_split_and_comes_back_whole(service: Service,
 async def test_the_same_call_again_is_one_charge(service: Service, tenant: str) -> None:
     """With its correlation id repeated a request has one usage event that counts, and results pass once."""
     async with Client(service.settings) as client:
-        first = await client.embed(["pay once"], tenant_id=tenant, correlation_id="again")
-        second = await client.embed(["pay once"], tenant_id=tenant, correlation_id="again")
+        calls = (client.embed(["pay once"], tenant_id=tenant, correlation_id="again") for _ in range(2))
+        first, second = await asyncio.gather(*calls)
+        third = await client.embed(["pay once"], tenant_id=tenant, correlation_id="again")
+        assert first[0].ok
+        assert second[0].ok
+        assert third[0].request_id == first[0].request_id
         (name,) = await client.submit(["another"], tenant_id=tenant, reply_to=None, correlation_id="submitted")
         assert first[0].request_id == second[0].request_id != name
         charged: list[str] = []

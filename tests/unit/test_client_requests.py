@@ -10,9 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from processor.adapters.avro import encode_request, request_key
+from processor.client import Client
 from processor.client.requests import MAX_CHUNKS, as_chunks, check, split
 from processor.domain import Chunk, ReplyTo, Request
 from processor.errors import RequestRefused
+from processor.settings import Settings
 from tests.support.builders import a_request, some_chunks
 
 HALF = "\ud800"
@@ -143,3 +145,23 @@ def test_a_documents_requests_share_a_key() -> None:
     ]
     assert len(set(map(request_key, others))) == len(others)
     assert request_key(a_request(document_id=None)) is None
+
+
+async def test_a_delete_means_the_spaces_given_or_set_or_of_the_model() -> None:
+    """The caller's word goes before the settings', and without both the model's own space is meant."""
+    default = Client(Settings(provider="openai"))
+    listed = Client(Settings(provider="openai", vector_spaces=("a@1/8/l2", "b@1/8/l2")))
+    assert listed._spaces(["c@1/8/l2"], a_request()) == ("c@1/8/l2",)
+    assert listed._spaces([], a_request()) == ("a@1/8/l2", "b@1/8/l2")
+    assert default._spaces([], a_request()) == ("text-embedding-3-small@1/1536/l2",)
+    large = a_request(model="text-embedding-3-large", dimensions=256)
+    assert default._spaces([], large) == ("text-embedding-3-large@1/256/l2",)
+    with pytest.raises(RequestRefused, match="vector_spaces: the model is not in this client's catalogue"):
+        default._spaces([], a_request(model="nobody-knows"))
+
+
+def test_settings_may_be_given_in_part() -> None:
+    """An address alone is enough, and goes before the one in the settings."""
+    assert Client(bootstrap_servers="b:1").settings.bootstrap_servers == "b:1"
+    client = Client(Settings(topic_prefix="p."), bootstrap_servers="b:2")
+    assert (client.settings.topic_prefix, client.settings.bootstrap_servers) == ("p.", "b:2")
