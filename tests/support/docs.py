@@ -60,6 +60,11 @@ LONE_SURROGATE = (
 )
 ELSEWHERE = (
     (
+        "a request that ends every process that reads it",
+        "`lethal`: a dead letter without its bytes, uncharged",
+        "tests/unit/test_pipeline.py::test_a_lethal_record_is_buried_unread_and_uncharged",
+    ),
+    (
         "a schema that would crash a decoder: recursive, zero-width `fixed`, `array<null>`, a huge decimal",
         "`unknown_schema`: only our own schemas, known by fingerprint, are ever used",
         "tests/unit/test_avro.py::test_records_of_crashing_schemas_end_as_unknown_schema",
