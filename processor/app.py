@@ -5,7 +5,7 @@ One worker process serves one route (a provider and its models) on one lane; see
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,7 @@ from processor.adapters.avro import Codec
 from processor.adapters.catalogue import load_catalogue
 from processor.adapters.clock import SystemClock, new_attempt_id, worker_id
 from processor.adapters.faust_engine import Engine
-from processor.adapters.http import InternalServer
+from processor.adapters.http import InternalServer, Report
 from processor.adapters.memory_cache import MemoryCache
 from processor.adapters.outbox import KafkaOutbox
 from processor.adapters.providers import open_provider
@@ -55,21 +55,54 @@ def run_aggregator(settings: Settings) -> int:
     return AggregatorProcess(settings).engine.run(loop_factory=uvloop.new_event_loop)
 
 
-class WorkerProcess:
+class Process:
+    """What a worker and an aggregator have in common."""
+
+    engine: Engine
+
+    def __init__(self, settings: Settings, used_topics: Iterable[str], reports: Mapping[str, Report]) -> None:
+        self.settings = settings
+        self.metrics = Metrics()
+        self.codec = Codec.from_settings(settings)
+        self.outbox = KafkaOutbox(settings, self.codec, lambda: self.engine.producer)
+        self.http = InternalServer(
+            settings.http_host,
+            settings.http_port,
+            registry=self.metrics.registry,
+            health=self._health,
+            reports=reports,
+        )
+        self._used_topics = set(used_topics)
+
+    async def _start(self) -> None:
+        """The port first, so that a start that waits or fails can be watched; then what the work relies on."""
+        await self.http.start()
+        for finding in await topics.verify(self.settings, self._used_topics):
+            log.warning("topic", topic=finding.topic, what=finding.what, fix=finding.fix)
+        await self.codec.start(topics.subjects(self.settings))
+
+    async def _stop(self) -> None:
+        await self.http.stop()
+        await self.codec.close()
+
+    async def _health(self) -> Mapping[str, Any]:
+        engine = self.engine.status()
+        return {"ready": engine["state"] in {"consuming", "standby"}, "kafka": engine}
+
+
+class WorkerProcess(Process):
     """A worker and what it is made of."""
 
     def __init__(self, settings: Settings) -> None:
-        self.settings = settings
-        self.metrics = Metrics()
         interactive = settings.lane is Lane.INTERACTIVE
+        source = "queries" if interactive else "requests"
+        super().__init__(settings, {source, *WORKER_TOPICS}, {"/models": self._models})
         events = Events(self.metrics.count, self.metrics.observe, lambda fields: log.info("window", **fields))
         clock = SystemClock()
-        self.codec = Codec.from_settings(settings)
         self.catalogue = load_catalogue(settings)
         self.provider = open_provider(settings, self.catalogue)
         self.redis = RedisCache.from_settings(settings, events) if settings.redis_url else None
         self.cache = TieredCache(MemoryCache.from_settings(settings), self.redis, events)
-        self.outbox = KafkaOutbox(settings, self.codec, lambda: self.engine.producer)
         self.reply_partitions: dict[str, int] = {}
         policy = Policy(
             lane=settings.lane,
@@ -104,50 +137,36 @@ class WorkerProcess:
             read_ahead_bytes=settings.read_ahead_bytes,
             fail=lambda error: self.engine.crash(error),  # noqa: PLW0108  (the engine is made after the worker)
         )
-        self.source = "queries" if interactive else "requests"
         self.engine = Engine(
             settings,
             app_id=f"{settings.group_id}-{settings.lane}",
-            topics=[settings.topic(topics.topics()[self.source].name)],
+            topics=[settings.topic(topics.topics()[source].name)],
             handler=self.worker,
             isolates=True,
             on_starting=[self._start],
             on_stopping=[self._stop],
-        )
-        self.http = InternalServer(
-            settings.http_host,
-            settings.http_port,
-            registry=self.metrics.registry,
-            health=self._health,
-            reports={"/models": self._models},
         )
         self.metrics.gauge("read_ahead_bytes").set_function(lambda: self.worker.held_bytes)
         self.metrics.gauge("queued_texts").set_function(lambda: self.worker.queued_texts)
         self.metrics.gauge("provider_paused").set_function(lambda: float(self.route.paused is not None))
 
     async def _start(self) -> None:
+        await super()._start()
         settings = self.settings
-        await self.http.start()
-        for finding in await topics.verify(settings, {self.source, *WORKER_TOPICS}):
-            log.warning("topic", topic=finding.topic, what=finding.what, fix=finding.fix)
         self.reply_partitions |= await topics.partition_counts(settings, map(settings.topic, settings.reply_topics))
-        await self.codec.start(topics.subjects(settings))
         self.worker.start()
         log.info("worker", id=worker_id(), lane=settings.lane, provider=self.provider.name, port=self.http.port)
 
     async def _stop(self) -> None:
         await self.worker.stop()
-        await self.http.stop()
+        await super()._stop()
         await self.provider.close()
-        await self.codec.close()
         if self.redis is not None:
             await self.redis.close()
 
     async def _health(self) -> Mapping[str, Any]:
-        engine = self.engine.status()
         return {
-            "ready": engine["state"] in {"consuming", "standby"},
-            "kafka": engine,
+            **await super()._health(),
             "provider": {"name": self.provider.name, "paused": self.route.paused},
             "cache": {"redis": await self.redis.ping() if self.redis is not None else "not configured"},
             "work": {"read_ahead_bytes": self.worker.held_bytes, "queued_texts": self.worker.queued_texts},
@@ -157,14 +176,11 @@ class WorkerProcess:
         return {"default": self.catalogue.default_model, "models": self.catalogue.describe()}
 
 
-class AggregatorProcess:
+class AggregatorProcess(Process):
     """The aggregator and what it is made of."""
 
     def __init__(self, settings: Settings) -> None:
-        self.settings = settings
-        self.metrics = Metrics()
-        self.codec = Codec.from_settings(settings)
-        self.outbox = KafkaOutbox(settings, self.codec, lambda: self.engine.producer)
+        super().__init__(settings, AGGREGATOR_TOPICS, {"/ledger": self._ledger})
         self.reader = KafkaReader(settings, group_id=settings.aggregator_group_id)
         self.store = SqliteStore(settings.aggregator_store)
         names = {name: settings.topic(topic.name) for name, topic in topics.topics().items()}
@@ -190,33 +206,20 @@ class AggregatorProcess:
             on_starting=[self._start],
             on_stopping=[self._stop],
         )
-        self.http = InternalServer(
-            settings.http_host,
-            settings.http_port,
-            registry=self.metrics.registry,
-            health=self._health,
-            reports={"/ledger": self._ledger},
-        )
         ledger = self.metrics.gauge("ledger_tokens")
         for word in ("billed", "attributed", "waste", "uncharged", "unconfirmed_max"):
             ledger.labels(word).set_function(partial(self._ledger_tokens, f"{word}_tokens"))
 
     async def _start(self) -> None:
-        await self.http.start()
-        for finding in await topics.verify(self.settings, set(AGGREGATOR_TOPICS)):
-            log.warning("topic", topic=finding.topic, what=finding.what, fix=finding.fix)
-        await self.codec.start(topics.subjects(self.settings))
+        await super()._start()
         log.info("aggregator", store=str(self.settings.aggregator_store), port=self.http.port)
 
     async def _stop(self) -> None:
-        await self.http.stop()
-        await self.codec.close()
+        await super()._stop()
         self.store.close()
 
     async def _health(self) -> Mapping[str, Any]:
-        engine = self.engine.status()
-        ready = engine["state"] in {"consuming", "standby"}
-        return {"ready": ready, "kafka": engine, "ledger": await self._ledger()}
+        return {**await super()._health(), "ledger": await self._ledger()}
 
     def _ledger_tokens(self, name: str) -> float:
         return float(getattr(self.aggregator.ledger_summary().sums, name))
