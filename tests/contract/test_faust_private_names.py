@@ -22,7 +22,8 @@ from faust.tables.recovery import Recovery
 from faust.transport import consumer as faust_consumer
 from faust.transport.drivers import aiokafka as driver
 
-from processor.adapters.faust_engine.consumer import PRIVATE_NAMES, Consumer, ConsumerThread, Listener, Producer
+from processor.adapters.faust_engine.consumer import Consumer, Producer
+from processor.adapters.faust_engine.thread import PRIVATE_NAMES, ConsumerThread, Listener
 
 NAMES = [(owner, name) for owner, names in PRIVATE_NAMES.items() for name in names]
 

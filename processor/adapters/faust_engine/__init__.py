@@ -1,4 +1,4 @@
-"""The stream engine on Faust: the only part that knows faust and mode. Read engine.py, then consumer.py."""
+"""The stream engine on Faust: the only part that knows faust and mode. Read engine.py, consumer.py, thread.py."""
 
 from processor.adapters.faust_engine.engine import Engine
 

@@ -1,0 +1,172 @@
+"""The consumer's thread: what runs beside the main loop, inside aiokafka's group protocol.
+
+Everything private of faust and aiokafka that the engine relies on is listed here, in `PRIVATE_NAMES`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Coroutine, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from aiokafka import AIOKafkaConsumer, TopicPartition
+from aiokafka.errors import CommitFailedError, IllegalStateError
+from aiokafka.protocol.group import HeartbeatRequest, SyncGroupRequest
+from faust.transport.drivers import aiokafka as driver
+
+if TYPE_CHECKING:
+    from processor.adapters.faust_engine.consumer import Consumer
+
+T = TypeVar("T")
+
+PRIVATE_NAMES: Mapping[str, Sequence[str]] = {
+    "faust.app.base:App": (
+        "_consumer",
+        "_crash",
+        "_create_directories",
+        "_new_producer_transport",
+        "_new_transport",
+    ),
+    "faust.serializers.schemas:Schema": ("compile",),
+    "faust.transport.consumer:Consumer": (
+        "_drain_messages",
+        "force_commit",
+        "perform_seek",
+        "resume_flow",
+        "stop_flow",
+        "verify_all_partitions_active",
+        "wait_empty",
+    ),
+    "faust.transport.drivers.aiokafka:AIOKafkaConsumerThread": ("_create_worker_consumer", "_ensure_consumer"),
+    "faust.transport.drivers.aiokafka:Consumer": ("RebalanceListener", "_new_consumer_thread", "_thread"),
+    "faust.transport.drivers.aiokafka:ConsumerRebalanceListener": ("_thread",),
+    "faust.transport.drivers.aiokafka:Producer": ("_new_producer", "_producer", "flush"),
+    "aiokafka:AIOKafkaConsumer": ("_coordinator", "_fetcher", "_subscription"),
+    "aiokafka.consumer.fetcher:Fetcher": ("error_future",),
+    "aiokafka.consumer.group_coordinator:GroupCoordinator": (
+        "_send_req",
+        "check_errors",
+        "generation",
+        "request_rejoin",
+    ),
+    "aiokafka.consumer.subscription_state:SubscriptionState": ("reassignment_in_progress",),
+}
+"""What a new version of faust or aiokafka may change under us; tests/contract/test_faust_private_names.py looks."""
+
+FETCH_WAIT_MS = 1000
+RECORDS_PER_FETCH = 500
+CODE_OF_REBALANCE = 27
+
+
+class Listener(driver.ConsumerRebalanceListener):
+    """Runs in the consumer's thread, inside aiokafka's group protocol; what it awaits delays the group."""
+
+    _thread: ConsumerThread
+
+    def on_partitions_revoked(self, revoked: Iterable[TopicPartition]) -> Any:
+        consumer = self._thread.consumer
+        consumer.session.revoking(consumer.engine.settings.revoke_budget_s + consumer.engine.settings.lease_margin_s)
+        if consumer.closed:
+            return None
+        return super().on_partitions_revoked(revoked)
+
+    async def on_partitions_assigned(self, assigned: Iterable[TopicPartition]) -> None:
+        self._thread.consumer.session.joined()
+        if not self._thread.consumer.closed:
+            await super().on_partitions_assigned(assigned)
+
+
+class ConsumerThread(driver.AIOKafkaConsumerThread):
+    """Faust's consumer thread around an aiokafka consumer of our making. Its coroutines run in that thread."""
+
+    consumer: Consumer
+
+    def _create_worker_consumer(self, transport: driver.Transport) -> AIOKafkaConsumer:  # noqa: ARG002
+        return self.consumer.engine.new_consumer()
+
+    async def on_start(self) -> None:
+        await super().on_start()
+        self._watch_session()
+
+    def _watch_session(self) -> None:
+        """Note when each heartbeat and join was sent, and tell the session once the broker has acknowledged it.
+
+        A heartbeat answered with "rebalance in progress" counts: the broker renewed the session all the same, and
+        our partitions are nobody else's until we give them up.
+        """
+        session, coordinator = self.consumer.session, self._ensure_consumer()._coordinator
+        session.generation = lambda: int(coordinator.generation)
+        send = coordinator._send_req
+
+        async def send_and_note(request: Any) -> Any:
+            sent_at = time.monotonic()
+            response = await send(request)
+            renews = {0, CODE_OF_REBALANCE} if isinstance(request, HeartbeatRequest) else {0}
+            if isinstance(request, HeartbeatRequest | SyncGroupRequest) and response.error_code in renews:
+                session.acknowledged(sent_at)
+            return response
+
+        coordinator._send_req = send_and_note
+
+    def run(self, work: Coroutine[Any, Any, T]) -> asyncio.Future[T]:
+        """Run a coroutine in the consumer's thread; await the result from the main loop. Cancelling reaches it."""
+        return asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, self.thread_loop))
+
+    def _stable(self, generation: int) -> bool:
+        """Whether the group counts us as a member of that generation and no rebalance has begun."""
+        consumer = self._ensure_consumer()
+        return consumer._coordinator.generation == generation and not consumer._subscription.reassignment_in_progress
+
+    async def assigned(self, generation: int) -> list[TopicPartition] | None:
+        """The partitions of that generation; None when it is over."""
+        return sorted(self._ensure_consumer().assignment()) if self._stable(generation) else None
+
+    async def offsets(
+        self, partitions: Sequence[TopicPartition]
+    ) -> tuple[Mapping[TopicPartition, Any], Mapping[TopicPartition, int], Mapping[TopicPartition, int]]:
+        """What is committed (offset and metadata; missing without a commit), first and end offset of each partition."""
+        consumer = self._ensure_consumer()
+        return (
+            await consumer._coordinator.fetch_committed_offsets(partitions),
+            await consumer.beginning_offsets(partitions),
+            await consumer.end_offsets(partitions),
+        )
+
+    async def seek_all(self, generation: int, positions: Mapping[TopicPartition, int]) -> bool:
+        """Seek in one step, unless the generation is over."""
+        if not self._stable(generation):
+            return False
+        for partition, offset in positions.items():
+            self._ensure_consumer().seek(partition, offset)
+        return True
+
+    async def fetch(
+        self, partitions: Iterable[TopicPartition], max_records: int = RECORDS_PER_FETCH
+    ) -> Mapping[TopicPartition, Sequence[Any]]:
+        """The next records of these partitions, after at most a second. Raises errors of the group's coordinator."""
+        fetched: Mapping[TopicPartition, Sequence[Any]] = await self._ensure_consumer().getmany(
+            *partitions, timeout_ms=FETCH_WAIT_MS, max_records=max_records
+        )
+        return fetched
+
+    async def commit_offsets(self, generation: int, offsets: Mapping[TopicPartition, tuple[int, str]]) -> bool:
+        """Commit for that generation; False when it is over, which is not an error: the records come again."""
+        consumer = self._ensure_consumer()
+        if consumer._coordinator.generation != generation:
+            return False
+        try:
+            await consumer.commit(dict(offsets))
+        except (CommitFailedError, IllegalStateError):
+            return False
+        return True
+
+    async def check(self) -> None:
+        """Raise what aiokafka's tasks died of: nobody else asks while fetching waits for the handler."""
+        consumer = self._ensure_consumer()
+        consumer._coordinator.check_errors()
+        if consumer._fetcher.error_future.done():
+            consumer._fetcher.error_future.result()
+
+    async def rejoin(self) -> None:
+        self._ensure_consumer()._coordinator.request_rejoin()
