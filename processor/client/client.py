@@ -285,7 +285,8 @@ class Client:
 
         The old one may take its request timeout to stop, which no caller should wait for.
         """
-        if self._producer is not producer:
+        current = self._producer is producer
+        if not current:
             return  # another call that failed with it was first
         task = asyncio.create_task(producer.stop())
         self._producer = None
