@@ -7,7 +7,7 @@ lease begins), its record by record loop.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ from faust.types import TP, ConsumerMessage
 from mode.types import ServiceT
 
 from processor.adapters.faust_engine.lease import NO_GENERATION, PartitionLease, Session
-from processor.adapters.faust_engine.thread import ConsumerThread, Listener
+from processor.adapters.faust_engine.thread import RECORDS_PER_FETCH, ConsumerThread, Listener
 from processor.domain import Record, Source
 from processor.errors import StoreError
 from processor.ports import Run
@@ -178,14 +178,7 @@ class Consumer(driver.Consumer):
         return starts, suspicions
 
     async def _fetch(self, leases: Mapping[TopicPartition, PartitionLease]) -> None:
-        try:
-            fetched = await self._thread.run(self._thread.fetch(leases))
-        except KafkaError as error:
-            if not error.retriable:
-                raise
-            log.warning("fetch failed, trying again", reason=type(error).__name__)
-            await self._idle(RETRY_S)
-            return
+        fetched = await self._fetched(leases)
         for partition, records in fetched.items():
             # After a rebalance what is left of the fetch is dropped: the next generation seeks before it reads.
             if self.leases is not leases or not self.flow_active:
@@ -201,12 +194,13 @@ class Consumer(driver.Consumer):
 
         That it runs alone is committed first: a process that it ends can't say so afterwards.
         """
-        fetched = await self._thread.run(self._thread.fetch([partition], 1))
+        records = (await self._fetched([partition], 1)).get(partition)
         if self.leases is not leases:
             return
-        records = fetched.get(partition)
         if not records:
-            lease.suspicion = Suspicion()
+            end = self._thread._ensure_consumer().highwater(partition)
+            if end is not None and lease.watermark.next_offset >= end:
+                lease.suspicion = Suspicion()  # nothing is there that could be suspected
             return
         offset = records[0].offset
         if not await self._continues(lease, partition, offset):
@@ -228,6 +222,19 @@ class Consumer(driver.Consumer):
                 lease.suspicion = lease.suspicion.passed() if lease.alone_left else Suspicion()
                 return
             await self._idle(ALONE_POLL_S)
+
+    async def _fetched(
+        self, partitions: Collection[TopicPartition], max_records: int = RECORDS_PER_FETCH
+    ) -> Mapping[TopicPartition, Sequence[Any]]:
+        """The next records; none when the broker is in trouble that may pass."""
+        try:
+            return await self._thread.run(self._thread.fetch(partitions, max_records))
+        except KafkaError as error:
+            if not error.retriable:
+                raise
+            log.warning("fetch failed, trying again", reason=type(error).__name__)
+            await self._idle(RETRY_S)
+            return {}
 
     async def _continues(self, lease: PartitionLease, partition: TopicPartition, offset: int) -> bool:
         """Whether the run continues what was read before; if not, seek back once, and believe it the second time.
