@@ -13,22 +13,19 @@ from functools import lru_cache
 from operator import add, attrgetter, sub
 from typing import NamedTuple
 
-from processor.domain import (
+from processor.accounts import (
     Attempt,
     BucketKey,
-    CallKind,
-    CallOutcome,
     Cursor,
     Ledger,
     LedgerSummary,
-    ProviderCall,
     Seen,
     TaskKey,
     TaskProgress,
-    Usage,
     UsageSums,
     UsageTotal,
 )
+from processor.domain import CallKind, CallOutcome, ProviderCall, Usage
 from processor.usage import cost_nanos
 
 DAY_MS = 86_400_000

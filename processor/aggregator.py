@@ -15,6 +15,7 @@ from typing import NamedTuple, TypeVar
 
 import structlog
 
+from processor.accounts import Cursor, Ledger, LedgerSummary, TaskKey, UsageTotal
 from processor.aggregate import (
     DAY_MS,
     Copy,
@@ -27,18 +28,7 @@ from processor.aggregate import (
     summarise,
 )
 from processor.documents import UNKNOWN, deleted, document_key, fold_manifest, tombstones
-from processor.domain import (
-    Cursor,
-    DeadLetter,
-    DocumentManifest,
-    Ledger,
-    LedgerSummary,
-    ProviderCall,
-    Record,
-    TaskKey,
-    Usage,
-    UsageTotal,
-)
+from processor.domain import DeadLetter, DocumentManifest, ProviderCall, Record, Usage
 from processor.errors import LeaseLost, StoreError
 from processor.ports import (
     AggregateStore,

@@ -18,7 +18,8 @@ from __future__ import annotations
 from uuid import UUID
 
 from processor import identity
-from processor.domain import DocumentKey, DocumentManifest, DocumentVectors, Tombstone
+from processor.accounts import DocumentKey, DocumentVectors
+from processor.domain import DocumentManifest, Tombstone
 
 UNKNOWN = DocumentVectors("", frozenset())
 

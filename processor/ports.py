@@ -9,32 +9,34 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Map
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol, TypeVar
 
-from processor.domain import (
+from processor.accounts import (
     Attempt,
     BucketKey,
-    CacheLevel,
     Cursor,
+    DocumentKey,
+    DocumentVectors,
+    Ledger,
+    Seen,
+    TaskKey,
+    TaskProgress,
+    UsageSums,
+    UsageTotal,
+)
+from processor.domain import (
+    CacheLevel,
     DeadLetter,
     DlqClass,
-    DocumentKey,
     DocumentManifest,
-    DocumentVectors,
     EmbeddingFunction,
     Entry,
-    Ledger,
     ModelSpec,
     ProviderCall,
     Record,
     Request,
     Result,
-    Seen,
-    TaskKey,
-    TaskProgress,
     TokenSource,
     Tombstone,
     Usage,
-    UsageSums,
-    UsageTotal,
     Vector,
 )
 

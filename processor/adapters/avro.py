@@ -13,6 +13,7 @@ from typing import Final, NamedTuple, TypeVar, cast
 
 from aiokafka.partitioner import murmur2
 
+from processor.accounts import TaskProgress, UsageTotal
 from processor.adapters.avro_records import WIRE_NAME, ResultWriter, read, write
 from processor.adapters.registry import SchemaRegistry
 from processor.adapters.schemas import (
@@ -33,10 +34,8 @@ from processor.domain import (
     Record,
     Request,
     Result,
-    TaskProgress,
     Tombstone,
     Usage,
-    UsageTotal,
 )
 from processor.ports import Destination, Undecodable
 from processor.settings import Settings

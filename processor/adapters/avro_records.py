@@ -15,13 +15,13 @@ from typing import Any, Final, TypeVar, cast
 import numpy as np
 from fastavro import parse_schema, schemaless_reader, schemaless_writer
 
+from processor.accounts import BucketKey, TaskProgress, UsageSums, UsageTotal
 from processor.adapters.schemas import Schema, current
 from processor.domain import (
     ACTION_ALIASES,
     OPERATION_OF,
     TOKEN_TYPE_EMBEDDING,
     Amounts,
-    BucketKey,
     CallItem,
     CallKind,
     CallOutcome,
@@ -38,11 +38,8 @@ from processor.domain import (
     Request,
     Result,
     Source,
-    TaskProgress,
     TokenSource,
     Usage,
-    UsageSums,
-    UsageTotal,
     Vector,
 )
 from processor.ports import Undecodable

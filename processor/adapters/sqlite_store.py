@@ -20,10 +20,9 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from processor.domain import (
+from processor.accounts import (
     Attempt,
     BucketKey,
-    CallOutcome,
     Cursor,
     DocumentKey,
     DocumentVectors,
@@ -34,6 +33,7 @@ from processor.domain import (
     UsageSums,
     UsageTotal,
 )
+from processor.domain import CallOutcome
 from processor.errors import LeaseLost, StoreError
 from processor.ports import StoreChange
 

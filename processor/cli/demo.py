@@ -27,6 +27,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 import processor
+from processor.accounts import UsageSums
 from processor.adapters import topics
 from processor.adapters.avro import Codec
 from processor.adapters.embedded import EmbeddedBroker, EmbeddedCache, dying_with_parent, free_port
@@ -36,7 +37,7 @@ from processor.cli.corpus import Corpus, of_files, standard_library
 from processor.cli.settings_table import environment_names
 from processor.cli.totals import add, read_totals, table
 from processor.client import Client, Outcome, ReceivedResult
-from processor.domain import CallKind, ProviderCall, UsageSums, Vector
+from processor.domain import CallKind, ProviderCall, Vector
 from processor.errors import EmbeddedUnavailable
 from processor.ports import Undecodable
 from processor.settings import PREFIX, Settings, load

@@ -10,11 +10,11 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from processor.accounts import BucketKey, UsageSums, UsageTotal
 from processor.adapters import topics
 from processor.adapters.avro import Codec
 from processor.adapters.reader import KafkaReader
 from processor.cli.console import money
-from processor.domain import BucketKey, UsageSums, UsageTotal
 from processor.ports import Undecodable
 from processor.settings import Settings
 

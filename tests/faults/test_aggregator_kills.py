@@ -10,12 +10,13 @@ from pathlib import Path
 
 from aiokafka import AIOKafkaProducer
 
+from processor.accounts import BucketKey, UsageSums, UsageTotal
 from processor.adapters import topics
 from processor.adapters.avro import Codec, partition_of
 from processor.adapters.kafka import connection
 from processor.adapters.reader import KafkaReader
 from processor.aggregate import PartitionTotals, newest_totals, total_of
-from processor.domain import Amounts, BucketKey, CallKind, CallOutcome, Part, Source, Usage, UsageSums, UsageTotal
+from processor.domain import Amounts, CallKind, CallOutcome, Part, Source, Usage
 from processor.ports import Destination
 from processor.settings import Settings
 from tests.support.aggregation import charges, recomputed

@@ -11,21 +11,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TypeVar
 
+from processor.accounts import BucketKey, LedgerSummary, TaskKey, TaskProgress, UsageSums, UsageTotal
 from processor.adapters.avro import Codec, partition_of
 from processor.adapters.sqlite_store import SqliteStore
 from processor.aggregate import PartitionTotals, buckets_of, newest_totals, sums_of, total_of
 from processor.aggregator import Aggregator, FoldedTopics
-from processor.domain import (
-    BucketKey,
-    LedgerSummary,
-    Record,
-    Source,
-    TaskKey,
-    TaskProgress,
-    Usage,
-    UsageSums,
-    UsageTotal,
-)
+from processor.domain import Record, Source, Usage
 from processor.errors import LeaseLost
 from processor.ports import Destination, Events, Lease, Run, Span, StoreChange, Undecodable
 from tests.support.builders import NOW_MS

@@ -14,20 +14,11 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from processor.accounts import BucketKey, UsageTotal
 from processor.adapters.avro import Codec
 from processor.adapters.reader import KafkaReader
 from processor.adapters.topics import topics
-from processor.domain import (
-    BucketKey,
-    CallKind,
-    CallOutcome,
-    ProviderCall,
-    ReceivedResult,
-    Record,
-    Request,
-    Usage,
-    UsageTotal,
-)
+from processor.domain import CallKind, CallOutcome, ProviderCall, ReceivedResult, Record, Request, Usage
 from processor.identity import request_id
 from processor.ports import Undecodable
 from processor.settings import Settings

@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 
 import pytest
 
+from processor.accounts import BucketKey, Cursor, Ledger, TaskKey, UsageSums
 from processor.aggregate import (
     UsageState,
     buckets_of,
@@ -15,7 +16,7 @@ from processor.aggregate import (
     seen_only_until,
     total_of,
 )
-from processor.domain import Amounts, BucketKey, Cursor, Ledger, TaskKey, Usage, UsageSums
+from processor.domain import Amounts, Usage
 from tests.support.aggregation import DAY_MS, HORIZON_MS
 from tests.support.builders import NOW_MS, a_request, a_usage
 

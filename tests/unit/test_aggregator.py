@@ -12,18 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from processor.accounts import TaskKey, TaskProgress, UsageTotal
 from processor.adapters.sqlite_store import SqliteStore
-from processor.domain import (
-    Amounts,
-    CallKind,
-    CallOutcome,
-    Part,
-    Source,
-    TaskKey,
-    TaskProgress,
-    Usage,
-    UsageTotal,
-)
+from processor.domain import Amounts, CallKind, CallOutcome, Part, Source, Usage
 from processor.errors import StoreError
 from processor.ports import Destination, Run
 from tests.support.aggregation import (

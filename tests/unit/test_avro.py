@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from processor.accounts import BucketKey, TaskProgress, UsageSums, UsageTotal
 from processor.adapters import avro_records
 from processor.adapters.avro import (
     DLQ_SPARE_BYTES,
@@ -30,7 +31,6 @@ from processor.adapters.schemas import (
 )
 from processor.domain import (
     Amounts,
-    BucketKey,
     CallKind,
     CallOutcome,
     DeadLetter,
@@ -45,11 +45,8 @@ from processor.domain import (
     ReplyTo,
     Request,
     Status,
-    TaskProgress,
     Tombstone,
     Usage,
-    UsageSums,
-    UsageTotal,
 )
 from processor.ports import Destination, Undecodable
 from tests.support.avro_data import encode, values_of

@@ -12,11 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from processor.adapters.sqlite_store import SqliteStore, pack_id
-from processor.domain import (
+from processor.accounts import (
     Attempt,
     BucketKey,
-    CallOutcome,
     Cursor,
     DocumentKey,
     DocumentVectors,
@@ -27,6 +25,8 @@ from processor.domain import (
     UsageSums,
     UsageTotal,
 )
+from processor.adapters.sqlite_store import SqliteStore, pack_id
+from processor.domain import CallOutcome
 from processor.errors import LeaseLost, StoreError
 from processor.ports import StoreChange
 

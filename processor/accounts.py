@@ -1,0 +1,158 @@
+"""The aggregator's nouns: totals, task progress, the ledger's fold, a document's vectors, and where each fold stands.
+
+As in `domain`, nothing here does I/O or reads a clock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from processor.domain import CallOutcome
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UsageSums:
+    """Running sums of a bucket. Unpriced billed tokens are summed apart from cost (None costs add nothing)."""
+
+    requests: int = 0
+    billed_texts: int = 0
+    billed_tokens: int = 0
+    billed_characters: int = 0
+    billed_cost_nanos: int = 0
+    saved_texts: int = 0
+    saved_tokens: int = 0
+    saved_characters: int = 0
+    saved_cost_nanos: int = 0
+    unpriced_tokens: int = 0
+    failed_texts: int = 0
+    cached_texts: int = 0
+
+
+class BucketKey(NamedTuple):
+    """`bucket` is a UTC day "2026-11-21" or month "2026-11"; dimension: all, model, operation, agent, collection."""
+
+    payer_id: str
+    bucket: str
+    dimension: str
+    value: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UsageTotal:
+    """One `token-usage-totals` record: the bucket's sums per usage partition, each with its last folded offset.
+
+    The published total is the sum over `partitions`; a payer's events normally lie in one partition.
+    """
+
+    key: BucketKey
+    partitions: Mapping[int, tuple[int, UsageSums]]
+    """partition -> (last_offset, sums)"""
+    updated_at_ms: int
+
+
+class TaskKey(NamedTuple):
+    tenant_id: str
+    task_id: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskProgress:
+    """Progress of a `task_id` from the first copies of its usage events."""
+
+    tenant_id: str
+    task_id: str
+    done: int
+    failed: int
+    total: int | None
+    updated_at_ms: int
+
+
+class Cursor(NamedTuple):
+    """Where the aggregator's fold of one partition stands, and what tells its topic from one made again.
+
+    The last folded record is named by its offset, append time and CRC-32 of key and value. Records appended up to
+    `seen_only_until_ms` only fill `seen`: the head of their log has expired, so a first copy can't be told there.
+    """
+
+    next_offset: int
+    last_offset: int
+    last_append_ms: int
+    last_crc: int
+    seen_only_until_ms: int | None = None
+
+
+class Seen(NamedTuple):
+    """A usage event's charge: the offset of its first copy, and the append time of its last one."""
+
+    offset: int
+    last_ms: int
+
+
+class Attempt(NamedTuple):
+    """What the ledger knows of one attempt (U6): its intent and receipt, if read, and what charges name of it.
+
+    `attributed_tokens` is the sum of parts over first copies; `confirm_by_ms` is None before the intent was read.
+    """
+
+    last_ms: int = 0
+    confirm_by_ms: int | None = None
+    estimated_tokens: int = 0
+    price_nanos_per_million: int | None = None
+    outcome: CallOutcome | None = None
+    billed_tokens: int = 0
+    attributed_tokens: int = 0
+
+
+class Ledger(NamedTuple):
+    """Running sums over all attempts whose residual does not depend on the clock; one attempt's share looks alike.
+
+    `unmatched_tokens` are named by charges whose attempt has neither intent nor receipt yet. `unconfirmed_*` are of
+    attempts too old to keep. Residual tokens without a price are in `unpriced_tokens` besides.
+    """
+
+    attempts: int = 0
+    billed_tokens: int = 0
+    attributed_tokens: int = 0
+    waste_attempts: int = 0
+    waste_tokens: int = 0
+    waste_cost_nanos: int = 0
+    uncharged_attempts: int = 0
+    uncharged_tokens: int = 0
+    uncharged_cost_nanos: int = 0
+    unconfirmed_attempts: int = 0
+    unconfirmed_max_tokens: int = 0
+    unconfirmed_max_cost_nanos: int = 0
+    unpriced_tokens: int = 0
+    over_attributed_attempts: int = 0
+    over_attributed_tokens: int = 0
+    unmatched_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LedgerSummary:
+    """The ledger at one moment. `sums` holds the unconfirmed too; `in_flight` attempts may still get a receipt."""
+
+    sums: Ledger
+    in_flight_attempts: int
+
+    @property
+    def residual_tokens(self) -> int:
+        """Billed to nobody: exact where receipts exist, the upper bound of what is unconfirmed elsewhere."""
+        return self.sums.waste_tokens + self.sums.uncharged_tokens + self.sums.unconfirmed_max_tokens
+
+
+class DocumentKey(NamedTuple):
+    tenant_id: str
+    collection: str | None
+    document_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class DocumentVectors:
+    """The vector ids (16 bytes each) that a document's newest manifest names, and the stale ones not yet deleted."""
+
+    source_version: str
+    live: frozenset[bytes] = field(repr=False)
+    stale: frozenset[bytes] = field(default=frozenset(), repr=False)
