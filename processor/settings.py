@@ -7,10 +7,19 @@ one replaces (OPENAI_API_KEY, ...) are accepted as aliases. `load()` reports all
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AliasChoices, Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic import (
+    AliasChoices,
+    Field,
+    SecretStr,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from processor.domain import Lane, Truncate
@@ -33,11 +42,16 @@ class Settings(BaseSettings):
     # Kafka
     bootstrap_servers: str = Field(
         "localhost:9092",
+        min_length=1,
         description="Kafka brokers, host:port separated by commas.",
         validation_alias=_alias("EMBEDDING_BOOTSTRAP_SERVERS", "KAFKA_BOOTSTRAP_SERVERS"),
     )
-    security_protocol: str = Field("PLAINTEXT", description="PLAINTEXT, SSL, SASL_PLAINTEXT or SASL_SSL.")
-    sasl_mechanism: str | None = Field(None, description="PLAIN, SCRAM-SHA-256 or SCRAM-SHA-512.")
+    security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = Field(
+        "PLAINTEXT", description="PLAINTEXT, SSL, SASL_PLAINTEXT or SASL_SSL."
+    )
+    sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] = Field(
+        "PLAIN", description="PLAIN, SCRAM-SHA-256 or SCRAM-SHA-512."
+    )
     sasl_username: str | None = Field(None, description="SASL user name.")
     sasl_password: SecretStr | None = Field(None, description="SASL password; or the file below.")
     sasl_password_file: Path | None = Field(None, description="File that holds the SASL password.")
@@ -62,7 +76,9 @@ class Settings(BaseSettings):
     producer_linger_ms: int = Field(
         5, ge=0, description="How long the producer waits to fill a batch (interactive: 0)."
     )
-    producer_compression: str | None = Field(None, description="gzip, snappy, lz4 or zstd; default none.")
+    producer_compression: Literal["gzip", "snappy", "lz4", "zstd"] | None = Field(
+        None, description="gzip, snappy, lz4 or zstd; default none."
+    )
     producer_idempotent: bool = Field(
         True, description="Off only for the embedded broker, which knows no such producer."
     )
@@ -97,15 +113,17 @@ class Settings(BaseSettings):
     shutdown_timeout_s: float = Field(25.0, gt=0, description="A watchdog ends a shutdown that takes longer.")
     http_host: str = Field("127.0.0.1", description="Address of the internal port: metrics, health, models.")
     http_port: int = Field(8080, ge=0, le=65535, description="Internal port; 0 picks a free one.")
-    log_level: str = Field(
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
         "INFO",
         description="DEBUG, INFO, WARNING or ERROR.",
         validation_alias=_alias("EMBEDDING_LOG_LEVEL", "LOG_LEVEL"),
     )
-    log_format: str = Field("json", description="json, or console for people.")
+    log_format: Literal["json", "console"] = Field("json", description="json, or console for people.")
 
     # Provider
-    provider: str = Field("openai", description="openai (or any server of its embeddings API), or local (ONNX).")
+    provider: Literal["openai", "local"] = Field(
+        "openai", description="openai (or any server of its embeddings API), or local (ONNX)."
+    )
     default_model: str | None = Field(
         None,
         description="Model of requests that name none; default: the provider's first.",
@@ -178,6 +196,18 @@ class Settings(BaseSettings):
         "none: that of the default model.",
     )
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _empty_is_none(cls, value: Any, info: ValidationInfo) -> Any:
+        """A variable that is set to nothing, as container files like to, means none where none is the default."""
+        assert info.field_name is not None
+        return None if value == "" and cls.model_fields[info.field_name].default is None else value
+
+    @field_validator("security_protocol", "sasl_mechanism", "log_level", mode="before")
+    @classmethod
+    def _upper(cls, value: Any) -> Any:
+        return value.upper() if isinstance(value, str) else value
+
     @field_validator("models", "reply_topics", "vector_spaces", mode="before")
     @classmethod
     def _split(cls, value: Any) -> Any:
@@ -186,16 +216,21 @@ class Settings(BaseSettings):
     @field_validator("default_dimensions_by_model", mode="before")
     @classmethod
     def _parse_json(cls, value: Any) -> Any:
-        return json.loads(value) if isinstance(value, str) else value
+        if not isinstance(value, str):
+            return value
+        try:
+            return json.loads(value)
+        except ValueError:
+            raise ValueError('must be a JSON object such as {"text-embedding-3-large": 1024}') from None
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         if self.heartbeat_interval_s * 3 > self.session_timeout_s:
-            raise ValueError("heartbeat_interval_s must be at most a third of session_timeout_s")
+            raise ValueError(f"{PREFIX}HEARTBEAT_INTERVAL_S: must be at most a third of {PREFIX}SESSION_TIMEOUT_S")
         if self.lease_margin_s + self.heartbeat_interval_s >= self.session_timeout_s:
-            raise ValueError("lease_margin_s plus heartbeat_interval_s must stay below session_timeout_s")
-        if self.provider not in {"openai", "local"}:
-            raise ValueError("provider must be openai or local")
+            raise ValueError(
+                f"{PREFIX}LEASE_MARGIN_S: plus {PREFIX}HEARTBEAT_INTERVAL_S must stay below {PREFIX}SESSION_TIMEOUT_S"
+            )
         return self
 
     def topic(self, name: str) -> str:
@@ -219,8 +254,12 @@ def load(**overrides: Any) -> Settings:
     try:
         return Settings(**overrides)
     except ValidationError as error:
-        faults = "\n".join(
-            f"  {PREFIX}{'_'.join(map(str, fault['loc'])).upper().removeprefix(PREFIX)}: {fault['msg']}"
-            for fault in error.errors()
-        )
-        raise SettingsError(f"settings are not usable, fix these and start again:\n{faults}") from None
+        faults = "".join(f"\n  {_sentence(fault)}" for fault in error.errors(include_input=False))
+        raise SettingsError(f"settings are not usable, fix these and start again:{faults}") from None
+
+
+def _sentence(fault: Mapping[str, Any]) -> str:
+    """A fault with its variable; one of several settings together names them itself."""
+    what = fault["msg"].removeprefix("Value error, ")
+    name = "_".join(map(str, fault["loc"])).upper().removeprefix(PREFIX)
+    return f"{PREFIX}{name}: {what}" if name else what

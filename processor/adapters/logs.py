@@ -40,6 +40,6 @@ def configure(level: str, style: str) -> None:
     )
     root = logging.getLogger()
     root.handlers[:] = [handler]
-    root.setLevel(level.upper())
+    root.setLevel(level)
     for noisy in ("aiokafka", "faust", "mode", "httpx", "httpcore", "openai", "asyncio"):
         logging.getLogger(noisy).setLevel(max(logging.WARNING, root.level))

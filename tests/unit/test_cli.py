@@ -19,8 +19,8 @@ from processor.cli.demo import Report
 from processor.cli.produce import read_text, text_files
 from processor.cli.settings_table import markdown, rows
 from processor.cli.splitter import split_text
-from processor.errors import RequestRefused
-from processor.settings import Settings
+from processor.errors import RequestRefused, SettingsError
+from processor.settings import Settings, load
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = ["worker", "aggregator", "topics create", "topics check", "produce", "results", "usage", "doctor", "demo"]
@@ -83,6 +83,41 @@ def test_wrong_settings_are_one_readable_error() -> None:
     assert "EMBEDDING_LANE" in done.stderr
     assert "Traceback" not in done.stderr
     assert "Traceback" in cli("--debug", "usage", **wrong).stderr
+
+
+@pytest.mark.parametrize(
+    "name,value,told",
+    [
+        ("EMBEDDING_LOG_LEVEL", "LOUD", "'DEBUG'"),
+        ("EMBEDDING_LOG_FORMAT", "xml", "'console'"),
+        ("EMBEDDING_PRODUCER_COMPRESSION", "rar", "'gzip'"),
+        ("EMBEDDING_SECURITY_PROTOCOL", "TLS", "'SASL_SSL'"),
+        ("EMBEDDING_SASL_MECHANISM", "GSSAPI", "'PLAIN'"),
+        ("EMBEDDING_PROVIDER", "acme", "'local'"),
+        ("EMBEDDING_BOOTSTRAP_SERVERS", "", "at least 1 character"),
+        ("EMBEDDING_DEFAULT_DIMENSIONS_BY_MODEL", "{oops", "must be a JSON object"),
+        ("EMBEDDING_HEARTBEAT_INTERVAL_S", "20", "at most a third of EMBEDDING_SESSION_TIMEOUT_S"),
+    ],
+)
+def test_a_wrong_setting_is_told_by_its_variable(
+    name: str, value: str, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one line about it begins with the variable and says what may stand there."""
+    monkeypatch.setenv(name, value)
+    with pytest.raises(SettingsError) as caught:
+        load(_env_file=None)
+    _, line = str(caught.value).splitlines()
+    assert line.strip().startswith(f"{name}: ")
+    assert told in line
+
+
+def test_a_variable_set_to_nothing_is_none_where_none_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Container files pass empty variables on; where nothing is a value of its own it stays one."""
+    for name in ("PRODUCER_COMPRESSION", "OPENAI_API_KEY_FILE", "REDIS_URL", "REPLY_TOPICS"):
+        monkeypatch.setenv(f"EMBEDDING_{name}", "")
+    settings = load(_env_file=None)
+    assert (settings.producer_compression, settings.openai_api_key_file, settings.redis_url) == (None, None, None)
+    assert settings.reply_topics == ()
 
 
 def test_the_settings_page_is_up_to_date() -> None:

@@ -11,7 +11,7 @@ from processor.adapters.avro_records import WIRE_NAME
 from processor.adapters.kafka import connection
 from processor.adapters.topics import DAY_MS, Live, Severity, judge, subjects, topics
 from processor.errors import SettingsError
-from processor.settings import Settings
+from processor.settings import Settings, load
 
 ALL = sorted(topics())
 
@@ -147,4 +147,4 @@ def test_tls_checks_the_brokers_name_and_certificate() -> None:
 def test_a_connection_that_can_not_work_names_its_setting(options: dict[str, Any], named: str) -> None:
     """The operator reads which setting to mend."""
     with pytest.raises(SettingsError, match=f"EMBEDDING_{named}"):
-        connection(Settings(**options))
+        connection(load(**options))
