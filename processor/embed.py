@@ -66,21 +66,18 @@ class Route:
         self.room = asyncio.Semaphore(self.policy.max_concurrent_calls)
         self.probe = asyncio.Lock()
 
-    async def ask(self, call: Call, attempt_id: str) -> ProviderAnswer:
-        """One HTTP request."""
-        try:
-            answer = await self.provider.embed(call.texts, call.function, attempt_id)
-        except (InputRejected, CallTooLarge, ModelRejected):
-            self._closed()
-            raise
-        except ProviderError as error:
-            self._failures_in_row += 1
-            if isinstance(error, ProviderPaused) or self._failures_in_row >= BREAKER_FAILURES:
-                self.paused = error.code
-            raise
+    def succeeded(self) -> None:
+        """An answer came and was verified: one that can't be used is no sign of a provider that works."""
         self.successes += 1
         self._closed()
-        return answer
+
+    def failed(self, error: ProviderError) -> None:
+        if isinstance(error, InputRejected | CallTooLarge | ModelRejected):
+            self._closed()
+            return
+        self._failures_in_row += 1
+        if isinstance(error, ProviderPaused) or self._failures_in_row >= BREAKER_FAILURES:
+            self.paused = error.code
 
     def _closed(self) -> None:
         self._failures_in_row = 0
@@ -166,10 +163,12 @@ async def _attempt(
     answer: ProviderAnswer | None = None
     error: ProviderError | None = None
     try:
-        answer = await route.ask(call, intent.attempt_id)
+        answer = await route.provider.embed(call.texts, call.function, intent.attempt_id)
         vectors = verify(answer, call)
+        route.succeeded()
     except ProviderError as raised:
         error = raised
+        route.failed(raised)
         if call.failures == 0:
             call.successes_seen = route.successes
         call.failures += 1

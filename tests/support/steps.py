@@ -206,7 +206,10 @@ def vector_of(text: str, dimensions: int = 4) -> np.ndarray[Any, np.dtype[np.flo
 
 
 class BillingProvider:
-    """Embeds and bills a token a word; `script` holds what the next calls do instead (an exception or a function)."""
+    """Embeds and bills a token a word; `script` holds what the next calls do instead (an exception or a function).
+
+    `spoil` changes every answer that the script leaves alone.
+    """
 
     name = "fake"
 
@@ -215,6 +218,7 @@ class BillingProvider:
         self.asked: list[list[str]] = []
         self.script: list[Exception | Callable[[ProviderAnswer], ProviderAnswer]] = []
         self.refuses: Callable[[Sequence[str]], Exception | None] = lambda texts: None
+        self.spoil: Callable[[ProviderAnswer], ProviderAnswer] | None = None
         self.gate: asyncio.Event | None = None
 
     async def embed(self, texts: Sequence[str], function: EmbeddingFunction, attempt_id: str) -> ProviderAnswer:
@@ -230,7 +234,8 @@ class BillingProvider:
         self.bills[attempt_id] = billed
         vectors = [vector_of(text, function.dimensions) for text in texts]
         answer = ProviderAnswer(vectors, range(len(texts)), "tiny", billed)
-        return step(answer) if step is not None else answer
+        change = step or self.spoil
+        return change(answer) if change is not None else answer
 
     async def list_models(self) -> Sequence[str]:
         return ["tiny"]

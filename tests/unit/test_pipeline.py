@@ -389,6 +389,20 @@ async def test_an_outage_turns_no_work_into_errors() -> None:
         assert bench.route.paused is None
 
 
+async def test_a_provider_whose_every_answer_is_unusable_pauses_and_fails_no_text() -> None:
+    """Liveness: an answer that fails verification is no success, so it can't make a text the culprit."""
+    async with Bench(window_max_texts=4) as bench:
+        bench.provider.spoil = _other
+        await bench.publish(*[a_request([f"t{i}"], correlation_id=f"c{i}") for i in range(20)])
+        for _ in range(60):
+            await bench.step()
+        assert bench.route.paused == "wrong_model"
+        assert bench.outbox.results == []
+        bench.provider.spoil = None
+        await bench.run_until_idle()
+        assert [r.status for r in bench.outbox.results] == [Status.OK] * 20
+
+
 async def test_a_missing_key_pauses_with_a_reason() -> None:
     """Auth and quota: health says why, and the work waits."""
     async with Bench() as bench:
