@@ -86,13 +86,16 @@ class Worker:
         return lease.revoked or lease in self._closing
 
     def waiting(self) -> bool:
-        return self.route.paused is not None
+        return self.route.paused is not None or self.pipeline.paused is not None
 
     async def positions(self, partitions: Sequence[tuple[str, int]]) -> Mapping[tuple[str, int], int]:  # noqa: ARG002
         """Committed offsets are the truth for a worker."""
         return {}
 
     def _opened(self, ticket: Ticket) -> None:
+        if self._is_over(ticket.lease):  # revoked while its record was decoded: nobody would ever let go of it
+            ticket.dropped = True
+            return
         self._tickets.add(ticket)
         self._held_bytes += ticket.size_bytes
 

@@ -168,6 +168,7 @@ class WorkerProcess(Process):
         return {
             **await super()._health(),
             "provider": {"name": self.provider.name, "paused": self.route.paused},
+            "decoding": {"paused": self.worker.pipeline.paused},
             "cache": {"redis": await self.redis.ping() if self.redis is not None else "not configured"},
             "work": {"read_ahead_bytes": self.worker.held_bytes, "queued_texts": self.worker.queued_texts},
         }

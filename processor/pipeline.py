@@ -25,6 +25,7 @@ from processor.domain import (
 )
 from processor.embed import Route, embed
 from processor.emit import Emitter
+from processor.errors import RegistryUnavailable
 from processor.identity import request_id
 from processor.ordering import DocumentOrder
 from processor.ports import (
@@ -63,7 +64,8 @@ class Ports:
 class Pipeline:
     """Carries records to where their offsets may be committed.
 
-    `finished` is called once per record, when all its outcomes are acknowledged by the broker.
+    `finished` is called once per record, when all its outcomes are acknowledged by the broker. `paused` says what
+    decoding waits for.
     """
 
     def __init__(self, ports: Ports, policy: Policy, route: Route, finished: Callable[[Ticket], None]) -> None:
@@ -72,6 +74,7 @@ class Pipeline:
         self.route = route
         self.batcher = Batcher(policy)
         self.order = DocumentOrder()
+        self.paused: str | None = None
         self._finished = finished
         self._cache_secret = hash_key(policy.cache_secret)
         self._emitter = Emitter(ports.outbox, self.order, ports.clock, self._charge)
@@ -79,12 +82,14 @@ class Pipeline:
     async def admit(self, run: Run, opened: Callable[[Ticket], None]) -> list[Parcel]:
         """Steps 1 and 2: queue what is to be embedded; returns the parcels whose outcome is known already.
 
-        `opened` is told of each record's ticket before anything can finish it.
+        `opened` is told of each record's ticket before anything can finish it; one that it drops ends the run.
         """
         known: list[Parcel] = []
         for record in run.records:
             ticket, parcels = await self._decode(record, run)  # 1. bad input becomes a value
             opened(ticket)
+            if not ticket.live:
+                break
             self._group(ticket, parcels)  # 2. equal texts are embedded once
             known += parcels
         return known
@@ -116,7 +121,7 @@ class Pipeline:
 
     async def _decode(self, record: Record, run: Run) -> tuple[Ticket, list[Parcel]]:
         """A job to queue, or a ticket with the parcels of what is known already. A lethal record is not looked at."""
-        decoded = LETHAL if run.lethal else await self.ports.decoder.decode(record)
+        decoded = LETHAL if run.lethal else await self._read(record)
         size_bytes = len(record.value or b"")
         clock = self.ports.clock
         if isinstance(decoded, Undecodable):
@@ -137,6 +142,20 @@ class Pipeline:
             return job, [self._whole(job, plan)]
         job.plan = plan
         return job, self._plain_action(job, plan, decoded)
+
+    async def _read(self, record: Record) -> Request | Undecodable:
+        """A registry out of reach is waited for: ending the process for it would count against the record."""
+        backoff_s = self.policy.retry_initial_s
+        try:
+            while True:
+                try:
+                    return await self.ports.decoder.decode(record)
+                except RegistryUnavailable:
+                    self.paused = "schema_registry"
+                await self.ports.clock.sleep(backoff_s)
+                backoff_s = min(backoff_s * 2, self.policy.retry_max_s)
+        finally:
+            self.paused = None
 
     def _dead_letter(self, ticket: Ticket, record: Record, why: Undecodable) -> Parcel:
         self.ports.events.count("dead_letters", 1, {"class": why.reason})

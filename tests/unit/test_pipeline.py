@@ -9,7 +9,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from processor.domain import CacheLevel, CallKind, CallOutcome, Chunk, Result, Status, Tombstone
+from processor.domain import (
+    CacheLevel,
+    CallKind,
+    CallOutcome,
+    Chunk,
+    Record,
+    Request,
+    Result,
+    Status,
+    Tombstone,
+)
 from processor.errors import (
     CallTooLarge,
     InputRejected,
@@ -17,8 +27,9 @@ from processor.errors import (
     ProviderPaused,
     ProviderThrottled,
     ProviderTransient,
+    RegistryUnavailable,
 )
-from processor.ports import Destination, ProviderAnswer, Run
+from processor.ports import Destination, ProviderAnswer, Run, Undecodable
 from tests.support.builders import NOW_MS, a_request
 from tests.support.steps import Bench, FakeLease, MemoryCache, vector_of
 
@@ -482,6 +493,53 @@ async def test_a_run_that_arrives_while_its_partition_is_revoked_is_left_alone()
         await bench.run_until_idle()
         assert bench.outbox.sent == []
         assert bench.worker.held_bytes == 0
+
+
+class Registry:
+    """A decoder that can't reach its registry until it is told to."""
+
+    def __init__(self, bench: Bench) -> None:
+        self.decoder = bench.codec
+        self.reachable = asyncio.Event()
+
+    async def decode(self, record: Record) -> Request | Undecodable:
+        if not self.reachable.is_set():
+            raise RegistryUnavailable("no answer")
+        return await self.decoder.decode(record)
+
+
+async def test_a_registry_out_of_reach_is_waited_for() -> None:
+    """An outage while a record is decoded ends no process, says that work waits, and loses nothing."""
+    async with Bench() as bench:
+        registry = Registry(bench)
+        bench.worker.pipeline.ports = replace(bench.worker.pipeline.ports, decoder=registry)
+        taking = asyncio.ensure_future(bench.publish(a_request(["text"])))
+        for _ in range(10):
+            await bench.step()
+        assert not taking.done()
+        assert bench.worker.waiting()
+        registry.reachable.set()
+        while not taking.done():
+            await bench.step()
+        await bench.run_until_idle()
+        assert bench.lease.finished == [0]
+        assert not bench.worker.waiting()
+
+
+async def test_what_is_decoded_after_its_revocation_takes_no_room() -> None:
+    """A record whose partition goes while it is decoded is neither sent nor held: the read-ahead is free again."""
+    async with Bench() as bench:
+        registry = Registry(bench)
+        bench.worker.pipeline.ports = replace(bench.worker.pipeline.ports, decoder=registry)
+        taking = asyncio.ensure_future(bench.publish(a_request(["text"]), a_request(["more"], correlation_id="c2")))
+        await bench.settle()
+        await bench.worker.on_revoke([bench.lease], budget_s=1.0)
+        registry.reachable.set()
+        while not taking.done():
+            await bench.step()
+        await bench.run_until_idle()
+        assert bench.worker.held_bytes == 0
+        assert bench.outbox.sent == []
 
 
 async def test_a_late_heartbeat_delays_sending_and_loses_nothing() -> None:
