@@ -143,9 +143,13 @@ def _check_lists(request: Request, action: Action, policy: Policy) -> Fault | No
 _LISTS_IDS = frozenset({Action.DELETE, Action.DOCUMENT_MANIFEST})
 
 
+MAX_INDEX = 1_000_000_000
+"""Of the first chunk of a part: an index must fit where cache entries and sinks keep it, 31 bits."""
+
+
 def _check_numbers(request: Request) -> Fault | None:
-    if request.first_chunk_index < 0:
-        return _invalid("first_chunk_index", "must not be negative")
+    if not 0 <= request.first_chunk_index <= MAX_INDEX:
+        return _invalid("first_chunk_index", f"must be 0 to {MAX_INDEX}")
     if request.chunk_count is not None and request.chunk_count < request.first_chunk_index + request.length:
         return _invalid("chunk_count", "must be at least first_chunk_index plus the number of chunks of this request")
     if request.task_total is not None and request.task_total < 0:

@@ -43,6 +43,9 @@ from processor.errors import (
 )
 from processor.ports import ProviderAnswer
 
+MAX_BILL_TOKENS = 2**31 - 1
+"""More for one call is nonsense, and no usage that could be read."""
+
 _EMPTY: Vector = np.empty(0, np.float32)
 
 _QUOTA = frozenset({"insufficient_quota", "billing_hard_limit_reached", "billing_not_active", "access_terminated"})
@@ -174,7 +177,7 @@ def _bill(usage: object) -> int | None:
     if isinstance(usage, dict):
         for name in ("total_tokens", "prompt_tokens"):
             tokens = usage.get(name)
-            if isinstance(tokens, int) and tokens >= 0:
+            if isinstance(tokens, int) and not isinstance(tokens, bool) and 0 <= tokens <= MAX_BILL_TOKENS:
                 return tokens
     return None
 

@@ -141,3 +141,10 @@ def test_a_key_is_needed_where_openai_itself_is_asked() -> None:
     """A missing key is told at start, by the name of its setting."""
     with pytest.raises(errors.SettingsError, match="EMBEDDING_OPENAI_API_KEY"):
         OpenAIProvider(api_key=None, base_url=None, timeout_s=1, connect_timeout_s=1)
+
+
+@pytest.mark.parametrize("tokens", [-1, 2**31, 10**30, True, 1.5, "7", None])
+def test_a_nonsensical_bill_is_none(tokens: Any) -> None:
+    """A figure that no call can cost is not read, so it reaches neither a charge nor a cache entry."""
+    answer = read_answer(json.dumps({"data": [], "usage": {"total_tokens": tokens}}).encode())
+    assert answer.billed_tokens is None
