@@ -6,6 +6,7 @@ arguments.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime
@@ -67,6 +68,15 @@ def buckets_of(usage: Usage) -> list[BucketKey]:
         for period in _periods(usage.charged_at_ms // DAY_MS)
         for dimension, value in values
     ]
+
+
+def bucket_of_key(key: bytes | None) -> BucketKey | None:
+    """The bucket that a key of the totals topic stands for; None when it is none of ours."""
+    try:
+        payer_id, bucket, dimension, value = json.loads(key or b"")
+    except (ValueError, TypeError):
+        return None
+    return BucketKey(payer_id, bucket, dimension, value)
 
 
 @lru_cache(maxsize=512)

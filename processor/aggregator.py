@@ -15,11 +15,13 @@ from typing import NamedTuple, TypeVar
 
 import structlog
 
-from processor.accounts import Cursor, Ledger, LedgerSummary, TaskKey, UsageTotal
+from processor.accounts import BucketKey, Cursor, Ledger, LedgerSummary, TaskKey, UsageTotal
 from processor.aggregate import (
     DAY_MS,
     Copy,
     UsageState,
+    bucket_of_key,
+    buckets_of,
     closed,
     copy_of,
     fold_calls,
@@ -56,6 +58,7 @@ PRUNE_PARTS = 256
 PRUNE_EVERY_S = 60.0
 
 REBUILD = "run `embedding-processor usage rebuild`"
+FORGET_TOTALS = "run `embedding-processor usage rebuild --forget-totals`"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,7 +146,7 @@ class Aggregator:
             }
             usage = self._topics.usage
             if any(self._is_behind(partition, committed[usage]) for partition in spans[usage]):
-                await self._merge_totals(spans[usage])
+                await merge_totals(self._topics, spans[usage], self._store, self._reader, self._decoder)
             self._backlog = {
                 partition
                 for partition, span in spans[usage].items()
@@ -214,27 +217,6 @@ class Aggregator:
         """Whether somebody may have published totals that this store does not know: it is new, or another led."""
         cursor = self._store.cursor(self._topics.usage, partition)
         return cursor is None or partition not in committed or committed[partition] > cursor.next_offset
-
-    async def _merge_totals(self, spans: Mapping[int, Span]) -> None:
-        merged = 0
-        async with aclosing(self._reader.read(self._topics.totals)) as runs:
-            async for records in runs:
-                # A null value deletes a bucket.
-                read, _ = await self._decode(UsageTotal, (record for record in records if record.value is not None))
-                totals = [total for _, total in read]
-                self._check_totals(totals, spans)
-                self._store.merge_totals(totals)
-                merged += len(totals)
-        log.info("aggregator.totals_merged", records=merged)
-
-    def _check_totals(self, totals: Sequence[UsageTotal], spans: Mapping[int, Span]) -> None:
-        for total in totals:
-            for partition, (last_offset, _) in total.partitions.items():
-                if partition not in spans or last_offset >= spans[partition].end:
-                    raise StoreError(
-                        f"{self._topics.totals} counts offset {last_offset} of {self._topics.usage} partition "
-                        f"{partition}, which does not reach it: it was made again; {REBUILD}"
-                    )
 
     def _position(self, topic: str, partition: int, spans: Mapping[str, Mapping[int, Span]]) -> int:
         cursor = self._store.cursor(topic, partition)
@@ -460,6 +442,57 @@ class Aggregator:
             return
         self._prune_part = (self._prune_part + 1) % PRUNE_PARTS
         self._events.count("aggregator_pruned_keys", dropped, {})
+
+
+async def merge_totals(
+    topics: FoldedTopics,
+    spans: Mapping[int, Span],
+    store: AggregateStore,
+    reader: TopicReader,
+    decoder: RecordReader,
+) -> None:
+    """Take the published totals into the store; a null value forgets its bucket. `spans` are those of the usage topic.
+
+    Raises StoreError when they count what is not in the usage topic: it was made again, and charges of its log below
+    an old `last_offset` would be passed over. For that the oldest and the newest retained offset that the totals name
+    are looked at: the charge there must count in that very bucket.
+    """
+    merged = 0
+    async with aclosing(reader.read(topics.totals)) as runs:
+        async for records in runs:
+            totals: dict[BucketKey, list[UsageTotal]] = {}
+            forgotten: set[BucketKey] = set()
+            for record in records:
+                if record.value is None:
+                    if (key := bucket_of_key(record.key)) is not None:
+                        forgotten.add(key)
+                        totals.pop(key, None)
+                    continue
+                total = await decoder.read(UsageTotal, record.value)
+                if not isinstance(total, Undecodable):
+                    totals.setdefault(total.key, []).append(total)
+            store.forget_totals(forgotten)
+            store.merge_totals([total for versions in totals.values() for total in versions])
+            merged += len(records)
+    log.info("aggregator.totals_merged", records=merged)
+    counted = store.counted({partition: span.begin for partition, span in spans.items()})
+    for partition, last_offset in counted:
+        if partition not in spans or last_offset >= spans[partition].end:
+            raise _foreign_totals(topics, partition, last_offset)
+    retained = sorted((partition, offset) for partition, offset in counted if offset >= spans[partition].begin)
+    for offsets in (dict(retained), dict(reversed(retained))):  # the greatest of each, then the least
+        for partition, record in (await reader.records_at(topics.usage, offsets)).items():
+            usage = await decoder.read(Usage, record.value)
+            keys = counted[partition, record.source.offset]
+            if isinstance(usage, Undecodable) or not keys <= set(buckets_of(usage)):
+                raise _foreign_totals(topics, partition, record.source.offset)
+
+
+def _foreign_totals(topics: FoldedTopics, partition: int, last_offset: int) -> StoreError:
+    return StoreError(
+        f"{topics.totals} counts offset {last_offset} of {topics.usage} partition {partition}, and that charge is not "
+        f"there: {topics.usage} was made again; {FORGET_TOTALS}"
+    )
 
 
 def _crc(record: Record) -> int:

@@ -65,7 +65,7 @@ class Undecodable(NamedTuple):
 
 
 class RequestDecoder(Protocol):
-    """Step 1. Never raises for bad bytes; may raise RegistryUnavailable for an unknown schema id."""
+    """Step 1. Never raises for bad bytes; may raise RegistryUnavailable for an unknown schema id: it is asked again."""
 
     async def decode(self, record: Record) -> Request | Undecodable:
         """The request, or why the record is for the DLQ. Bytes are capped first and consumed to the end."""
@@ -345,6 +345,15 @@ class AggregateStore(Protocol):
 
     def merge_totals(self, totals: Sequence[UsageTotal]) -> None:
         """Take published totals: per bucket and usage partition the higher last_offset stands."""
+        ...
+
+    def forget_totals(self, keys: Collection[BucketKey]) -> None:
+        """Drop these buckets."""
+        ...
+
+    def counted(self, begins: Mapping[int, int]) -> dict[tuple[int, int], set[BucketKey]]:
+        """(usage partition, last_offset) -> the buckets that it was last counted in: of each partition of the totals
+        the greatest last_offset, and the least that is not below the partition's begin."""
         ...
 
     def prune(

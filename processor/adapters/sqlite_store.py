@@ -170,6 +170,17 @@ class SqliteStore:
             )
         return found
 
+    def counted(self, begins: Mapping[int, int]) -> dict[tuple[int, int], set[BucketKey]]:
+        found: dict[tuple[int, int], set[BucketKey]] = {}
+        sql = "SELECT partition, last_offset, bucket FROM totals WHERE (partition, last_offset) IN ({})"
+        rows = self._rows(sql.format("SELECT partition, MAX(last_offset) FROM totals GROUP BY partition"))
+        for place in begins.items():
+            least = "SELECT partition, MIN(last_offset) FROM totals WHERE partition = ? AND last_offset >= ?"
+            rows += self._rows(sql.format(least), place)
+        for partition, last_offset, bucket in rows:
+            found.setdefault((partition, last_offset), set()).add(BucketKey(*json.loads(bucket)))
+        return found
+
     def tasks(self, keys: Collection[TaskKey]) -> dict[TaskKey, TaskProgress]:
         packed = [_text(key) for key in keys]
         sql = "SELECT task, done, failed, total, updated_at_ms FROM tasks WHERE task IN ({})"
@@ -260,6 +271,11 @@ class SqliteStore:
         )
         with self._transaction():
             self._db.executemany(sql, rows)
+
+    def forget_totals(self, keys: Collection[BucketKey]) -> None:
+        if keys:
+            with self._transaction():
+                self._db.executemany("DELETE FROM totals WHERE bucket = ?", [(_text(key),) for key in keys])
 
     def prune(
         self,

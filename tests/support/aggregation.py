@@ -153,11 +153,22 @@ class MemoryLog:
         return found
 
     async def totals(self) -> dict[BucketKey, UsageSums]:
-        """What a reader of the totals topic makes of it: the highest last_offset wins."""
-        newest: dict[BucketKey, PartitionTotals] = {}
-        for _, total in await self.contents("totals", UsageTotal):
-            newest[total.key] = newest_totals(newest.get(total.key, {}), total.partitions)
-        return {key: total_of(partitions) for key, partitions in newest.items()}
+        """What a reader of the totals topic makes of it: the highest last_offset wins, a null value deletes."""
+        newest: dict[bytes | None, tuple[BucketKey, PartitionTotals]] = {}
+        for record in self.all_of(TOPICS.totals):
+            if record.value is None:
+                newest.pop(record.key, None)
+                continue
+            total = await self.codec.read(UsageTotal, record.value)
+            assert not isinstance(total, Undecodable)
+            _, known = newest.get(record.key, (total.key, {}))
+            newest[record.key] = total.key, newest_totals(known, total.partitions)
+        return {key: total_of(partitions) for key, partitions in newest.values()}
+
+    def forget_totals(self) -> None:
+        """A null value for every bucket."""
+        for record in self.all_of(TOPICS.totals):
+            self.append_bytes(TOPICS.totals, record.source.partition, None, key=record.key)
 
     async def progress(self) -> dict[TaskKey, TaskProgress]:
         """The last record of each task."""

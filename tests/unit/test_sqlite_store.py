@@ -31,6 +31,7 @@ from processor.errors import LeaseLost, StoreError
 from processor.ports import StoreChange
 
 TOPIC = "token-usage"
+OTHER = BucketKey("acme", "2026-11", "all", "")
 KEY = BucketKey("acme", "2026-11", "model", 'a"b,c')
 CURSOR = Cursor(8, 7, 1_000, 0xFFFFFFFF, None)
 
@@ -138,6 +139,23 @@ def test_of_published_totals_the_higher_offset_stands(store: SqliteStore) -> Non
     assert store.totals([KEY])[KEY] == {1: (7, UsageSums(billed_tokens=40)), 0: (3, UsageSums(billed_tokens=1))}
     store.merge_totals([a_total(9, 50)])
     assert store.totals([KEY])[KEY][1] == (9, UsageSums(billed_tokens=50))
+
+
+def test_forgotten_totals_are_gone(store: SqliteStore) -> None:
+    """The bucket in every partition, and no other."""
+    other = UsageTotal(key=OTHER, partitions={1: (5, UsageSums())}, updated_at_ms=1)
+    store.merge_totals([a_total(6, 30), a_total(3, 1, partition=0), other])
+    store.forget_totals([])
+    store.forget_totals([KEY])
+    assert store.totals([KEY, OTHER]) == {OTHER: {1: (5, UsageSums())}}
+
+
+def test_the_greatest_and_the_least_retained_offsets_are_told_with_their_buckets(store: SqliteStore) -> None:
+    """A least one below the begin of the log can't be looked at, the greatest is told in any case."""
+    other = UsageTotal(key=OTHER, partitions={1: (2, UsageSums())}, updated_at_ms=1)
+    store.merge_totals([a_total(6, 30), a_total(3, 1, partition=0), other])
+    assert store.counted({}) == {(1, 6): {KEY}, (0, 3): {KEY}}
+    assert store.counted({1: 2, 0: 4}) == {(1, 6): {KEY}, (1, 2): {OTHER}, (0, 3): {KEY}}
 
 
 def test_the_partition_count_is_remembered(store: SqliteStore) -> None:
