@@ -9,6 +9,8 @@ from typing import Any
 from aiohttp import web
 from prometheus_client import CollectorRegistry, generate_latest
 
+from processor.errors import SettingsError
+
 Report = Callable[[], Awaitable[Mapping[str, Any]]]
 """A JSON document made anew for each request. For health it holds `ready` (bool) and a dependency a key."""
 
@@ -34,6 +36,7 @@ class InternalServer:
         return port
 
     async def start(self) -> None:
+        """Raises SettingsError when it can't listen there."""
         app = web.Application()
         app.router.add_get("/", self._root)
         app.router.add_get("/metrics", self._metrics)
@@ -44,7 +47,13 @@ class InternalServer:
             app.router.add_get(path, _json_handler(report))
         self._runner = web.AppRunner(app, access_log=None)
         await self._runner.setup()
-        await web.TCPSite(self._runner, self._host, self._port).start()
+        try:
+            await web.TCPSite(self._runner, self._host, self._port).start()
+        except OSError as error:
+            raise SettingsError(
+                f"EMBEDDING_HTTP_PORT: can't listen at {self._host}:{self._port} ({error.strerror or error}); "
+                "choose another port, 0 picks a free one, or correct EMBEDDING_HTTP_HOST"
+            ) from None
 
     async def stop(self) -> None:
         if self._runner is not None:

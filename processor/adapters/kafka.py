@@ -1,11 +1,13 @@
-"""How every client of ours connects to Kafka: addresses, encryption and authentication from the settings."""
+"""How every client of ours connects to Kafka, by the settings, and what we say when that fails."""
 
 from __future__ import annotations
 
 import ssl
 from typing import Any
 
-from processor.errors import SettingsError
+from aiokafka.errors import UnknownError
+
+from processor.errors import BrokerUnavailable, SettingsError
 from processor.settings import PREFIX, Settings
 
 
@@ -21,6 +23,14 @@ def connection(settings: Settings) -> dict[str, Any]:
     if protocol.endswith("SSL"):
         options["ssl_context"] = _ssl_context(settings)
     return options
+
+
+def unavailable(settings: Settings, error: BaseException) -> BrokerUnavailable:
+    """What to raise in place of an error of the Kafka client."""
+    said = f"the brokers at {settings.bootstrap_servers} don't answer as they should ({type(error).__name__}); "
+    if isinstance(error, UnknownError) and settings.producer_idempotent:  # Tansu's answer to InitProducerId
+        return BrokerUnavailable(said + f"if they are the demo's, set {PREFIX}PRODUCER_IDEMPOTENT=false")
+    return BrokerUnavailable(said + f"check {PREFIX}BOOTSTRAP_SERVERS, the security settings and our rights")
 
 
 def _sasl(settings: Settings) -> dict[str, Any]:

@@ -10,7 +10,8 @@ from aiokafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.errors import KafkaError
 
-from processor.adapters.kafka import connection
+from processor.adapters import topics
+from processor.adapters.kafka import connection, unavailable
 from processor.domain import Record, Source
 from processor.errors import BrokerUnavailable, TopicsError
 from processor.ports import Span
@@ -48,8 +49,8 @@ class KafkaReader:
         return found
 
     async def committed(self, topic: str) -> Mapping[int, int]:
+        places = await self._places(topic)
         async with self._admin() as admin:
-            places = await _places(admin, topic)
             found = await admin.list_consumer_group_offsets(self._group_id, partitions=places)
         return {place.partition: known.offset for place, known in found.items() if known.offset >= 0}
 
@@ -59,9 +60,23 @@ class KafkaReader:
             async for _, records in _fetch(consumer, begin):
                 yield [_record(record) for record in records]
 
+    async def _places(self, topic: str) -> list[TopicPartition]:
+        """Every partition of the topic. TopicsError when there is none."""
+        count = (await topics.partition_counts(self._settings, [topic])).get(topic)
+        if not count:
+            raise TopicsError(f"{topic}: is missing; run `{topics.CREATE_COMMAND}`")
+        return [TopicPartition(topic, partition) for partition in range(count)]
+
+    @contextmanager
+    def _translated(self) -> Iterator[None]:
+        try:
+            yield
+        except (KafkaError, OSError) as error:
+            raise unavailable(self._settings, error) from error
+
     @asynccontextmanager
     async def _admin(self) -> AsyncIterator[AIOKafkaAdminClient]:
-        with _translated():
+        with self._translated():
             admin = AIOKafkaAdminClient(**connection(self._settings))
             try:
                 await admin.start()
@@ -72,9 +87,8 @@ class KafkaReader:
     @asynccontextmanager
     async def _consumer(self, topic: str) -> AsyncIterator[Any]:
         """A consumer that has every partition of the topic."""
-        async with self._admin() as admin:
-            places = await _places(admin, topic)
-        with _translated():
+        places = await self._places(topic)
+        with self._translated():
             consumer = AIOKafkaConsumer(
                 group_id=None, enable_auto_commit=False, auto_offset_reset="earliest", **connection(self._settings)
             )
@@ -84,14 +98,6 @@ class KafkaReader:
                 yield consumer
             finally:
                 await consumer.stop()
-
-
-async def _places(admin: AIOKafkaAdminClient, topic: str) -> list[TopicPartition]:
-    """Every partition of the topic. TopicsError when there is none."""
-    (described,) = await admin.describe_topics([topic])
-    if not described["partitions"]:
-        raise TopicsError(f"{topic}: there is no such topic: run `embedding-processor topics create`")
-    return [TopicPartition(topic, each["partition"]) for each in described["partitions"]]
 
 
 async def _spans(consumer: Any) -> dict[TopicPartition, Span]:
@@ -147,11 +153,3 @@ def _record(record: ConsumerRecord) -> Record:
         record.value,
         record.headers,
     )
-
-
-@contextmanager
-def _translated() -> Iterator[None]:
-    try:
-        yield
-    except (KafkaError, OSError) as error:
-        raise BrokerUnavailable(f"Kafka did not answer a reader: {type(error).__name__}") from error

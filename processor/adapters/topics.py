@@ -15,9 +15,9 @@ from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from aiokafka.errors import KafkaError, TopicAlreadyExistsError, for_code
 
-from processor.adapters.kafka import connection
+from processor.adapters.kafka import connection, unavailable
 from processor.adapters.schemas import schema_directory
-from processor.errors import BrokerUnavailable, TopicsError
+from processor.errors import TopicsError
 from processor.settings import Settings
 
 CREATE_COMMAND = "embedding-processor topics create"
@@ -136,8 +136,7 @@ async def partition_counts(settings: Settings, names: Iterable[str]) -> dict[str
     """How many partitions each of these topics (full names) has; a missing one is left out. May raise
     BrokerUnavailable."""
     async with _admin(settings) as admin:
-        live = await _describe(admin, list(names))
-    return {name: topic.partitions for name, topic in live.items()}
+        return await _partition_counts(admin, names)
 
 
 def judge(topic: Topic, live: Live | None, settings: Settings) -> Iterable[Finding]:
@@ -210,21 +209,24 @@ async def _admin(settings: Settings) -> AsyncIterator[AIOKafkaAdminClient]:
         await admin.start()
         yield admin
     except (KafkaError, TimeoutError) as error:
-        raise BrokerUnavailable(
-            f"the brokers at {settings.bootstrap_servers} don't answer as they should ({type(error).__name__}); "
-            "check EMBEDDING_BOOTSTRAP_SERVERS, the security settings and our rights"
-        ) from None
+        raise unavailable(settings, error) from None
     finally:
         await admin.close()
 
 
-async def _describe(admin: AIOKafkaAdminClient, names: Sequence[str]) -> dict[str, Live]:
-    """The topics that exist, by name. The whole list is asked for: to name a missing topic may make it."""
-    known = {
+async def _partition_counts(admin: AIOKafkaAdminClient, names: Iterable[str]) -> dict[str, int]:
+    """Of the topics that exist. The whole list is asked for: to name a missing topic may make it."""
+    wanted = set(names)
+    return {
         topic["topic"]: len(topic["partitions"])
         for topic in await admin.describe_topics()
-        if topic["topic"] in set(names) and not topic["error_code"]
+        if topic["topic"] in wanted and not topic["error_code"]
     }
+
+
+async def _describe(admin: AIOKafkaAdminClient, names: Sequence[str]) -> dict[str, Live]:
+    """The topics that exist, by name."""
+    known = await _partition_counts(admin, names)
     if not known:
         return {}
     answers = await admin.describe_configs([ConfigResource(ConfigResourceType.TOPIC, name) for name in known])
@@ -239,7 +241,7 @@ async def _describe(admin: AIOKafkaAdminClient, names: Sequence[str]) -> dict[st
 async def _await_known(admin: AIOKafkaAdminClient, names: Sequence[str], *, attempts: int = 50) -> None:
     """A broker may answer for the controller before it knows the topic itself."""
     for _ in range(attempts):
-        if set(names) <= (await _describe(admin, names)).keys():
+        if set(names) <= (await _partition_counts(admin, names)).keys():
             return
         await asyncio.sleep(0.1)
     raise TopicsError(f"{', '.join(names)}: made, but the brokers don't show them; run `{CREATE_COMMAND}` again")

@@ -17,13 +17,13 @@ from aiokafka.errors import KafkaError
 from processor.adapters import topics
 from processor.adapters.avro import Codec, partition_of, request_key
 from processor.adapters.catalogue import load_catalogue
-from processor.adapters.kafka import connection
+from processor.adapters.kafka import connection, unavailable
 from processor.client.outcomes import FirstCharges, FirstResults, Outcome
 from processor.client.replies import Replies
 from processor.client.requests import RequestOptions, as_chunks, check, split
 from processor.client.streams import read_records
 from processor.domain import Action, Chunk, ReceivedResult, ReplyTo, Request, Usage
-from processor.errors import BrokerUnavailable, DeliveryFailed, RequestRefused, TopicsError
+from processor.errors import DeliveryFailed, RequestRefused, TopicsError
 from processor.identity import request_id
 from processor.ports import Undecodable
 from processor.settings import Settings, load
@@ -307,10 +307,7 @@ class Client:
                     await producer.start()
                 except (KafkaError, OSError) as error:
                     await producer.stop()
-                    raise BrokerUnavailable(
-                        f"the brokers at {self.settings.bootstrap_servers} don't answer ({type(error).__name__}); "
-                        "check EMBEDDING_BOOTSTRAP_SERVERS and the security settings"
-                    ) from None
+                    raise unavailable(self.settings, error) from None
                 self._producer = producer
             return self._producer
 

@@ -13,7 +13,7 @@ from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.errors import KafkaError
 
 from processor.adapters.avro import Codec, partition_of
-from processor.adapters.kafka import connection
+from processor.adapters.kafka import connection, unavailable
 from processor.client.outcomes import Pending
 from processor.domain import ReceivedResult, ReplyTo, Request
 from processor.errors import BrokerUnavailable, ProcessorError
@@ -63,7 +63,7 @@ class Replies:
                 consumer.assign([place])
                 consumer.seek(place, (await consumer.end_offsets([place]))[place])
             except (KafkaError, OSError) as error:
-                raise BrokerUnavailable(f"Kafka did not answer: {type(error).__name__}") from None
+                raise unavailable(self._settings, error) from None
             self._listening = True
             self._listener = asyncio.create_task(self._listen(consumer))
 

@@ -8,10 +8,11 @@ from contextlib import aclosing
 from aiokafka import AIOKafkaConsumer
 from aiokafka.errors import KafkaError
 
-from processor.adapters.kafka import connection
+from processor.adapters import topics
+from processor.adapters.kafka import connection, unavailable
 from processor.adapters.reader import KafkaReader
 from processor.domain import Record, Source
-from processor.errors import BrokerUnavailable, TopicsError
+from processor.errors import TopicsError
 from processor.settings import Settings
 
 
@@ -27,6 +28,8 @@ async def read_records(
                     for record in records:
                         yield record
         return
+    if topic not in await topics.partition_counts(settings, [topic]):  # a consumer that names it may make it
+        raise TopicsError(f"{topic}: is missing; run `{topics.CREATE_COMMAND}`")
     consumer = AIOKafkaConsumer(
         topic,
         group_id=None,
@@ -36,8 +39,6 @@ async def read_records(
     )
     try:
         await consumer.start()
-        if not consumer.assignment():
-            raise TopicsError(f"{topic}: is missing; run `embedding-processor topics create`")
         if not from_beginning:
             for place, end in (await consumer.end_offsets(consumer.assignment())).items():
                 consumer.seek(place, end)
@@ -45,6 +46,6 @@ async def read_records(
             source = Source(record.topic, record.partition, record.offset, record.timestamp)
             yield Record(source, record.key, record.value, record.headers)
     except (KafkaError, OSError) as error:
-        raise BrokerUnavailable(f"Kafka did not answer a reader: {type(error).__name__}") from None
+        raise unavailable(settings, error) from None
     finally:
         await consumer.stop()

@@ -11,6 +11,7 @@ from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic, RecordsToDelete
 
 from processor.adapters.reader import KafkaReader
+from processor.client.streams import read_records
 from processor.domain import Record
 from processor.errors import BrokerUnavailable, TopicsError
 from processor.ports import Span, TopicReader
@@ -146,11 +147,20 @@ async def test_the_last_batch_of_the_embedded_broker_counts(embedded_broker: Bro
     assert len(await all_of(reader, unique)) == 6
 
 
-async def test_a_topic_that_is_not_there_names_the_command(kafka: Broker, unique: str) -> None:
-    """Who reads a missing topic is told to create it."""
-    reader = KafkaReader(Settings(bootstrap_servers=kafka.bootstrap_servers), group_id=unique)
-    with pytest.raises(TopicsError, match="topics create"):
-        await reader.spans(unique)
+@pytest.mark.parametrize("broker", ["kafka", "embedded_broker"])
+async def test_a_topic_that_is_not_there_names_the_command(
+    broker: str, unique: str, request: pytest.FixtureRequest
+) -> None:
+    """Who reads a missing topic is told to create it, each time: brokers that make what is named make nothing."""
+    settings = Settings(bootstrap_servers=request.getfixturevalue(broker).bootstrap_servers)
+    reader = KafkaReader(settings, group_id=unique)
+    for _ in range(2):
+        with pytest.raises(TopicsError, match="topics create"):
+            await reader.spans(unique)
+        with pytest.raises(TopicsError, match="topics create"):
+            await all_of(reader, unique)
+        with pytest.raises(TopicsError, match="topics create"):
+            await anext(read_records(settings, unique, from_beginning=True, follow=True))
 
 
 async def test_a_broker_out_of_reach_is_said_so(unique: str) -> None:

@@ -20,11 +20,13 @@ import faust
 import structlog
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 from aiokafka.coordinator.assignors.roundrobin import RoundRobinPartitionAssignor
+from aiokafka.errors import KafkaError
 from faust.serializers.schemas import Schema
 
 from processor.adapters.faust_engine.assignor import SingleOwnerAssignor
 from processor.adapters.faust_engine.consumer import COMMIT_TIMEOUT_S, Consumer, Transport
-from processor.adapters.kafka import connection
+from processor.adapters.kafka import connection, unavailable
+from processor.errors import ProcessorError
 from processor.ports import Run, RunHandler
 from processor.settings import Settings
 
@@ -165,6 +167,8 @@ class Engine:
             if self._error is not None:
                 raise self._error
             await starting
+        except KafkaError as error:
+            raise unavailable(self.settings, error) from error
         finally:
             for task in (starting, ended):
                 task.cancel()
@@ -299,7 +303,13 @@ def _end_process(error: BaseException | None) -> None:
     if error is None:
         log.critical("shutdown took too long: ending the process")
     else:
-        log.critical("crashed: ending the process", error=type(error).__name__, exc_info=error)
+        # An error of ours says by itself what to do; of any other, where it came from is all there is to say.
+        ours = isinstance(error, ProcessorError)
+        log.critical(
+            "crashed: ending the process",
+            error=type(error).__name__,
+            **({"why": str(error)} if ours else {"exc_info": error}),
+        )
     logging.shutdown()
     sys.stdout.flush()
     os._exit(1)
