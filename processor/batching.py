@@ -141,7 +141,7 @@ def pack(misses: Sequence[Fold], counter: TokenCounter, now_ms: int) -> list[Cal
             fold.fault = too_long(count, model.max_input_tokens)
             continue
         if cut:
-            text = counter.truncate(text, model, model.max_input_tokens, keep_end=function.truncate is Truncate.START)
+            text = _cut(fold.text, function, counter)
             count = counter.count([text], model).counts[0]
         if room_texts == 0 or room_tokens < count:
             calls.append(Call(function, [], [], [], source, []))
@@ -154,6 +154,21 @@ def pack(misses: Sequence[Fold], counter: TokenCounter, now_ms: int) -> list[Cal
         room_texts -= 1
         room_tokens -= count
     return calls
+
+
+def _cut(text: str, function: EmbeddingFunction, counter: TokenCounter) -> str:
+    """The text with its prefix, cut to the model's limit; the prefix stays whichever end is cut off."""
+    model, prefix = function.model, function.prefix
+    limit = model.max_input_tokens
+    if function.truncate is Truncate.END or not prefix:
+        return counter.truncate(prefix + text, model, limit, keep_end=function.truncate is Truncate.START)
+    room = limit - counter.count([prefix], model).counts[0]
+    while True:
+        cut = prefix + counter.truncate(text, model, max(0, room), keep_end=True)
+        # Where prefix and text meet, tokens may fall apart into more of them.
+        if room <= 0 or counter.count([cut], model).counts[0] <= limit:
+            return cut
+        room -= 1
 
 
 def _expire(fold: Fold, now_ms: int) -> None:

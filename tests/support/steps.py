@@ -183,7 +183,7 @@ class WordCounter:
 
     def truncate(self, text: str, model: ModelSpec, limit: int, *, keep_end: bool) -> str:
         words = text.split()
-        return " ".join(words[-limit:] if keep_end else words[:limit])
+        return " ".join(words[-limit:] if keep_end and limit else words[:limit])
 
 
 class TinyCatalogue:
