@@ -9,13 +9,13 @@ from typing import Any
 from processor.embed import Route
 from processor.pipeline import Pipeline, Ports
 from processor.ports import Lease, Run
-from processor.work import Fail, Job, Policy, Ticket
+from processor.work import Fail, Job, Parcel, Policy, Ticket
 
 
 class Worker:
     """The `RunHandler` of a worker. `fail` ends the process: a task of ours that breaks must never be passed over.
 
-    Read-ahead is bounded in bytes of records admitted and not yet finished.
+    Read-ahead is bounded in bytes of records admitted and not yet finished, and of what they become meanwhile.
     """
 
     def __init__(self, ports: Ports, policy: Policy, route: Route, *, read_ahead_bytes: int, fail: Fail) -> None:
@@ -45,7 +45,7 @@ class Worker:
 
     @property
     def held_bytes(self) -> int:
-        """Bytes of records admitted and not yet finished."""
+        """Bytes of records admitted and not yet finished, and of what they have become."""
         return self._held_bytes
 
     @property
@@ -53,13 +53,21 @@ class Worker:
         return len(self.pipeline.batcher)
 
     async def on_run(self, run: Run) -> None:
-        """Steps 1 and 2 for a fetched run; waits while the read-ahead is full."""
-        while self._held_bytes >= self._read_ahead_bytes and not self._is_over(run.lease):
-            self._room.clear()
-            await self._room.wait()
-        if self._is_over(run.lease):
-            return
-        known = await self.pipeline.admit(run, self._opened)
+        """Steps 1 and 2 for each record of a fetched run; waits while the read-ahead is full."""
+        known: list[Parcel] = []
+        for record in run.records:
+            while self._held_bytes >= self._read_ahead_bytes and not self._is_over(run.lease):
+                self._hand_on(known)
+                known = []
+                self._room.clear()
+                await self._room.wait()
+            if self._is_over(run.lease):
+                break
+            known += await self.pipeline.admit(record, run, self._opened)
+        self._hand_on(known)
+
+    def _hand_on(self, known: Sequence[Parcel]) -> None:
+        """Deliver what is known already, and let the dispatcher see what was queued."""
         if known:
             self._spawn(self.pipeline.deliver(known))
         self._work.set()

@@ -68,7 +68,10 @@ class Outcome:
 
 @dataclass(slots=True, eq=False)
 class Ticket:
-    """The accounting of one source record. At 0 `unsent` its usage goes out, at 0 `unacked` its offset is finished."""
+    """The accounting of one source record. At 0 `unsent` its usage goes out, at 0 `unacked` its offset is finished.
+
+    `size_bytes` is what it takes of the read-ahead: its value, and what that becomes while it is worked on.
+    """
 
     lease: Lease
     source: Source

@@ -30,7 +30,7 @@ from processor.errors import (
     RegistryUnavailable,
 )
 from processor.ports import Destination, ProviderAnswer, Run, Undecodable
-from tests.support.builders import NOW_MS, a_request
+from tests.support.builders import NOW_MS, a_request, some_chunks
 from tests.support.steps import Bench, FakeLease, MemoryCache, vector_of
 
 
@@ -569,6 +569,40 @@ async def test_read_ahead_is_bounded_in_bytes() -> None:
         await second
         await bench.run_until_idle()
         assert sorted(bench.lease.finished) == [0, 1]
+
+
+@pytest.mark.parametrize(
+    "tiny",
+    [
+        a_request(["x"] * 1000),
+        a_request(action="validate", chunks=some_chunks(["x"] * 1000)),
+        a_request(action="delete", chunks=(), chunk_ids=tuple("abcdefghij"), vector_spaces=tuple(map(str, range(32)))),
+    ],
+    ids=["texts", "validations", "tombstones"],
+)
+async def test_many_tiny_chunks_fill_the_read_ahead_too(tiny: Request) -> None:
+    """What a record becomes while it is worked on counts, not its bytes alone; within a run as well."""
+    async with Bench() as bench:
+        bench.worker._read_ahead_bytes = 300_000
+        bench.provider.gate = asyncio.Event()
+        waiting = asyncio.Event()
+        bench.outbox.on_send = lambda messages: _until(waiting)
+        requests = [replace(tiny, correlation_id=f"c{i}") for i in range(5)]
+        taking = asyncio.ensure_future(bench.publish(*requests))
+        await bench.settle()
+        assert not taking.done()
+        assert len(bench.worker._tickets) == 1
+        bench.provider.gate.set()
+        waiting.set()
+        while not taking.done():
+            await bench.step()
+        await bench.run_until_idle()
+        assert sorted(bench.lease.finished) == [0, 1, 2, 3, 4]
+        assert bench.worker.held_bytes == 0
+
+
+async def _until(event: asyncio.Event) -> None:
+    await event.wait()
 
 
 async def test_a_broken_broker_ends_the_process_and_finishes_nothing() -> None:
