@@ -161,15 +161,21 @@ class Stack:
             yield child.name, f"http://127.0.0.1:{child.port}"
         yield "files", str(self.folder)
 
-    def _variables(self) -> dict[str, str]:
+    def variables_of_users(self) -> dict[str, str]:
+        """What a client or a command of ours needs to be told in order to use this stack."""
         return {
             "EMBEDDING_BOOTSTRAP_SERVERS": self.broker.bootstrap_servers,
             "EMBEDDING_REDIS_URL": self.cache.url,
             "EMBEDDING_PROVIDER": "local",
-            "EMBEDDING_AGGREGATOR_STORE": str(self.folder / "aggregator.sqlite"),
-            # The embedded broker knows neither, and lets a group wait for half a session.
+            # The embedded broker knows neither.
             "EMBEDDING_PRODUCER_IDEMPOTENT": "false",
             "EMBEDDING_REQUIRE_LOG_APPEND_TIME": "false",
+        }
+
+    def _variables(self) -> dict[str, str]:
+        return self.variables_of_users() | {
+            "EMBEDDING_AGGREGATOR_STORE": str(self.folder / "aggregator.sqlite"),
+            # The embedded broker lets a group wait for half a session.
             "EMBEDDING_SESSION_TIMEOUT_S": "6",
             "EMBEDDING_HEARTBEAT_INTERVAL_S": "1",
             "EMBEDDING_LEASE_MARGIN_S": "1",
@@ -192,6 +198,8 @@ def run_demo(files: Sequence[Path], *, as_json: bool, keep: bool, debug: bool = 
                 faults = report.faults(least_chunks=1 if files else LEAST_CHUNKS)
                 for fault in faults:
                     err.print(f"NOT MET: {fault}", style="red")
+                if as_json:
+                    print_json(asdict(report))
                 if keep:
                     _wait(stack, screen)
             finally:
@@ -199,8 +207,6 @@ def run_demo(files: Sequence[Path], *, as_json: bool, keep: bool, debug: bool = 
     except (KeyboardInterrupt, asyncio.CancelledError):
         err.print("interrupted: everything was stopped and removed")
         return INTERRUPTED
-    if as_json:
-        print_json(asdict(report))
     return FAILED if faults else 0
 
 
@@ -439,6 +445,9 @@ def _wait(stack: Stack, screen: Console) -> None:
     screen.print("Everything stays up until Ctrl-C:", highlight=False)
     for name, address in stack.addresses():
         screen.print(f"  {name:12} {address}", highlight=False)
+    screen.print("To use it from another shell:", highlight=False)
+    words = " ".join(f"{name}={value}" for name, value in stack.variables_of_users().items())
+    screen.print(f"  export {words}", highlight=False)
     while True:
         for child in stack.children:
             child.check()

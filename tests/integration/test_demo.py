@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from processor.client import Client
+from processor.settings import load
 from tests.support.stack import until
 
 pytestmark = pytest.mark.demo
@@ -52,12 +54,13 @@ def files(folder: Path) -> list[Path]:
     return list(folder.iterdir())
 
 
-async def line_with(demo: asyncio.subprocess.Process, text: bytes) -> None:
-    """Read what it prints up to a line with the text."""
+async def line_with(demo: asyncio.subprocess.Process, text: bytes) -> bytes:
+    """Read what it prints up to a line with the text, and return that."""
     assert demo.stdout is not None
     async with asyncio.timeout(90):
         while text not in (line := await demo.stdout.readline()):
             assert line, "it ended early"
+    return line
 
 
 async def test_the_demos_figures_are_as_they_must_be(tmp_path: Path) -> None:
@@ -110,7 +113,7 @@ async def test_a_killed_demo_leaves_no_process(tmp_path: Path) -> None:
 
 
 async def test_a_demo_over_files_asks_about_them_and_stays_up_when_told(tmp_path: Path) -> None:
-    """The texts given are embedded and found again, and the addresses printed stay good until Ctrl-C."""
+    """The texts given are embedded and found again, and what is printed lets a client in until Ctrl-C."""
     (tmp_path / "temporary").mkdir()
     for name in ("frogs", "ships"):
         (tmp_path / f"{name}.txt").write_text("\n\n".join(f"Fact {i} about {name}. " * 8 for i in range(6)))
@@ -119,6 +122,12 @@ async def test_a_demo_over_files_asks_about_them_and_stays_up_when_told(tmp_path
         await line_with(demo, b"residual 0")
         await line_with(demo, b"stays up")
         assert len(children(demo.pid)) == 5
+        exported = (await line_with(demo, b"  export ")).decode().split()[1:]
+        variables = dict(word.split("=", 1) for word in exported)
+        async with Client(
+            load(_env_file=None, **{name[10:].lower(): value for name, value in variables.items()})
+        ) as client:
+            assert (await client.embed_query("ships", tenant_id="another shell")).ok
         demo.send_signal(signal.SIGINT)
         _, err = await asyncio.wait_for(demo.communicate(), 40)
     finally:
