@@ -94,7 +94,9 @@ class Worker:
         return lease.revoked or lease in self._closing
 
     def waiting(self) -> bool:
-        return self.route.paused is not None or self.pipeline.paused is not None
+        """Also while the broker is waited for: one that takes no results is no record's fault."""
+        ports = self.pipeline.ports
+        return self.route.paused is not None or self.pipeline.paused is not None or ports.outbox.sending > 0
 
     async def positions(self, partitions: Sequence[tuple[str, int]]) -> Mapping[tuple[str, int], int]:  # noqa: ARG002
         """Committed offsets are the truth for a worker."""

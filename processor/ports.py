@@ -148,6 +148,11 @@ class Destination(NamedTuple):
 class Outbox(Protocol):
     """Sends messages to Kafka, encoded and keyed as `topics.yaml` says."""
 
+    @property
+    def sending(self) -> int:
+        """How many calls wait for the broker now."""
+        ...
+
     async def send(self, messages: Sequence[Destination], *, leases: Sequence[Lease] = ()) -> None:
         """Returns when the broker has acknowledged every message; empty input does nothing.
 

@@ -52,46 +52,59 @@ class KafkaOutbox:
         self._max_record_bytes = settings.max_record_bytes
         self._topics = {id_: settings.topic(topic.name) for id_, topic in topics().items()}
         self._failed = False
+        self._sending = 0
         # One call at a time hands its messages over: those that wait for room in the producer's buffer would
         # overtake one another.
         self._turn = asyncio.Lock()
         self._awaited: set[asyncio.Task[None]] = set()
 
+    @property
+    def sending(self) -> int:
+        return self._sending
+
     async def send(self, messages: Sequence[Destination], *, leases: Sequence[Lease] = ()) -> None:
         if messages:
-            await self._within_deadline(self._send(messages, leases))
+            deadline, deliveries = await self._hand_over(messages, leases)
+            await self._by(deadline, _acknowledged(deliveries))
 
     async def post(self, message: Destination) -> Awaitable[None]:
-        deliveries = await self._within_deadline(self._hand_over([message], ()))
-        task = asyncio.create_task(self._within_deadline(_acknowledged(deliveries)))
+        deadline, deliveries = await self._hand_over([message], ())
+        task = asyncio.create_task(self._by(deadline, _acknowledged(deliveries)))
         self._awaited.add(task)
         task.add_done_callback(self._awaited.discard)
         return task
 
-    async def _send(self, messages: Sequence[Destination], leases: Sequence[Lease]) -> None:
-        await _acknowledged(await self._hand_over(messages, leases))
+    async def _hand_over(
+        self, messages: Sequence[Destination], leases: Sequence[Lease]
+    ) -> tuple[float, list[asyncio.Future[Any]]]:
+        """When these messages must be acknowledged, and the futures of it.
 
-    async def _hand_over(self, messages: Sequence[Destination], leases: Sequence[Lease]) -> list[asyncio.Future[Any]]:
-        """Give all messages to the producer, in order, and return the futures of their acknowledgements."""
+        Their time begins with their turn: to stand in the line of a slow broker is no failure of it.
+        """
         async with self._turn:
-            if self._failed:
-                raise DeliveryFailed("an earlier delivery failed: nothing more is sent")
-            parcels = [await self._pack(message) for message in messages]
-            producer = self._producer()
-            deliveries: list[asyncio.Future[Any]] = []
-            try:
-                checked_at = _check(leases)
-                for topic, partition, (key, value, headers) in parcels:
-                    if time.monotonic() > checked_at + LEASE_CHECKED_FOR_S:
-                        checked_at = _check(leases)
-                    deliveries.append(
-                        await producer.send(topic, value, key=key, partition=partition, headers=list(headers))
-                    )
-            except BaseException:
-                for delivery in deliveries:
-                    delivery.add_done_callback(_seen)
-                raise
-            return deliveries
+            deadline = asyncio.get_running_loop().time() + self._timeout_s
+            return deadline, await self._by(deadline, self._produce(messages, leases))
+
+    async def _produce(self, messages: Sequence[Destination], leases: Sequence[Lease]) -> list[asyncio.Future[Any]]:
+        """Give all messages to the producer, in order, and return the futures of their acknowledgements."""
+        if self._failed:
+            raise DeliveryFailed("an earlier delivery failed: nothing more is sent")
+        parcels = [await self._pack(message) for message in messages]
+        producer = self._producer()
+        deliveries: list[asyncio.Future[Any]] = []
+        try:
+            checked_at = _check(leases)
+            for topic, partition, (key, value, headers) in parcels:
+                if time.monotonic() > checked_at + LEASE_CHECKED_FOR_S:
+                    checked_at = _check(leases)
+                deliveries.append(
+                    await producer.send(topic, value, key=key, partition=partition, headers=list(headers))
+                )
+        except BaseException:
+            for delivery in deliveries:
+                delivery.add_done_callback(_seen)
+            raise
+        return deliveries
 
     async def _pack(self, message: Destination) -> Parcel:
         """Encode, choose the partition, check the size."""
@@ -111,10 +124,11 @@ class KafkaOutbox:
             partition = partition_of(encoded.key or b"", len(known))
         return Parcel(topic, partition, encoded)
 
-    async def _within_deadline(self, work: Coroutine[Any, Any, T]) -> T:
+    async def _by(self, deadline: float, work: Coroutine[Any, Any, T]) -> T:
         """Raises DeliveryFailed, with the broker's word for it and never a message, and remembers it."""
+        self._sending += 1
         try:
-            async with asyncio.timeout(self._timeout_s):
+            async with asyncio.timeout_at(deadline):
                 return await work
         except TimeoutError:
             self._failed = True
@@ -122,6 +136,8 @@ class KafkaOutbox:
         except KafkaError as error:
             self._failed = True
             raise DeliveryFailed(f"the broker refused a record: {type(error).__name__}") from None
+        finally:
+            self._sending -= 1
 
 
 def _check(leases: Sequence[Lease]) -> float:

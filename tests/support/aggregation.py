@@ -230,6 +230,8 @@ class Steps:
 class CrashingOutbox:
     """The log's outbox: may end the process before, between and after the messages of a send."""
 
+    sending = 0
+
     def __init__(self, log: MemoryLog, step: Steps) -> None:
         self._log, self._step = log, step
 

@@ -106,6 +106,7 @@ class MemoryOutbox:
 
     def __init__(self) -> None:
         self.sent: list[Destination] = []
+        self.sending = 0
         self.on_send: Callable[[Sequence[Destination]], Awaitable[None]] | None = None
         self.posts_acknowledged: asyncio.Event | None = None
 
@@ -113,7 +114,11 @@ class MemoryOutbox:
         if not messages:
             return
         if self.on_send is not None:
-            await self.on_send(messages)
+            self.sending += 1
+            try:
+                await self.on_send(messages)
+            finally:
+                self.sending -= 1
         if not all(lease.held() for lease in leases):
             raise LeaseLost("a lease is gone")
         self.sent += messages

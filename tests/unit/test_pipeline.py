@@ -526,6 +526,19 @@ async def test_a_registry_out_of_reach_is_waited_for() -> None:
         assert not bench.worker.waiting()
 
 
+async def test_a_broker_that_takes_nothing_is_waited_for() -> None:
+    """An end of the process while a result waits for the broker counts against no record."""
+    async with Bench() as bench:
+        acknowledged = asyncio.Event()
+        bench.outbox.on_send = lambda messages: _until(acknowledged)
+        await bench.publish(a_request(["text"]))
+        await bench.step()
+        assert bench.worker.waiting()
+        acknowledged.set()
+        await bench.run_until_idle()
+        assert not bench.worker.waiting()
+
+
 async def test_what_is_decoded_after_its_revocation_takes_no_room() -> None:
     """A record whose partition goes while it is decoded is neither sent nor held: the read-ahead is free again."""
     async with Bench() as bench:
