@@ -55,6 +55,14 @@ def run_aggregator(settings: Settings) -> int:
     return AggregatorProcess(settings).engine.run(loop_factory=uvloop.new_event_loop)
 
 
+def folded_topics(settings: Settings) -> FoldedTopics:
+    """What the aggregator reads, by full name."""
+    names = {name: settings.topic(topic.name) for name, topic in topics.topics().items()}
+    return FoldedTopics(
+        usage=names["usage"], calls=names["calls"], documents=names["documents"], totals=names["totals"]
+    )
+
+
 class Process:
     """What a worker and an aggregator have in common."""
 
@@ -184,10 +192,7 @@ class AggregatorProcess(Process):
         super().__init__(settings, AGGREGATOR_TOPICS, {"/ledger": self._ledger})
         self.reader = KafkaReader(settings, group_id=settings.aggregator_group_id)
         self.store = SqliteStore(settings.aggregator_store)
-        names = {name: settings.topic(topic.name) for name, topic in topics.topics().items()}
-        folded = FoldedTopics(
-            usage=names["usage"], calls=names["calls"], documents=names["documents"], totals=names["totals"]
-        )
+        folded = folded_topics(settings)
         self.aggregator = Aggregator(
             topics=folded,
             store=self.store,

@@ -31,6 +31,8 @@ app = typer.Typer(
 )
 topics_app = typer.Typer(help="Make and check the topics.", no_args_is_help=True)
 app.add_typer(topics_app, name="topics")
+usage_app = typer.Typer()
+app.add_typer(usage_app, name="usage")
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, one object a line, instead of text.")]
 
@@ -186,8 +188,9 @@ def _print_result(result: ReceivedResult, *, vectors: bool, as_json: bool) -> No
     out.print(f"{result.tenant_id} {where} {result.status} {result.cache} {what}", markup=False, highlight=False)
 
 
-@app.command()
+@usage_app.callback(invoke_without_command=True)
 def usage(
+    context: typer.Context,
     payer: Annotated[str | None, typer.Option(help="Only this payer's.")] = None,
     bucket: Annotated[
         str | None, typer.Option(help="A day 2026-11-21 or a month 2026-11; default: all months.")
@@ -196,6 +199,8 @@ def usage(
     as_json: AsJson = False,
 ) -> None:
     """Print the totals of tokens and money as the aggregator publishes them, by UTC month or day."""
+    if context.invoked_subcommand is not None:
+        return
     totals = run(read_totals(load()), debug=_Options.debug)
     chosen = {
         key: sums
@@ -209,6 +214,33 @@ def usage(
             print_json(total_fields(key, sums))
     else:
         out.print(table(chosen))
+
+
+@usage_app.command()
+def rebuild(
+    forget_totals: Annotated[
+        bool,
+        typer.Option(
+            "--forget-totals", help="Delete the published totals too: token-usage was made again, they are of no log."
+        ),
+    ] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Don't ask.")] = False,
+) -> None:
+    """Set the aggregator's store aside: it is lost or damaged, or its topics have grown or were made again.
+
+    The next start makes it again from the topics. Stop the aggregator first, and do this wherever an aggregator or a
+    standby keeps a store of its own. Asks before it changes anything.
+    """
+    from processor.cli.rebuild import carry_out, plan
+
+    loaded = load()
+    planned = run(plan(loaded, forget_totals=forget_totals), debug=_Options.debug)
+    out.print("\n".join(planned.sentences()), markup=False, highlight=False)
+    if not yes:
+        typer.confirm("Go on?", abort=True)
+    aside = run(carry_out(loaded, planned), debug=_Options.debug)
+    moved = "" if aside is None else f"the former store is {aside}; "
+    out.print(f"done: {moved}start the aggregator", markup=False, highlight=False)
 
 
 @app.command()

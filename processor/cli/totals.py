@@ -1,4 +1,5 @@
-"""Usage totals as analytics and billing read them: the newest record of each key of the compacted topic."""
+"""Usage totals as analytics and billing read them: of each key of the compacted topic the highest last_offset, and
+nothing once a null value has deleted it."""
 
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ from processor.accounts import BucketKey, UsageSums, UsageTotal
 from processor.adapters import topics
 from processor.adapters.avro import Codec
 from processor.adapters.reader import KafkaReader
+from processor.aggregate import PartitionTotals, newest_totals, total_of
 from processor.cli.console import money
 from processor.ports import Undecodable
 from processor.settings import Settings
@@ -23,18 +25,22 @@ async def read_totals(settings: Settings) -> dict[BucketKey, UsageSums]:
     """Every bucket with its sums as of now. Raises BrokerUnavailable or TopicsError."""
     codec = Codec.from_settings(settings)
     topic = settings.topic(topics.topics()["totals"].name)
-    newest: dict[BucketKey, UsageTotal] = {}
+    newest: dict[bytes | None, tuple[BucketKey, PartitionTotals]] = {}
     try:
         fetched = KafkaReader(settings, group_id=settings.aggregator_group_id).read(topic)
         async with aclosing(fetched):
             async for records in fetched:
                 for record in records:
+                    if record.value is None:
+                        newest.pop(record.key, None)
+                        continue
                     total = await codec.read(UsageTotal, record.value)
                     if not isinstance(total, Undecodable):
-                        newest[total.key] = total
+                        _, known = newest.get(record.key, (total.key, {}))
+                        newest[record.key] = total.key, newest_totals(known, total.partitions)
     finally:
         await codec.close()
-    return {key: add(sums for _, sums in total.partitions.values()) for key, total in sorted(newest.items())}
+    return {key: total_of(partitions) for key, partitions in sorted(newest.values(), key=lambda total: total[0])}
 
 
 def add(parts: Iterable[UsageSums]) -> UsageSums:

@@ -10,12 +10,12 @@ from pathlib import Path
 
 from aiokafka import AIOKafkaProducer
 
-from processor.accounts import BucketKey, UsageSums, UsageTotal
+from processor.accounts import BucketKey
 from processor.adapters import topics
 from processor.adapters.avro import Codec, partition_of
 from processor.adapters.kafka import connection
 from processor.adapters.reader import KafkaReader
-from processor.aggregate import PartitionTotals, newest_totals, total_of
+from processor.cli.totals import read_totals
 from processor.domain import Amounts, CallKind, CallOutcome, Part, Source, Usage
 from processor.ports import Destination
 from processor.settings import Settings
@@ -80,18 +80,6 @@ async def history_of(settings: Settings) -> list[tuple[Source, Usage]]:
     return found
 
 
-async def totals_of(settings: Settings) -> dict[BucketKey, UsageSums]:
-    codec = Codec()
-    newest: dict[BucketKey, PartitionTotals] = {}
-    reader = KafkaReader(settings, group_id=settings.aggregator_group_id)
-    async for records in reader.read(settings.topic("token-usage-totals")):
-        for record in records:
-            total = await codec.read(UsageTotal, record.value)
-            assert isinstance(total, UsageTotal)
-            newest[total.key] = newest_totals(newest.get(total.key, {}), total.partitions)
-    return {key: total_of(partitions) for key, partitions in newest.items()}
-
-
 def is_day_of_all(key: BucketKey) -> bool:
     """Every charge counts in one such bucket."""
     return key.dimension == "all" and len(key.bucket) == len("2026-11-21")
@@ -123,7 +111,7 @@ async def settled(settings: Settings, child: Child) -> None:
         child.check()
         ledger = child.get("/ledger") or {}
         charged = sum(sums.billed_tokens for key, sums in expected.items() if is_day_of_all(key))
-        return await totals_of(settings) == expected and ledger.get("billed_tokens") == charged
+        return await read_totals(settings) == expected and ledger.get("billed_tokens") == charged
 
     await until(equal, within_s=40, what=f"totals equal the recomputation\n{child.tail()}", every_s=0.5)
     await until(lambda: attributed(child), within_s=10, what="every charge is attributed")

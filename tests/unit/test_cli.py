@@ -23,7 +23,18 @@ from processor.errors import RequestRefused, SettingsError
 from processor.settings import Settings, load
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = ["worker", "aggregator", "topics create", "topics check", "produce", "results", "usage", "doctor", "demo"]
+COMMANDS = [
+    "worker",
+    "aggregator",
+    "topics create",
+    "topics check",
+    "produce",
+    "results",
+    "usage",
+    "usage rebuild",
+    "doctor",
+    "demo",
+]
 
 
 def cli(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

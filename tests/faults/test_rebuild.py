@@ -1,0 +1,116 @@
+"""`usage rebuild` on Apache Kafka: the usage topic is deleted and made again under an aggregator that knew it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+from aiokafka.admin import AIOKafkaAdminClient
+
+from processor.adapters import topics
+from processor.adapters.reader import KafkaReader
+from processor.cli.totals import read_totals
+from processor.settings import Settings
+from tests.faults.test_aggregator_kills import PARTITIONS, history_of, produce, settled, some_traffic
+from tests.support.aggregation import charges, recomputed
+from tests.support.brokers import Broker
+from tests.support.stack import ROOT, Stack, until
+
+
+def rebuild(stack: Stack, *options: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "processor", "usage", "rebuild", *options],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+        env=os.environ | stack.environment,
+        stdin=subprocess.DEVNULL,
+        timeout=60,
+    )
+
+
+async def once_the_group_is_empty(stack: Stack) -> subprocess.CompletedProcess[str]:
+    """A rebuild that refuses no more for the sake of a member that crashed."""
+    async with asyncio.timeout(30):
+        while "stop the aggregator" in (done := rebuild(stack, "--yes")).stderr:
+            await asyncio.sleep(0.5)
+    return done
+
+
+async def make_again(settings: Settings) -> None:
+    """Delete the usage topic and create it as it was."""
+    admin = AIOKafkaAdminClient(bootstrap_servers=settings.bootstrap_servers)
+    await admin.start()
+    name = settings.topic("token-usage")
+    try:
+        await admin.delete_topics([name])
+
+        async def gone() -> bool:
+            return name not in await admin.list_topics()
+
+        await until(gone, within_s=30, what="the topic is gone")
+    finally:
+        await admin.close()
+    assert await topics.create(settings, partitions=PARTITIONS) == [name]
+
+
+async def totals_are_those_of_the_log(settings: Settings) -> bool:
+    return await read_totals(settings) == recomputed(charges(await history_of(settings)))
+
+
+async def test_totals_begin_anew_when_the_usage_topic_was_made_again(
+    kafka: Broker, unique: str, tmp_path: Path
+) -> None:
+    """The aggregator refuses and names the command, which refuses while one runs; then totals are those of the log."""
+    dice = random.Random(5)
+    with Stack(tmp_path, unique, kafka.bootstrap_servers) as stack:
+        settings = stack.settings()
+        await topics.create(settings, partitions=PARTITIONS)
+        child = stack.spawn("aggregator")
+        await until(child.ready, within_s=30, what="the aggregator is ready")
+        await produce(settings, some_traffic(100, dice), over_s=0)
+        await settled(settings, child)
+        refused = rebuild(stack, "--yes")
+        assert (refused.returncode, "stop the aggregator" in refused.stderr) == (1, True), refused.stderr
+        assert child.stop() == 0, child.tail()
+
+        await make_again(settings)
+        await produce(settings, some_traffic(300, dice), over_s=0)
+        child = stack.spawn("aggregator")
+        await until(lambda: child.process.poll() is not None, within_s=30, what="the aggregator refuses")
+        assert child.process.returncode == 1
+        assert "embedding-processor usage rebuild" in child.tail()
+
+        refused = await once_the_group_is_empty(stack)
+        assert (refused.returncode, "--forget-totals" in refused.stderr) == (1, True), refused.stderr
+        unanswered = rebuild(stack, "--forget-totals")
+        assert (unanswered.returncode, settings.aggregator_store.exists()) == (1, True), unanswered.stderr
+        done = rebuild(stack, "--forget-totals", "--yes")
+        assert done.returncode == 0, done.stderr
+        assert "NOT NEEDED" not in done.stdout
+        assert "LOST" not in done.stdout
+        assert await read_totals(settings) == {}
+        reader = KafkaReader(settings, group_id=settings.aggregator_group_id)
+        committed = await reader.committed(settings.topic("token-usage"))
+        assert set(committed.values()) <= {0}
+        assert "the former store is" in done.stdout
+        assert not settings.aggregator_store.exists()
+
+        child = stack.spawn("aggregator")
+        await until(child.ready, within_s=30, what="the aggregator is ready again")
+        await until(
+            lambda: totals_are_those_of_the_log(settings), within_s=30, what="totals are those of the log", every_s=0.5
+        )
+        assert child.stop() == 0, child.tail()
+
+        assert rebuild(stack, "--yes").returncode == 0
+        child = stack.spawn("aggregator")
+        await until(child.ready, within_s=30, what="the aggregator made its store again")
+        await until(settings.aggregator_store.exists, within_s=5, what="the store is there")
+        assert await totals_are_those_of_the_log(settings)
+        assert child.stop() == 0, child.tail()
