@@ -66,6 +66,16 @@ class Route:
         self.room = asyncio.Semaphore(self.policy.max_concurrent_calls)
         self.probe = asyncio.Lock()
 
+    async def probes(self) -> bool:
+        """While the route is paused, waits to be the one call that probes it. Whether this one is."""
+        if self.paused is None:
+            return False
+        await self.probe.acquire()
+        if self.paused is not None:
+            return True
+        self.probe.release()  # the one before found it open
+        return False
+
     def succeeded(self) -> None:
         """An answer came and was verified: one that can't be used is no sign of a provider that works."""
         self.successes += 1
@@ -95,9 +105,7 @@ async def _embed_call(call: Call, route: Route) -> list[Awaitable[None]]:
     backoff_s = route.policy.retry_initial_s
     while True:
         async with route.room:
-            probing = route.paused is not None
-            if probing:
-                await route.probe.acquire()
+            probing = await route.probes()
             try:
                 leaders = [fold.leader() for fold in call.folds]
                 if None in leaders:
@@ -109,7 +117,7 @@ async def _embed_call(call: Call, route: Route) -> list[Awaitable[None]]:
                 if error is None:
                     return receipts
                 wait_s = _wait_s(error, backoff_s, route)
-                if probing or route.paused is not None:
+                if route.paused is not None:
                     # The prober keeps the lock while it waits, so an outage costs one attempt per backoff.
                     await route.clock.sleep(wait_s)
                     wait_s = 0.0

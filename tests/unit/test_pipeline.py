@@ -400,6 +400,31 @@ async def test_an_outage_turns_no_work_into_errors() -> None:
         assert bench.route.paused is None
 
 
+async def test_whoever_waited_to_probe_is_free_once_the_provider_is_back() -> None:
+    """After an outage calls go side by side again: only a paused provider is probed by one call at a time."""
+    async with Bench(window_max_texts=1) as bench:
+        bench.provider.refuses = lambda texts: ProviderTransient("connection")
+        await bench.publish(*[a_request([f"t{i}"], correlation_id=f"c{i}") for i in range(4)])
+        while bench.route.paused is None:
+            await bench.step()
+        for _ in range(10):
+            await bench.step()
+        bench.provider.refuses = lambda texts: None
+        asked = len(bench.provider.asked)
+        bench.provider.gate = asyncio.Event()
+        while len(bench.provider.asked) == asked:
+            await bench.step()
+        assert len(bench.provider.asked) == asked + 1
+        bench.provider.gate.set()
+        bench.provider.gate = asyncio.Event()
+        await bench.settle()
+        assert bench.route.paused is None
+        assert len(bench.provider.asked) == asked + 4
+        bench.provider.gate.set()
+        await bench.run_until_idle()
+        assert len(bench.outbox.results) == 4
+
+
 async def test_a_provider_whose_every_answer_is_unusable_pauses_and_fails_no_text() -> None:
     """Liveness: an answer that fails verification is no success, so it can't make a text the culprit."""
     async with Bench(window_max_texts=4) as bench:
