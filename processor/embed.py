@@ -177,9 +177,10 @@ async def _attempt(
     except ProviderError as raised:
         error = raised
         route.failed(raised)
-        if call.failures == 0:
-            call.successes_seen = route.successes
-        call.failures += 1
+        if isinstance(raised, ProviderTransient):  # throttling and pauses say nothing about a text
+            if call.failures == 0:
+                call.successes_seen = route.successes
+            call.failures += 1
         route.events.count("provider_errors", 1, {"code": raised.code})
     receipt = _receipt(intent, call, answer, error, route, started)
     if receipt is not None:

@@ -383,6 +383,25 @@ async def test_a_text_that_always_crashes_the_provider_is_found_while_others_suc
         assert not bench.worker._tickets
 
 
+@pytest.mark.parametrize(
+    "refusal",
+    [ProviderThrottled("rate_limited", http_status=429), ProviderPaused("quota_exhausted", http_status=429)],
+)
+async def test_a_text_that_is_throttled_again_and_again_is_no_culprit(refusal: Exception) -> None:
+    """Liveness: only faults that a text can cause count against it, however often others get through meanwhile."""
+    async with Bench(window_max_texts=1) as bench:
+        bench.provider.refuses = lambda texts: refusal if "unlucky" in texts else None
+        await bench.publish(a_request(["unlucky"]))
+        for i in range(60):
+            await bench.publish(a_request([f"other {i}"], correlation_id=f"o{i}", document_id=None))
+            await bench.step()
+        assert sum("unlucky" in texts for texts in bench.provider.asked) > 5
+        bench.provider.refuses = lambda texts: None
+        await bench.run_until_idle()
+        assert [r for r in bench.outbox.results if r.error] == []
+        assert len(bench.outbox.results) == 61
+
+
 async def test_an_outage_turns_no_work_into_errors() -> None:
     """An outage pauses the stream: nothing fails, calls are few while it lasts, and all of it is embedded after."""
     async with Bench() as bench:
