@@ -118,7 +118,7 @@ class WorkerProcess(Process):
             sink_view=settings.sink_view,
             reply_partitions=self.reply_partitions,
             truncate=settings.truncate,
-            max_request_bytes=settings.max_text_bytes,
+            max_request_bytes=settings.max_request_bytes,
             window_max_texts=settings.window_max_texts,
             window_max_tokens=settings.window_max_tokens,
             window_max_wait_s=0.0 if interactive else settings.window_max_wait_ms / 1000,

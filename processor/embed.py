@@ -68,13 +68,13 @@ class Route:
 
     async def probes(self) -> bool:
         """While the route is paused, waits to be the one call that probes it. Whether this one is."""
-        if self.paused is None:
-            return False
-        await self.probe.acquire()
-        if self.paused is not None:
-            return True
-        self.probe.release()  # the one before found it open
-        return False
+        probing = self.paused is not None
+        if probing:
+            await self.probe.acquire()
+            probing = self.paused is not None
+            if not probing:  # the one before found the provider back
+                self.probe.release()
+        return probing
 
     def succeeded(self) -> None:
         """An answer came and was verified: one that can't be used is no sign of a provider that works."""

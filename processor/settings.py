@@ -27,6 +27,9 @@ from processor.errors import SettingsError
 
 PREFIX = "EMBEDDING_"
 
+RESULT_SPARE_BYTES = 50_000
+"""What a result may hold beside what it repeats of its request: a vector of up to 10,000 dimensions, ids, names."""
+
 
 def _alias(*others: str) -> AliasChoices:
     return AliasChoices(*others)
@@ -74,7 +77,7 @@ class Settings(BaseSettings):
     commit_interval_s: float = Field(1.0, gt=0, description="Time between offset commits.")
     max_record_bytes: int = Field(1_000_000, gt=1000, description="Largest record that is decoded or produced, bytes.")
     producer_linger_ms: int = Field(
-        5, ge=0, description="How long the producer waits to fill a batch (interactive: 0)."
+        5, ge=0, description="How long the producer waits to fill a batch; interactive: not at all."
     )
     producer_compression: Literal["gzip", "snappy", "lz4", "zstd"] | None = Field(
         None, description="gzip, snappy, lz4 or zstd; default none."
@@ -106,9 +109,13 @@ class Settings(BaseSettings):
     window_max_wait_ms: int = Field(50, ge=0, description="A window closes after this wait; interactive: at once.")
     max_concurrent_calls: int = Field(4, gt=0, description="Provider calls in flight per worker.")
     read_ahead_bytes: int = Field(
-        64 * 1024 * 1024, gt=0, description="Bytes of fetched records not yet finished; then fetching waits."
+        64 * 1024 * 1024,
+        gt=0,
+        description="Bytes of fetched records not yet finished, 1,000 added a text; then reading waits.",
     )
-    max_text_bytes: int = Field(900_000, gt=0, description="Largest request body that is embedded, bytes.")
+    max_request_bytes: int = Field(
+        900_000, gt=0, description="Largest request that is served, bytes; the client splits what is larger."
+    )
     truncate: Truncate = Field(Truncate.ERROR, description="Policy for over-long texts when a request names none.")
     shutdown_timeout_s: float = Field(25.0, gt=0, description="A watchdog ends a shutdown that takes longer.")
     http_host: str = Field("127.0.0.1", description="Address of the internal port: metrics, health, models.")
@@ -231,7 +238,17 @@ class Settings(BaseSettings):
             raise ValueError(
                 f"{PREFIX}LEASE_MARGIN_S: plus {PREFIX}HEARTBEAT_INTERVAL_S must stay below {PREFIX}SESSION_TIMEOUT_S"
             )
+        if self.max_request_bytes + RESULT_SPARE_BYTES > self.max_record_bytes:
+            raise ValueError(
+                f"{PREFIX}MAX_REQUEST_BYTES: must be {RESULT_SPARE_BYTES} below {PREFIX}MAX_RECORD_BYTES, "
+                "a result repeats a chunk's metadata beside its vector"
+            )
         return self
+
+    @property
+    def linger_ms(self) -> int:
+        """Of the producer: a query is never kept waiting for others."""
+        return 0 if self.lane is Lane.INTERACTIVE else self.producer_linger_ms
 
     def topic(self, name: str) -> str:
         """The full name of a topic of ours."""

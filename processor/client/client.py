@@ -239,12 +239,15 @@ class Client:
         catalogue = load_catalogue(self.settings)
         model = catalogue.find(request.model or catalogue.default_model)
         if model is None:
-            raise RequestRefused("vector_spaces: the model is not in this client's catalogue; name the spaces meant")
+            raise RequestRefused(
+                "vector_spaces: the model is not in this client's catalogue; name the spaces meant, here or by "
+                "EMBEDDING_VECTOR_SPACES"
+            )
         return (str(model.space(request.dimensions or catalogue.default_dimensions(model))),)
 
     def _parts(self, request: Request) -> list[Request]:
         check(request)
-        return split(request, max_bytes=self.settings.max_text_bytes, encode=self._codec.encode_request)
+        return split(request, max_bytes=self.settings.max_request_bytes, encode=self._codec.encode_request)
 
     async def _ask(self, topic: str, requests: Sequence[Request], timeout_s: float) -> list[Outcome]:
         """Send the requests in their order and gather the outcomes."""

@@ -133,9 +133,9 @@ async def test_without_its_lease_nothing_is_sent(kafka: Broker, unique: str) -> 
 
 async def test_a_message_that_is_too_large_does_not_poison_the_producer(kafka: Broker, unique: str) -> None:
     """It is refused before anything of its call is sent, and what comes after it is delivered."""
-    large = Destination("results", a_result(a_request(metadata={"pad": "x" * 20_000})))
-    async with posting(kafka, unique, max_record_bytes=10_000) as posted:
-        with pytest.raises(RecordTooLarge, match="EMBEDDING_MAX_RECORD_BYTES is 10000"):
+    large = Destination("results", a_result(a_request(metadata={"pad": "x" * 70_000})))
+    async with posting(kafka, unique, max_record_bytes=60_000, max_request_bytes=10_000) as posted:
+        with pytest.raises(RecordTooLarge, match="EMBEDDING_MAX_RECORD_BYTES is 60000"):
             await posted.outbox.send([result("corr-1", "c0"), large])
         assert await posted.values("results") == []
         await posted.outbox.send([result("corr-1", "c1")])

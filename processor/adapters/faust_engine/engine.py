@@ -26,7 +26,7 @@ from faust.serializers.schemas import Schema
 from processor.adapters.faust_engine.assignor import SingleOwnerAssignor
 from processor.adapters.faust_engine.consumer import COMMIT_TIMEOUT_S, Consumer, Transport
 from processor.adapters.kafka import connection, unavailable
-from processor.errors import ProcessorError
+from processor.errors import BrokerUnavailable, DeliveryFailed, ProcessorError, RegistryUnavailable
 from processor.ports import Run, RunHandler
 from processor.settings import Settings
 
@@ -37,6 +37,9 @@ BATCH_BYTES = 128 * 1024
 
 REQUEST_TIMEOUT_MS = 40_000
 FOREVER_MS = 2**31 - 1
+
+BLAMELESS = (DeliveryFailed, BrokerUnavailable, RegistryUnavailable, KafkaError)
+"""What a crash of this class says of the record that was worked on: nothing."""
 
 log = structlog.stdlib.get_logger(__name__)
 
@@ -135,6 +138,7 @@ class Engine:
             self.crash(error)
         await ended
         if self._error is not None:
+            await self._excuse()
             _end_process(self._error)
         log.info("stopping")
         watchdog = threading.Timer(self.settings.shutdown_timeout_s, _end_process, [None])
@@ -194,13 +198,21 @@ class Engine:
         await self._app.stop()
 
     def crash(self, error: BaseException) -> None:
-        """End the process with code 1 and try nothing more: no commit, no send. The first error is the one told."""
+        """End the process with code 1 and try nothing more: no send, no offset. The first error is the one told."""
         if self._error is None:
             self._error = error
             if threading.current_thread() is self._thread:
                 self._abandon()
             elif self._loop is not None:
                 self._loop.call_soon_threadsafe(self._abandon)
+
+    async def _excuse(self) -> None:
+        """An outage that ends the process again and again must not look like a record that does."""
+        if self.isolates and self._consumer is not None and isinstance(self._error, BLAMELESS):
+            try:
+                await self._consumer.excuse()
+            except Exception as error:  # noqa: BLE001 - the process ends; at worst a life counts that should not
+                log.warning("the end is not excused", reason=type(error).__name__)
 
     def _abandon(self) -> None:
         if self._consumer is not None:
@@ -260,7 +272,7 @@ class Engine:
             client_id=self._app_id,
             acks="all",
             enable_idempotence=settings.producer_idempotent,
-            linger_ms=settings.producer_linger_ms,
+            linger_ms=settings.linger_ms,
             compression_type=settings.producer_compression,
             max_batch_size=BATCH_BYTES,
             max_request_size=settings.max_record_bytes,

@@ -1,0 +1,40 @@
+"""Settings: each has an effect, and what can't work together is refused at start."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import processor
+from processor.domain import Lane
+from processor.errors import SettingsError
+from processor.settings import Settings, load
+
+
+def test_every_setting_has_an_effect() -> None:
+    """A setting that nothing reads would promise what it does not keep."""
+    read: set[str] = set()
+    for path in Path(processor.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute):
+                read.add(node.attr)
+            elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "secret":
+                read |= {
+                    word for each in node.args for word in (ast.literal_eval(each), f"{ast.literal_eval(each)}_file")
+                }
+    assert set(Settings.model_fields) <= read
+
+
+def test_a_query_is_not_kept_waiting_for_a_fuller_batch() -> None:
+    """The producer of the interactive lane sends at once; the bulk lane's fills its batches."""
+    assert Settings(lane=Lane.INTERACTIVE, producer_linger_ms=7).linger_ms == 0
+    assert Settings(producer_linger_ms=7).linger_ms == 7
+
+
+def test_what_is_served_fits_into_a_record() -> None:
+    """Else a request that is taken would make a result that can't be sent."""
+    with pytest.raises(SettingsError, match="EMBEDDING_MAX_REQUEST_BYTES"):
+        load(max_request_bytes=950_001)
+    assert load(max_request_bytes=950_000).max_request_bytes == 950_000
