@@ -437,7 +437,7 @@ async def test_whoever_waited_to_probe_is_free_once_the_provider_is_back() -> No
         bench.provider.gate.set()
         bench.provider.gate = asyncio.Event()
         await bench.settle()
-        assert bench.route.paused is None
+        assert not bench.worker.waiting()
         assert len(bench.provider.asked) == asked + 4
         bench.provider.gate.set()
         await bench.run_until_idle()
