@@ -55,6 +55,12 @@ class _ModelEntry(_Strict):
             raise ValueError("max_tokens_per_call must be at least max_input_tokens")
         return self
 
+    @model_validator(mode="after")
+    def _a_local_model_has_one_size(self) -> Self:
+        if self.provider == "local" and (self.shortenable or len(self.dimensions) != 1):
+            raise ValueError("a local model gives vectors of one size: list it alone, and no shortenable")
+        return self
+
     def spec(self, name: str, local_tokenizer: Path | None) -> ModelSpec:
         tokenizer: str | None = self.tokenizer
         if self.provider == "local":

@@ -151,6 +151,8 @@ def test_a_directory_of_ones_own_is_a_model_once_it_is_listed(tmp_path: Path) ->
             r"prices\.0\.from: ",
         ),
         ("models: {text-embedding-3-small: {prefixes: {other: x}}}", r"prefixes\.other"),
+        ("models: {all-MiniLM-L6-v2: {shortenable: true}}", "a local model gives vectors of one size"),
+        ("models: {all-MiniLM-L6-v2: {dimensions: [384, 128]}}", "a local model gives vectors of one size"),
     ],
 )
 def test_a_fault_in_the_file_names_file_model_and_field(yaml: str, told: str, tmp_path: Path) -> None:
