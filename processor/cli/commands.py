@@ -6,16 +6,17 @@ import sys
 from contextlib import aclosing
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from processor.adapters import topics as topic_adapter
 from processor.cli import console, settings_table
 from processor.cli import doctor as doctor_checks
 from processor.cli.console import EXIT_CODES, err, fail_if, out, print_json, run
-from processor.cli.totals import read_totals, table, total_fields
+from processor.cli.totals import is_bucket, read_totals, table, total_fields
 from processor.client import Client, ReceivedResult
 from processor.domain import Lane
 from processor.errors import ProcessorError
@@ -195,12 +196,16 @@ def usage(
     bucket: Annotated[
         str | None, typer.Option(help="A day 2026-11-21 or a month 2026-11; default: all months.")
     ] = None,
-    dimension: Annotated[str, typer.Option(help="all, model, operation, agent or collection.")] = "all",
+    dimension: Annotated[
+        Literal["all", "model", "operation", "agent", "collection"], typer.Option(help="What to sum by.")
+    ] = "all",
     as_json: AsJson = False,
 ) -> None:
     """Print the totals of tokens and money as the aggregator publishes them, by UTC month or day."""
     if context.invoked_subcommand is not None:
         return
+    if bucket is not None and not is_bucket(bucket):
+        raise typer.BadParameter("must be a day such as 2026-11-21 or a month such as 2026-11", param_hint="--bucket")
     totals = run(read_totals(load()), debug=_Options.debug)
     chosen = {
         key: sums
@@ -212,8 +217,10 @@ def usage(
     if as_json:
         for key, sums in chosen.items():
             print_json(total_fields(key, sums))
-    else:
+    elif chosen:
         out.print(table(chosen))
+    else:
+        err.print("no totals of this choice; they appear some seconds after the requests while an aggregator runs")
 
 
 @usage_app.command()
@@ -258,7 +265,7 @@ def doctor(as_json: AsJson = False) -> None:
         view = Table("", "what", "finding", "fix")
         colours = {"ok": "green", "warning": "yellow", "error": "red"}
         for check in checks:
-            view.add_row(f"[{colours[check.state]}]{check.state}[/]", check.name, check.what, check.fix)
+            view.add_row(f"[{colours[check.state]}]{check.state}[/]", check.name, escape(check.what), escape(check.fix))
         out.print(view)
     fail_if(any(check.state == "error" for check in checks))
 

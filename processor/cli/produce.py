@@ -81,8 +81,11 @@ async def produce_files(
                     await client.submit(
                         chunks, tenant_id=tenant_id, collection=collection, document_id=name, model=model
                     )
-                summary.documents += 1
-                summary.chunks += len(chunks)
+                if chunks or replace:
+                    summary.documents += 1
+                    summary.chunks += len(chunks)
+                else:
+                    err.print(f"{name}: holds no text, nothing sent", markup=False, highlight=False)
                 progress.advance(bar)
     return summary
 

@@ -6,9 +6,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from contextlib import aclosing
 from dataclasses import asdict, fields
+from datetime import date
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
+from rich.markup import escape
 from rich.table import Table
 
 from processor.accounts import BucketKey, UsageSums, UsageTotal
@@ -43,6 +45,15 @@ async def read_totals(settings: Settings) -> dict[BucketKey, UsageSums]:
     return {key: total_of(partitions) for key, partitions in sorted(newest.values(), key=lambda total: total[0])}
 
 
+def is_bucket(text: str) -> bool:
+    """Whether it is a day such as 2026-11-21 or a month such as 2026-11."""
+    try:
+        date.fromisoformat(text if len(text) == len("2026-11-21") else f"{text}-01")
+    except ValueError:
+        return False
+    return len(text) in {len("2026-11"), len("2026-11-21")}
+
+
 def add(parts: Iterable[UsageSums]) -> UsageSums:
     parts = list(parts)
     return UsageSums(**{field.name: sum(getattr(part, field.name) for part in parts) for field in fields(UsageSums)})
@@ -67,9 +78,9 @@ def table(totals: Mapping[BucketKey, UsageSums]) -> Table:
     for key, sums in totals.items():
         unpriced = "" if not sums.unpriced_tokens else f" + {sums.unpriced_tokens:,} unpriced"
         view.add_row(
-            key.payer_id,
+            escape(key.payer_id),
             key.bucket,
-            "all" if key.dimension == "all" else f"{key.dimension} {key.value}",
+            "all" if key.dimension == "all" else escape(f"{key.dimension} {key.value}"),
             f"{sums.requests:,}",
             f"{sums.billed_texts:,}",
             f"{sums.billed_tokens:,}",

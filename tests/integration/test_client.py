@@ -293,12 +293,13 @@ async def test_the_command_line_from_files_to_a_bill(service: Service, tenant: s
     folder.mkdir()
     (folder / "a.txt").write_text("First paragraph.\n\n" + "A sentence. " * 20)
     (folder / "b.txt").write_text("Another document.")
+    (folder / "c.txt").write_text(" \n")
     code, out, err = await cli(service, "topics", "check", "--json")
     assert (code, out, err) == (0, "", "")
     code, out, err = await cli(
         service, "produce", str(folder), "--tenant", tenant, "--max-characters", "100", "--wait", "--json"
     )
-    assert (code, err) == (0, "")
+    assert (code, err) == (0, f"{folder}/c.txt: holds no text, nothing sent\n")
     summary = json.loads(out)
     assert summary == {
         "documents": 2,

@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from io import StringIO
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 from typer.testing import CliRunner
 
+from processor.accounts import BucketKey, UsageSums
 from processor.cli.commands import app
 from processor.cli.console import money
 from processor.cli.corpus import of_files, standard_library
@@ -19,6 +22,7 @@ from processor.cli.demo import Report
 from processor.cli.produce import read_text, text_files
 from processor.cli.settings_table import markdown, rows
 from processor.cli.splitter import split_text
+from processor.cli.totals import table
 from processor.errors import RequestRefused, SettingsError
 from processor.settings import Settings, load
 
@@ -74,6 +78,9 @@ def test_every_command_explains_itself(command: str) -> None:
         ["produce", "no-such-file", "--tenant", "acme"],
         ["produce", "README.md", "--tenant", "acme", "--max-characters", "100", "--overlap", "50"],
         ["results", "--new"],
+        ["usage", "--dimension", "payer"],
+        ["usage", "--bucket", "2026-13"],
+        ["usage", "--bucket", "20261121"],
         ["worker", "--lane", "fast"],
     ],
 )
@@ -129,6 +136,16 @@ def test_a_variable_set_to_nothing_is_none_where_none_is_the_default(monkeypatch
     settings = load(_env_file=None)
     assert (settings.producer_compression, settings.openai_api_key_file, settings.redis_url) == (None, None, None)
     assert settings.reply_topics == ()
+
+
+def test_names_in_brackets_are_shown_as_they_are() -> None:
+    """Whatever a payer or a collection is called, the table prints it and does not take it for markup."""
+    totals = {BucketKey("[bold]acme[/x]", "2026-11", "collection", "[/]"): UsageSums(requests=1)}
+    printed = Console(file=StringIO(), width=200)
+    printed.print(table(totals))
+    shown = printed.file.getvalue()  # type: ignore[attr-defined]
+    assert "[bold]acme[/x]" in shown
+    assert "collection [/]" in shown
 
 
 def test_the_settings_page_is_up_to_date() -> None:
