@@ -79,10 +79,12 @@ class Worker:
         tickets = [ticket for ticket in self._tickets if ticket.lease in self._closing]
         self._drop(ticket for ticket in tickets if isinstance(ticket, Job) and not ticket.in_flight)
         deadline = self._clock.monotonic() + budget_s
-        while self._tickets.intersection(tickets) and self._clock.monotonic() < deadline:
-            await self._clock.sleep(0.02)
-        self._drop(self._tickets.intersection(tickets))
-        self.pipeline.order.abandon(leases)
+        try:
+            while self._tickets.intersection(tickets) and self._clock.monotonic() < deadline:
+                await self._clock.sleep(0.02)
+        finally:  # cancelled when a loop that stood still overran the budget: nobody else lets go of these
+            self._drop(self._tickets.intersection(tickets))
+            self.pipeline.order.abandon(leases)
 
     def _drop(self, tickets: Iterable[Ticket]) -> None:
         """Nothing of these is sent any more; their records are delivered again to whoever owns them next."""

@@ -529,6 +529,19 @@ async def test_revocation_lets_a_call_in_flight_end_within_its_budget() -> None:
         assert bench.lease.finished == [0]
 
 
+async def test_a_revocation_that_is_cut_short_lets_go_all_the_same() -> None:
+    """An engine that cancels `on_revoke` for its time finds the read-ahead free again."""
+    async with Bench() as bench:
+        bench.provider.gate = asyncio.Event()
+        await bench.publish(a_request(["mine"]))
+        await bench.step()
+        revoking = asyncio.ensure_future(bench.worker.on_revoke([bench.lease], budget_s=5.0))
+        await bench.settle()
+        revoking.cancel()
+        await bench.settle()
+        assert bench.worker.held_bytes == 0
+
+
 async def test_a_run_that_arrives_while_its_partition_is_revoked_is_left_alone() -> None:
     """Nothing is admitted for a lease that is being given up: it will be delivered again."""
     async with Bench() as bench:
