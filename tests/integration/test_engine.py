@@ -313,6 +313,33 @@ async def test_the_handlers_own_positions_win(kafka: Broker, topic: str) -> None
     assert set(again.seen) == {(0, offset) for offset in range(100)} | {(1, offset) for offset in range(90, 100)}
 
 
+async def test_what_is_committed_never_steps_back(kafka: Broker, topic: str) -> None:
+    """While a handler goes through the log again from its own position, the committed offset waits to be passed."""
+    await produce(kafka.bootstrap_servers, topic, 1, 100)
+    settings = engine_settings(kafka.bootstrap_servers)
+    handler = Handler()
+    async with running(settings, topic, handler):
+        await until(lambda: len(handler.finished) == 100, "all 100")
+
+    async def finish_the_first_half(run: Run) -> None:
+        for record in run.records:
+            if record.source.offset < 50:
+                again.finish(run, record.source.offset)
+
+    again = Handler(finish_the_first_half)
+    again.stored = {(topic, 0): 0}
+    async with group_of(kafka.bootstrap_servers, topic) as group:
+        async with running(settings, topic, again):
+            await until(lambda: len(again.finished) == 50, "the first half again")
+            await asyncio.sleep(3 * settings.commit_interval_s)
+            assert (await group.committed())[0] == 100
+            await produce(kafka.bootstrap_servers, topic, 1, 1)
+            await until(lambda: len(again.runs) == 2, "one more")
+            for run in again.runs:
+                await again.finish_all(run)
+        assert (await group.committed())[0] == 101
+
+
 async def test_a_position_beyond_the_log_is_refused(kafka: Broker, topic: str) -> None:
     """A store of a topic that was made again must not wait for offsets of the old one."""
     handler = Handler()

@@ -1,8 +1,8 @@
 """A worker process of nothing but an engine: `python -m tests.support.engine_process OPTIONS`.
 
 OPTIONS is JSON: bootstrap_servers, topic, settings; `hold`: finish nothing; `break_at`: raise at that offset; `die_at`:
-end at once there; `waiting`: claim a paused dependency; `hang`: a stop hook that never ends. It prints a line of JSON
-for each event.
+end at once there; `undelivered_at`: its results are not acknowledged; `waiting`: claim a paused dependency; `hang`: a
+stop hook that never ends. It prints a line of JSON for each event.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 import uvloop
 
 from processor.adapters.faust_engine import Engine
+from processor.errors import DeliveryFailed
 from processor.ports import Run
 from tests.support.engines import Handler, engine_settings
 
@@ -37,6 +38,8 @@ def main() -> int:
                 os._exit(9)
             if record.source.offset == options.get("break_at"):
                 raise RuntimeError("broken")
+            if record.source.offset == options.get("undelivered_at"):
+                raise DeliveryFailed("not acknowledged")
             if not options.get("hold"):
                 run.lease.finish(record.source.offset)
         say(event="run", partition=run.lease.partition, records=len(run.records), generation=run.lease.generation)

@@ -31,7 +31,7 @@ def session(time: Time) -> Session:
 
 @pytest.fixture
 def lease(session: Session) -> PartitionLease:
-    return PartitionLease("requests", 3, 7, 100, session)
+    return PartitionLease("requests", 3, 7, session, 100, 100)
 
 
 def test_a_lease_is_not_held_before_the_first_acknowledged_heartbeat(lease: PartitionLease) -> None:

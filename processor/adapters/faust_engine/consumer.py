@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import structlog
 from aiokafka import AIOKafkaProducer, TopicPartition
@@ -38,6 +38,15 @@ COMMIT_TIMEOUT_S = 5.0
 log = structlog.stdlib.get_logger(__name__)
 
 
+class Start(NamedTuple):
+    """Where a partition is read from, what is committed of it (or the same, if that is lower or nonsense), and what is
+    suspected of the record there."""
+
+    offset: int
+    committed: int
+    suspicion: Suspicion
+
+
 class Consumer(driver.Consumer):
     """Fetches runs, hands them to the agent, keeps the leases. All of it on the main loop."""
 
@@ -64,6 +73,7 @@ class Consumer(driver.Consumer):
         self._wakeup = asyncio.Event()
         self._queued: set[int] = set()
         self._in_hand: tuple[PartitionLease, asyncio.Task[None]] | None = None
+        self._abandoned: Mapping[TopicPartition, PartitionLease] = {}
 
     def _new_consumer_thread(self) -> ConsumerThread:
         return ConsumerThread(self, loop=self.loop, beacon=self.beacon)
@@ -110,8 +120,9 @@ class Consumer(driver.Consumer):
             # No time limit: a handler that makes its store again may read a long topic, and would begin anew each time.
             own = await self._own_positions(partitions)
             async with asyncio.timeout(REQUESTS_TIMEOUT_S):
-                starts, suspicions = await self._starts(partitions, own)
-                if not await self._thread.run(self._thread.seek_all(generation, starts)):
+                starts = await self._starts(partitions, own)
+                offsets = {partition: start.offset for partition, start in starts.items()}
+                if not await self._thread.run(self._thread.seek_all(generation, offsets)):
                     return False
         except (IllegalStateError, TimeoutError) as error:
             log.warning("partitions not taken over yet", generation=generation, reason=type(error).__name__)
@@ -125,12 +136,10 @@ class Consumer(driver.Consumer):
             return False
         self._queued.clear()
         self.leases = {
-            partition: PartitionLease(
-                partition.topic, partition.partition, generation, start, self.session, suspicions[partition]
-            )
+            partition: PartitionLease(partition.topic, partition.partition, generation, self.session, *start)
             for partition, start in starts.items()
         }
-        log.info("partitions taken over", generation=generation, starts=_offsets(starts))
+        log.info("partitions taken over", generation=generation, starts=_offsets(offsets))
         await self._commit_leases(self.leases)  # the marks stand before anything is handed out
         return True
 
@@ -141,15 +150,12 @@ class Consumer(driver.Consumer):
 
     async def _starts(
         self, partitions: Sequence[TopicPartition], own: Mapping[tuple[str, int], int]
-    ) -> tuple[dict[TopicPartition, int], dict[TopicPartition, Suspicion]]:
-        """Where each partition is read from: the handler's own position, else the committed one, else the beginning.
-
-        And what is suspected of the record there, when it is the committed one.
-        """
+    ) -> dict[TopicPartition, Start]:
+        """Each partition is read from the handler's own position, else the committed one, else its beginning."""
         if not partitions:
-            return {}, {}
+            return {}
         committed, first, end = await self._thread.run(self._thread.offsets(partitions))
-        starts, suspicions = {}, {}
+        starts = {}
         for partition in partitions:
             name = f"{partition.topic}/{partition.partition}"
             stored = own.get((partition.topic, partition.partition))
@@ -172,10 +178,11 @@ class Consumer(driver.Consumer):
                     to_offset=first[partition],
                 )
                 start = first[partition]
-            starts[partition] = start
             metadata = known.metadata if known is not None and known.offset == start else None
-            suspicions[partition] = Suspicion.parse(metadata).taken_over()
-        return starts, suspicions
+            # A store that is made again reads from the beginning: what is committed must not step back meanwhile.
+            done = known.offset if known is not None and start < known.offset <= end[partition] else start
+            starts[partition] = Start(start, done, Suspicion.parse(metadata).taken_over())
+        return starts
 
     async def _fetch(self, leases: Mapping[TopicPartition, PartitionLease]) -> None:
         fetched = await self._fetched(leases)
@@ -333,12 +340,24 @@ class Consumer(driver.Consumer):
             await self._commit_leases(leases, clean=True)
 
     def abandon(self) -> None:
-        """A crash: nothing more is sent, finished or committed."""
+        """A crash: nothing more is sent or finished, and no offset rises."""
         self._revocations += 1
         self.closing = self.closed = True
         leases, self.leases = self.leases, None
         for lease in (leases or {}).values():
             lease.revoke()
+        self._abandoned = leases or {}
+
+    async def excuse(self) -> None:
+        """After a crash that is no record's fault: say so in the metadata, where the committed offsets stand."""
+        async with asyncio.timeout(COMMIT_TIMEOUT_S), self._commit_lock:
+            if self._abandoned:
+                generation = next(iter(self._abandoned.values())).generation
+                marks = {
+                    partition: (lease.committed, str(lease.suspicion.running_alone(waiting=True)))
+                    for partition, lease in self._abandoned.items()
+                }
+                await self._thread.run(self._thread.commit_offsets(generation, marks))
 
     async def shut(self) -> None:
         """Give everything up, for good. A rebalance that comes meanwhile waits for it like any other."""
@@ -388,7 +407,7 @@ class Consumer(driver.Consumer):
         return await self._commit_leases(self.leases or {})
 
     async def _commit_leases(self, leases: Mapping[TopicPartition, PartitionLease], *, clean: bool = False) -> bool:
-        """Commit the watermarks that moved, and what is suspected where they stand; a clean end clears that.
+        """Commit the watermarks that rose, and what is suspected where they stand; a clean end clears that.
 
         Every delivery behind a watermark was awaited, so no producer is flushed.
         """
@@ -397,7 +416,8 @@ class Consumer(driver.Consumer):
             for partition, lease in leases.items():
                 offset = lease.watermark.first_unfinished
                 metadata = "" if clean or not self.engine.isolates else lease.note()
-                if offset != lease.committed or (self.engine.isolates and metadata != lease.noted):
+                noted = offset < lease.committed or not self.engine.isolates or metadata == lease.noted
+                if offset > lease.committed or not noted:
                     moved[partition] = (offset, metadata)
             if not moved:
                 return False

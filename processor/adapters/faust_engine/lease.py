@@ -65,15 +65,16 @@ class PartitionLease:
         topic: str,
         partition: int,
         generation: int,
-        start: int,
         session: Session,
+        start: int,
+        committed: int,
         suspicion: Suspicion = NO_SUSPICION,
     ) -> None:
         self.topic = topic
         self.partition = partition
         self.generation = generation
         self.watermark = Watermark(start)
-        self.committed = start
+        self.committed = committed
         self._start = start
         self.suspicion = suspicion
         self.noted = NOT_NOTED
