@@ -43,6 +43,16 @@ def dying_with_parent(command: Sequence[str]) -> list[str]:
     return [sys.executable, "-I", "-S", "-c", _DIE_WITH_PARENT, str(os.getpid()), *command]
 
 
+def end(process: subprocess.Popen[bytes], *, grace_s: float) -> None:
+    """Ask a process to end, then insist."""
+    process.terminate()
+    try:
+        process.wait(grace_s)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
 class ChildServer:
     """A server program as a child process: it answers once entered, and is gone when left.
 
@@ -102,12 +112,7 @@ class ChildServer:
     def stop(self, *, grace_s: float = 10.0) -> None:
         """Ask it to end, then insist. Does nothing when it does not run."""
         if self._process is not None:
-            self._process.terminate()
-            try:
-                self._process.wait(grace_s)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
-                self._process.wait()
+            end(self._process, grace_s=grace_s)
             self._process = None
         if self._output is not None:
             self._output.close()

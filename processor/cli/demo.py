@@ -30,7 +30,7 @@ import processor
 from processor.accounts import UsageSums
 from processor.adapters import topics
 from processor.adapters.avro import Codec
-from processor.adapters.embedded import EmbeddedBroker, EmbeddedCache, dying_with_parent, free_port
+from processor.adapters.embedded import EmbeddedBroker, EmbeddedCache, dying_with_parent, end, free_port
 from processor.adapters.reader import KafkaReader
 from processor.cli.console import FAILED, INTERRUPTED, err, out, print_json, run
 from processor.cli.corpus import Corpus, of_files, standard_library
@@ -121,13 +121,8 @@ class Child:
         self.check()
         return bool(self.get("/health/ready").get("ready"))
 
-    def stop(self, grace_s: float = 5.0) -> None:
-        self._process.terminate()
-        try:
-            self._process.wait(grace_s)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+    def stop(self) -> None:
+        end(self._process, grace_s=5.0)
 
 
 class Stack:

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from processor.domain import EmbeddingFunction, InputType, ModelSpec, Truncate
 from processor.embed import split
 from processor.errors import CallTooLarge, InputRejected, SettingsError
 from processor.ports import EmbeddingProvider, TokenCounts
-from processor.settings import load
+from processor.settings import Settings, load
 from tests.support.provider_server import ProviderServer
 
 TEXTS = ["How do I parse a date from a string?", "<|endoftext|> [SEP]", "naïve 文 \x00", "x" * 300]
@@ -42,18 +43,25 @@ class Case:
         return LocalTokenCounter().count(texts, self.model)
 
 
+@asynccontextmanager
+async def opened(settings: Settings) -> AsyncIterator[Case]:
+    """The provider with the catalogue's default model."""
+    catalogue = load_catalogue(settings)
+    model = catalogue.find(catalogue.default_model)
+    assert model is not None
+    provider = open_provider(settings, catalogue)
+    yield Case(provider, model)
+    await provider.close()
+
+
 @pytest.fixture(params=["openai", "local"])
 async def case(request: pytest.FixtureRequest) -> AsyncIterator[Case]:
     async with ProviderServer() as server:
         settings = load(
             provider=request.param, openai_base_url=server.base_url, openai_api_key="sk-test", local_threads=2
         )
-        catalogue = load_catalogue(settings)
-        model = catalogue.find(catalogue.default_model)
-        assert model is not None
-        provider = open_provider(settings, catalogue)
-        yield Case(provider, model)
-        await provider.close()
+        async with opened(settings) as case:
+            yield case
 
 
 async def test_each_text_gets_a_vector_of_its_own_in_order(case: Case) -> None:
@@ -111,13 +119,8 @@ async def test_calls_side_by_side_do_not_mix(case: Case) -> None:
 
 @pytest.fixture
 async def local() -> AsyncIterator[Case]:
-    settings = load(provider="local", local_threads=2)
-    catalogue = load_catalogue(settings)
-    model = catalogue.find(catalogue.default_model)
-    assert model is not None
-    provider = open_provider(settings, catalogue)
-    yield Case(provider, model)
-    await provider.close()
+    async with opened(load(provider="local", local_threads=2)) as case:
+        yield case
 
 
 async def test_what_means_the_same_lies_close(local: Case) -> None:
