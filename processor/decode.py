@@ -180,7 +180,7 @@ def _check_reply(request: Request, policy: Policy) -> Fault | None:
 def _check_sink(request: Request, policy: Policy) -> Fault | None:
     if not policy.sink_view:
         return Fault(ErrorCode.SINK_VIEW_OFF, "action", "the sink view is off (EMBEDDING_SINK_VIEW)")
-    if not request.document_id:
+    if request.document_id is None:
         return _invalid("document_id", "must name the document")
     if len(request.vector_spaces) > MAX_SPACES:
         return _invalid("vector_spaces", f"at most {MAX_SPACES} of them")

@@ -102,7 +102,7 @@ class Settings(BaseSettings):
     sink_view: bool = Field(True, description="Keep embedding-vectors, the compacted view for sinks.")
     reply_topics: Annotated[tuple[str, ...], NoDecode] = Field(
         ("embedding-replies",),
-        description="Topics (without prefix) a request may name in reply_to, separated by commas.",
+        description="Topics a request may name in reply_to (there in full, here without prefix), separated by commas.",
     )
     window_max_texts: int = Field(512, gt=0, description="A window closes at this many texts.")
     window_max_tokens: int = Field(200_000, gt=0, description="A window closes at this many tokens (bytes / 4).")

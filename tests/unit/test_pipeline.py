@@ -258,6 +258,22 @@ async def test_a_delete_is_acknowledged_after_its_tombstones() -> None:
         assert bench.outbox.usage == []
 
 
+async def test_whatever_enters_the_sink_view_can_be_deleted_from_it() -> None:
+    """An empty document id is an id like any other: null alone means no document."""
+    async with Bench() as bench:
+        await bench.handle(a_request(["x"], document_id=""))
+        (entry,) = bench.outbox.sink
+        assert isinstance(entry, Result)
+        await bench.handle(
+            a_request(
+                action="delete", chunks=(), chunk_ids=("c0",), document_id="", vector_spaces=(entry.vector_space,)
+            )
+        )
+        stone = bench.outbox.sink[-1]
+        assert isinstance(stone, Tombstone)
+        assert stone.vector_id == entry.vector_id
+
+
 async def test_a_chunk_sent_twice_reaches_the_sink_in_offset_order() -> None:
     """Law 8: though the first version needs two attempts and the second none, the newer one is the last in the view."""
     cache = MemoryCache()
