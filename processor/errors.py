@@ -48,7 +48,7 @@ class RecordTooLarge(ProcessorError):
 
 
 class BrokerUnavailable(ProcessorError):
-    """The broker did not answer a reader of topics; check its address and health. Starting again is safe."""
+    """The brokers did not answer as they should; the message names the settings. Starting again is safe."""
 
 
 class CacheUnavailable(ProcessorError):

@@ -95,7 +95,7 @@ class SqliteStore:
         self._path = path
         self._token = ""
         if read_only and not path.exists():
-            raise StoreError(f"aggregator_store: there is no {path}; start the aggregator first")
+            raise StoreError(f"EMBEDDING_AGGREGATOR_STORE: there is no {path}; start the aggregator first")
         with self._translated():
             self._db = sqlite3.connect(
                 f"{path.resolve().as_uri()}?mode={'ro' if read_only else 'rwc'}",
@@ -120,7 +120,7 @@ class SqliteStore:
             self._db.executescript(f"BEGIN IMMEDIATE; {SCHEMA} COMMIT;")
         elif version != SCHEMA_VERSION:
             raise StoreError(
-                f"aggregator_store: {self._path} has schema version {version}, this program needs {SCHEMA_VERSION}: "
+                f"EMBEDDING_AGGREGATOR_STORE: {self._path} has schema version {version}, this program needs {SCHEMA_VERSION}: "
                 "delete the file and start again, it is made anew from the topics"
             )
 
@@ -346,7 +346,7 @@ class SqliteStore:
         except sqlite3.Error as error:
             cause = getattr(error, "sqlite_errorname", "closed")
             raise StoreError(
-                f"aggregator_store: {self._path} can't be used ({cause}): free the disk or fix its rights; "
+                f"EMBEDDING_AGGREGATOR_STORE: {self._path} can't be used ({cause}): free the disk or fix its rights; "
                 "if it is damaged, delete it and start again, it is made anew from the topics"
             ) from error
 
