@@ -120,8 +120,8 @@ class SqliteStore:
             self._db.executescript(f"BEGIN IMMEDIATE; {SCHEMA} COMMIT;")
         elif version != SCHEMA_VERSION:
             raise StoreError(
-                f"EMBEDDING_AGGREGATOR_STORE: {self._path} has schema version {version}, this program needs {SCHEMA_VERSION}: "
-                "delete the file and start again, it is made anew from the topics"
+                f"EMBEDDING_AGGREGATOR_STORE: {self._path} has schema version {version}, this program needs "
+                f"{SCHEMA_VERSION}: delete the file and start again, it is made anew from the topics"
             )
 
     def close(self) -> None:

@@ -21,10 +21,11 @@ FAILED = 1
 NOT_REACHABLE = 3
 INTERRUPTED = 130
 
-EXIT_CODES = """\
-Exit codes: 0 ok, 1 failed or something is wrong, 2 wrong usage, 3 Kafka or the registry is not reachable,
-130 interrupted. A worker or an aggregator that can't go on ends with 1, and its log says why. Settings come from
-environment variables, see `embedding-processor settings`."""
+EXIT_CODES = (
+    "Exit codes: 0 ok, 1 failed or something is wrong, 2 wrong usage, 3 Kafka or the registry is not reachable, "
+    "130 interrupted. A worker or an aggregator that can't go on ends with 1, and its log says why. "
+    "Settings come from environment variables, see `embedding-processor settings`."
+)
 
 WIDTH_OF_A_FILE = 160
 

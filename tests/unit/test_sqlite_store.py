@@ -114,7 +114,7 @@ def test_many_keys_are_found(store: SqliteStore) -> None:
 
 def test_a_change_that_fails_leaves_nothing(store: SqliteStore) -> None:
     """A save is all or nothing."""
-    with pytest.raises(StoreError, match="aggregator_store"):
+    with pytest.raises(StoreError, match="EMBEDDING_AGGREGATOR_STORE"):
         store.save(StoreChange(topic=TOPIC, partition=1, cursor=CURSOR, seen={"r": Seen(1, None)}))  # type: ignore[arg-type]
     assert store.cursor(TOPIC, 1) is None
 
