@@ -56,7 +56,11 @@ REFUSED: dict[str, tuple[Request, str, str]] = {
         "reply_to.partition",
     ),
     "negative index": (a_request(["a"], first_chunk_index=-1), "invalid_request", "first_chunk_index"),
-    "index beyond all documents": (a_request(["a"], first_chunk_index=2**63 - 1), "invalid_request", "first_chunk_index"),
+    "index beyond all documents": (
+        a_request(["a"], first_chunk_index=2**63 - 1),
+        "invalid_request",
+        "first_chunk_index",
+    ),
     "count below its part": (a_request(["a", "b"], chunk_count=1), "invalid_request", "chunk_count"),
     "negative task total": (a_request(["a"], task_total=-1), "invalid_request", "task_total"),
     "delete of no document": (
