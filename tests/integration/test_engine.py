@@ -387,3 +387,14 @@ async def test_the_embedded_broker_serves_an_engine(embedded_broker: Broker, uni
         await engine.producer.send_and_wait(unique, b"and another", partition=0)
         await until(lambda: bool(successor.seen), "what came after the commit")
     assert set(successor.seen) == {(0, 101)}
+
+
+@pytest.mark.parametrize("codec", ["gzip", "snappy", "lz4", "zstd"])
+async def test_records_compressed_in_any_way_are_read(codec: str, kafka: Broker, topic: str) -> None:
+    """Producers choose how they compress; one whose choice could not be read would stop its partition."""
+    async with AIOKafkaProducer(bootstrap_servers=kafka.bootstrap_servers, compression_type=codec) as producer:
+        for _ in range(10):
+            await producer.send(topic, b"a text " * 100, partition=0)
+    handler = Handler()
+    async with running(engine_settings(kafka.bootstrap_servers), topic, handler):
+        await until(lambda: len(handler.seen) == 10, "10 records")
