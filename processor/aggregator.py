@@ -316,12 +316,12 @@ class Aggregator:
         _finish(lease, records)
 
     async def _fold_documents(self, lease: Lease, records: Sequence[Record]) -> None:
-        """Tombstones are written at the end of the backlog, and until then its offsets are not finished: were the
-        store lost meanwhile, nobody would know that these deletes are still due."""
+        """Tombstones are written at the end of the backlog, and until then offsets that nobody acted on before are not
+        finished: were the store lost meanwhile, nobody would know that these deletes are still due."""
         _, fresh = self._fresh(lease, records)
         waiting = self._waiting.setdefault(lease.partition, [])
-        waiting.extend((lease, record.source.offset) for record in records)
         place = self._place(lease)
+        waiting.extend((lease, each.source.offset) for each in records if each.source.offset >= place.acted_on)
         in_backlog = records[-1].source.offset + 1 < place.end
         if fresh:
             manifests, letters = await self._decode(DocumentManifest, fresh)
@@ -348,6 +348,7 @@ class Aggregator:
                 )
             )
             self._events.count("stale_vectors_deleted", len(stones), {})
+        _finish(lease, [record for record in records if record.source.offset < place.acted_on])
         if not in_backlog:
             for waiting_lease, offset in waiting:
                 waiting_lease.finish(offset)

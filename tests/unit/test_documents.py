@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from processor.adapters.sqlite_store import SqliteStore
 from processor.documents import UNKNOWN, fold_manifest, tombstones
 from processor.domain import DocumentManifest
 from processor.identity import vector_id
-from processor.ports import Destination
-from tests.support.aggregation import TOPIC_OF, TOPICS, Bench, MemoryLog
+from processor.ports import Destination, Run
+from tests.support.aggregation import PARTITIONS, TOPIC_OF, TOPICS, Bench, MemoryLog, Steps
+from tests.support.steps import FakeLease
 
 OLD, NEW = "a@1/8/l2", "b@1/8/l2"
 
@@ -119,6 +121,24 @@ async def test_a_rebuild_deletes_nothing_that_was_acted_on_before() -> None:
 
         assert deleted_once == [(vector, version(2)) for vector in ids("b")]
         assert bench.log.tombstones() == deleted_once
+
+
+async def test_a_rebuild_holds_back_only_what_nobody_acted_on_before() -> None:
+    """Of a long topic that is read again no more is kept than its records since the commit."""
+    with a_bench() as bench, closing(SqliteStore(bench.path.with_name("other.sqlite"))) as store:
+        log = bench.log
+        publish(log, a_manifest("abc", 1), a_manifest("ab", 2), a_manifest("a", 3))
+        await bench.run()
+        publish(log, a_manifest("", 4), a_manifest("c", 5))
+        partition = next(number for number in range(PARTITIONS) if log.after(TOPICS.documents, number, 0))
+        records = log.after(TOPICS.documents, partition, 0)
+        lease = FakeLease(TOPICS.documents, partition)
+        aggregator = bench.aggregator(store, Steps(None))
+        await aggregator.positions([(TOPICS.documents, partition)])
+        await aggregator.on_run(Run(lease, records[:4]))
+        assert lease.finished == [0, 1, 2]
+        await aggregator.on_run(Run(lease, records[4:]))
+        assert lease.finished == [0, 1, 2, 3, 4]
 
 
 async def test_a_rebuild_from_the_compacted_topic_still_finds_what_the_next_manifest_drops() -> None:
