@@ -11,6 +11,7 @@ import aiohttp
 from processor.adapters.schemas import Schema, allowed
 from processor.errors import RegistryUnavailable
 
+SCHEMA_NOT_FOUND = 40403
 MEDIA_TYPE = "application/vnd.schemaregistry.v1+json"
 
 
@@ -33,8 +34,8 @@ class SchemaRegistry:
         """
         if schema_id not in self._schemas:
             status, body = await self._request("GET", f"/schemas/ids/{schema_id}")
-            if status == HTTPStatus.NOT_FOUND:
-                return None
+            if isinstance(body, dict) and body.get("error_code") == SCHEMA_NOT_FOUND:
+                return None  # any other HTTP 404 may come from a proxy before the registry
             self._schemas[schema_id] = _ours(body) if self._usable(status, body, "schema") else None
         return self._schemas[schema_id]
 

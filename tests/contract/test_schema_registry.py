@@ -144,7 +144,7 @@ async def test_an_id_is_asked_for_once(own: Codec, server: RegistryServer) -> No
     assert server.requests == [f"GET /schemas/ids/{ours}", f"GET /schemas/ids/{foreign}"]
 
 
-@pytest.mark.parametrize("status", [401, 403, 429, 500, 503])
+@pytest.mark.parametrize("status", [401, 403, 404, 429, 500, 503])
 async def test_a_registry_in_trouble_makes_no_dead_letters(own: Codec, server: RegistryServer, status: int) -> None:
     """An answer that settles nothing is an outage of ours, and the record is tried again when it is over."""
     record = a_record(of_id(server.put(current("EmbeddingRequest").text)))
