@@ -9,7 +9,11 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from aiokafka import AIOKafkaConsumer, TopicPartition
+from aiokafka.admin import AIOKafkaAdminClient
+from aiokafka.structs import OffsetAndMetadata
 
+from processor.suspicion import OPEN, WAITING, Suspicion
 from tests.support.brokers import Broker
 from tests.support.engines import create_topic, group_of, produce
 
@@ -70,3 +74,23 @@ async def test_processes_killed_while_a_dependency_is_paused_make_nothing_lethal
     for _ in range(7):
         said = await _life(kafka, topic, lambda said: False, die_at=0, waiting=True)
         assert [event for event in said if event["event"] == "lethal"] == []
+
+
+async def test_an_end_for_want_of_an_acknowledgement_is_not_held_against_the_record(kafka: Broker, topic: str) -> None:
+    """A topic that takes nothing for an hour ends every process after its delivery timeout: nothing is counted."""
+    place = TopicPartition(topic, 0)
+    before, after = Suspicion(OPEN, 3, 1), Suspicion(WAITING, 4, 1)
+    async with AIOKafkaConsumer(
+        bootstrap_servers=kafka.bootstrap_servers, group_id=topic, enable_auto_commit=False
+    ) as consumer:
+        consumer.assign([place])
+        await consumer.commit({place: OffsetAndMetadata(0, str(before))})
+    said = await _life(kafka, topic, lambda said: False, undelivered_at=0)
+    assert [event for event in said if event["event"] == "lethal"] == []
+    admin = AIOKafkaAdminClient(bootstrap_servers=kafka.bootstrap_servers)
+    await admin.start()
+    try:
+        (known,) = (await admin.list_consumer_group_offsets(topic)).values()
+    finally:
+        await admin.close()
+    assert (known.offset, known.metadata) == (0, str(after))
