@@ -107,7 +107,12 @@ class Settings(BaseSettings):
     window_max_texts: int = Field(512, gt=0, description="A window closes at this many texts.")
     window_max_tokens: int = Field(200_000, gt=0, description="A window closes at this many tokens (bytes / 4).")
     window_max_wait_ms: int = Field(50, ge=0, description="A window closes after this wait; interactive: at once.")
-    max_concurrent_calls: int = Field(4, gt=0, description="Provider calls in flight per worker.")
+    max_concurrent_calls: int = Field(
+        4,
+        gt=0,
+        description="Provider calls in flight per worker.",
+        validation_alias=_alias("EMBEDDING_MAX_CONCURRENT_CALLS", "WORKER_COUNT"),
+    )
     read_ahead_bytes: int = Field(
         64 * 1024 * 1024,
         gt=0,

@@ -52,7 +52,8 @@ def charge(job: Job, *, provider: str, clock: Clock) -> Usage:
         request_id=job.request_id,
         payer_id=request.payer_id,
         operation=OPERATION_OF[ACTION_ALIASES[request.action]],
-        model=function.model.name if function is not None else (request.model or ""),
+        # Of a refused request the model stays empty: a name that a sender made up must not become a bucket.
+        model=function.model.name if function is not None else "",
         provider=provider,
         vector_space=str(function.space) if function is not None else "",
         billed=_amounts(billed, nanos),

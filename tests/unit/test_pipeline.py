@@ -210,7 +210,7 @@ async def test_a_refused_request_is_one_record_for_all_its_chunks_and_one_zero_c
         assert result.error is not None
         assert (result.error.code, result.error.field) == ("unknown_model", "model")
         (usage,) = bench.outbox.usage
-        assert (usage.billed.tokens, usage.failed_texts) == (0, 2)
+        assert (usage.billed.tokens, usage.failed_texts, usage.model) == (0, 2, "")
         assert bench.lease.finished == [0]
 
 
