@@ -47,6 +47,7 @@ PRIVATE_NAMES: Mapping[str, Sequence[str]] = {
     "aiokafka.consumer.group_coordinator:GroupCoordinator": (
         "_send_req",
         "check_errors",
+        "fetch_committed_offsets",
         "generation",
         "request_rejoin",
     ),
