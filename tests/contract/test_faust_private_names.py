@@ -30,14 +30,15 @@ NAMES = [(owner, name) for owner, names in PRIVATE_NAMES.items() for name in nam
 
 def resolve(owner: str) -> Any:
     module, _, name = owner.partition(":")
-    return getattr(importlib.import_module(module), name)
+    found = importlib.import_module(module)
+    return getattr(found, name) if name else found
 
 
 def has(owner: Any, name: str) -> bool:
     """As an attribute of the class, an annotation, or something that its __init__ sets."""
-    if hasattr(owner, name) or any(name in inspect.get_annotations(base) for base in owner.__mro__):
+    if hasattr(owner, name) or any(name in inspect.get_annotations(base) for base in getattr(owner, "__mro__", ())):
         return True
-    body = inspect.getsource(owner.__init__)
+    body = inspect.getsource(owner.__init__) if inspect.isclass(owner) else ""
     return f"self.{name} =" in body or f"self.{name}:" in body
 
 

@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 
 import pytest
 from aiokafka import AIOKafkaProducer
+from aiokafka.consumer import fetcher
+from aiokafka.record.default_records import _DefaultRecordBatchBuilderPy
 
 from processor.adapters.faust_engine import Engine
 from processor.errors import StoreError
@@ -50,6 +52,44 @@ async def test_runs_arrive_in_order_and_are_committed(kafka: Broker, topic: str)
         assert offsets == list(range(1_000))
     async with group_of(kafka.bootstrap_servers, topic) as group:
         assert await group.committed() == dict.fromkeys(range(PARTITIONS), 1_000)
+
+
+class OddName(str):
+    """A header's name as careless producers write it: in Latin-1."""
+
+    def encode(self, *_: str) -> bytes:
+        return b"caf\xe9"
+
+
+async def test_a_header_name_that_is_no_text_stops_nobody(
+    kafka: Broker, topic: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A record of such a header, and those around it in its batch and its partition, come once and in order."""
+    monkeypatch.setattr(fetcher, "MemoryRecords", fetcher.MemoryRecords)  # put back what the engine exchanges
+    await produce(kafka.bootstrap_servers, topic, 1, 10)
+    async with AIOKafkaProducer(bootstrap_servers=kafka.bootstrap_servers, compression_type="gzip") as producer:
+        await producer.partitions_for(topic)
+        batch = producer.create_batch()
+        batch._builder = _DefaultRecordBatchBuilderPy(
+            magic=2,
+            compression_type=1,
+            is_transactional=0,
+            producer_id=-1,
+            producer_epoch=-1,
+            base_sequence=-1,
+            batch_size=100_000,
+        )
+        for value, headers in ((b"10", []), (b"11", [(OddName("odd"), b"header")]), (b"12", [])):
+            assert batch.append(key=None, value=value, timestamp=1, headers=headers) is not None
+        batch.close()
+        await (await producer.send_batch(batch, topic, partition=0))
+    await produce(kafka.bootstrap_servers, topic, 1, 10)
+    handler = Handler()
+    async with running(engine_settings(kafka.bootstrap_servers), topic, handler):
+        await until(lambda: len(handler.seen) == 23, "23 records")
+    records = [record for run in handler.runs for record in run.records]
+    assert [record.source.offset for record in records] == list(range(23))
+    assert [record.headers for record in records if record.headers] == [(("caf\\xe9", b"header"),)]
 
 
 async def test_what_is_finished_out_of_order_waits_for_what_came_before(kafka: Broker, topic: str) -> None:

@@ -20,6 +20,7 @@ from mode.types import ServiceT
 
 from processor.adapters.faust_engine.lease import NO_GENERATION, PartitionLease, Session
 from processor.adapters.faust_engine.thread import RECORDS_PER_FETCH, ConsumerThread, Listener
+from processor.adapters.faust_engine.tolerant import read_any_header_name
 from processor.domain import Record, Source
 from processor.errors import StoreError
 from processor.ports import Run
@@ -241,6 +242,14 @@ class Consumer(driver.Consumer):
                 raise
             log.warning("fetch failed, trying again", reason=type(error).__name__)
             await self._idle(RETRY_S)
+            return {}
+        except UnicodeDecodeError:
+            log.error("the name of a record's header is not UTF-8: reading goes on with a slower parser")
+            read_any_header_name()
+            for partition, lease in (self.leases or {}).items():  # what the parser had begun is begun again
+                await self._thread.run(
+                    self._thread.seek_all(lease.generation, {partition: lease.watermark.next_offset})
+                )
             return {}
 
     async def _continues(self, lease: PartitionLease, partition: TopicPartition, offset: int) -> bool:

@@ -43,6 +43,7 @@ PRIVATE_NAMES: Mapping[str, Sequence[str]] = {
     "faust.transport.drivers.aiokafka:ConsumerRebalanceListener": ("_thread",),
     "faust.transport.drivers.aiokafka:Producer": ("_new_producer", "_producer", "flush"),
     "aiokafka:AIOKafkaConsumer": ("_coordinator", "_fetcher", "_subscription"),
+    "aiokafka.consumer.fetcher": ("MemoryRecords",),
     "aiokafka.consumer.fetcher:Fetcher": ("error_future",),
     "aiokafka.consumer.group_coordinator:GroupCoordinator": (
         "_send_req",
@@ -52,6 +53,8 @@ PRIVATE_NAMES: Mapping[str, Sequence[str]] = {
         "request_rejoin",
     ),
     "aiokafka.consumer.subscription_state:SubscriptionState": ("reassignment_in_progress",),
+    "aiokafka.record.default_records:_DefaultRecordBatchPy": ("_buffer", "_read_msg"),
+    "aiokafka.record.memory_records:_MemoryRecordsPy": ("MAGIC_OFFSET", "_next_slice", "next_batch"),
 }
 """What a new version of faust or aiokafka may change under us; tests/contract/test_faust_private_names.py looks."""
 
