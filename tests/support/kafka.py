@@ -21,7 +21,7 @@ VERSION = "4.1.0"
 _OLDEST_JAVA = 17
 
 _POM = f"""\
-<project xmlns="http://maven.apache.org/POM/4.0.0">
+<project>
   <modelVersion>4.0.0</modelVersion>
   <groupId>local</groupId>
   <artifactId>kafka-for-tests</artifactId>
