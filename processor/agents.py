@@ -31,11 +31,10 @@ class Worker:
         self._room = asyncio.Event()
         self._work = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._dispatcher: asyncio.Task[None] | None = None
 
     def start(self) -> None:
         """Start dispatching windows; call within the running loop."""
-        self._dispatcher = self._spawn(self._dispatch())
+        self._spawn(self._dispatch())
 
     async def stop(self) -> None:
         """End every task; what was not finished is delivered again to somebody else."""

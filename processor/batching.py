@@ -136,10 +136,10 @@ def pack(misses: Sequence[Fold], counter: TokenCounter, now_ms: int) -> list[Cal
     calls: list[Call] = []
     room_texts = room_tokens = 0
     for fold, text, count in zip(wanted, texts, counts, strict=True):
-        cut = count > model.max_input_tokens
-        if cut and function.truncate is Truncate.ERROR:
-            fold.fault = too_long(count, model.max_input_tokens)
+        fold.fault = too_long(count, function)
+        if fold.fault is not None:
             continue
+        cut = count > model.max_input_tokens
         if cut:
             text = _cut(fold.text, function, counter)
             count = counter.count([text], model).counts[0]

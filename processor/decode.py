@@ -28,7 +28,11 @@ from processor.work import Plan, Policy
 EMPTY_TEXT = Fault(ErrorCode.EMPTY_TEXT, "chunks.text", "chunks.text: empty or blank; leave the chunk out")
 
 
-def too_long(tokens: int, limit: int) -> Fault:
+def too_long(tokens: int, function: EmbeddingFunction) -> Fault | None:
+    """The fault of a text of so many tokens, or None when it fits or the policy is to cut it."""
+    limit = function.model.max_input_tokens
+    if tokens <= limit or function.truncate is not Truncate.ERROR:
+        return None
     return Fault(
         ErrorCode.TEXT_TOO_LONG,
         "chunks.text",

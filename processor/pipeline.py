@@ -21,7 +21,6 @@ from processor.domain import (
     Record,
     Request,
     Status,
-    Truncate,
 )
 from processor.embed import Route, embed
 from processor.emit import Emitter
@@ -41,7 +40,7 @@ from processor.ports import (
     VectorCache,
 )
 from processor.results import chunk_result, messages, plain_result, request_result, settle, tombstones
-from processor.usage import charge, cost_nanos
+from processor.usage import charge, cost_at
 from processor.work import Fold, Job, Outcome, Parcel, Plan, Policy, Ticket, Window, Work
 
 LETHAL = Undecodable(DlqClass.LETHAL, "ended_its_processes")
@@ -214,9 +213,9 @@ class Pipeline:
                 work.outcome = Outcome(fault=EMPTY_TEXT)
                 parcels.append(self._parcel(work))
             else:
-                self.queue(work, now)
+                self._queue(work, now)
 
-    def queue(self, work: Work, now: float) -> None:
+    def _queue(self, work: Work, now: float) -> None:
         """Put a work into the fold of its cache key."""
         job = work.job
         assert job.plan is not None
@@ -236,7 +235,7 @@ class Pipeline:
             self.batcher.settled(fold)
             if not settle(fold):
                 for work in fold.live_works():
-                    self.queue(work, now)
+                    self._queue(work, now)
             parcels += [self._parcel(work) for work in fold.works if work.outcome is not None]
         return parcels
 
@@ -301,14 +300,9 @@ class Pipeline:
         model = function.model
         job.unsent = job.unacked = len(request.chunks)
         counts = self.ports.counter.count([function.prefix + chunk.text for chunk in request.chunks], model)
-        price = model.price_at(job.source.append_ms)
         parcels = []
         for index, (chunk, tokens) in enumerate(zip(request.chunks, counts.counts, strict=True)):
-            fault = None
-            if not chunk.text.strip():
-                fault = EMPTY_TEXT
-            elif tokens > model.max_input_tokens and function.truncate is Truncate.ERROR:
-                fault = too_long(tokens, model.max_input_tokens)
+            fault = too_long(tokens, function) if chunk.text.strip() else EMPTY_TEXT
             kept = min(tokens, model.max_input_tokens)
             result = replace(
                 plain_result(job, index, chunk.chunk_id, Status.VALID, clock=self.ports.clock),
@@ -321,7 +315,7 @@ class Pipeline:
                 token_count=kept,
                 token_source=counts.source,
                 truncated=fault is None and tokens > kept,
-                cost_nanos=cost_nanos(kept, price.nanos_per_million if price else None),
+                cost_nanos=cost_at(kept, model, job.source.append_ms),
             )
             parcels.append(Parcel(job, lambda result=result: list(messages(result, self.policy))))  # type: ignore[misc]
         return parcels

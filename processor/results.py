@@ -17,7 +17,7 @@ from processor.domain import (
 )
 from processor.identity import vector_id
 from processor.ports import Clock, Destination
-from processor.usage import cost_nanos
+from processor.usage import cost_at
 from processor.work import Fold, Job, Outcome, Policy, Work
 
 
@@ -50,7 +50,6 @@ def chunk_result(work: Work, *, provider: str, clock: Clock) -> Result:
     function, entry = job.plan.function, outcome.entry
     request = job.request
     chunk = request.chunks[work.position]
-    price = function.model.price_at(job.source.append_ms)
     tokens = entry.tokens if entry is not None else 0
     return Result(
         request=request,
@@ -72,7 +71,7 @@ def chunk_result(work: Work, *, provider: str, clock: Clock) -> Result:
         token_source=entry.token_source if entry is not None else TokenSource.ESTIMATE,
         cache=outcome.level,
         truncated=entry.truncated if entry is not None else False,
-        cost_nanos=cost_nanos(tokens, price.nanos_per_million if price is not None else None),
+        cost_nanos=cost_at(tokens, function.model, job.source.append_ms),
         time_taken_ms=_taken_ms(job, clock),
         completed_at_ms=clock.now_ms(),
         error=outcome.fault,

@@ -10,6 +10,7 @@ from processor.domain import (
     Amounts,
     CacheLevel,
     Entry,
+    ModelSpec,
     Part,
     TokenSource,
     Usage,
@@ -26,6 +27,12 @@ def cost_nanos(tokens: int, nanos_per_million: int | None) -> int | None:
         return None
     whole, rest = divmod(tokens * nanos_per_million, MILLION)
     return whole + (rest * 2 > MILLION or (rest * 2 == MILLION and whole % 2 == 1))
+
+
+def cost_at(tokens: int, model: ModelSpec, at_ms: int) -> int | None:
+    """The cost at the price in force at that time; None when the model had none."""
+    price = model.price_at(at_ms)
+    return cost_nanos(tokens, price.nanos_per_million if price is not None else None)
 
 
 def charge(job: Job, *, provider: str, clock: Clock) -> Usage:
