@@ -65,10 +65,14 @@ class Undecodable(NamedTuple):
 
 
 class RequestDecoder(Protocol):
-    """Step 1. Never raises for bad bytes; may raise RegistryUnavailable for an unknown schema id: it is asked again."""
+    """Step 1, first half. Never raises for bad bytes. Bytes are capped first and consumed to the end."""
+
+    def decode_now(self, record: Record) -> Request | Undecodable | None:
+        """The request, or why the record is for the DLQ; None when its schema must be fetched first, by `decode`."""
+        ...
 
     async def decode(self, record: Record) -> Request | Undecodable:
-        """The request, or why the record is for the DLQ. Bytes are capped first and consumed to the end."""
+        """The same, whatever it takes. RegistryUnavailable for an unknown schema id: it is asked again."""
         ...
 
 

@@ -21,6 +21,7 @@ from processor.adapters.schemas import (
     CONFLUENT_MAGIC,
     SINGLE_OBJECT_HEADER_BYTES,
     SINGLE_OBJECT_MARK,
+    Schema,
     confluent_header,
     confluent_id,
     current,
@@ -125,39 +126,47 @@ class Codec:
         """The value of a request. UnicodeEncodeError when a text holds a lone surrogate."""
         return self._headers["EmbeddingRequest"] + write(request)
 
-    async def decode(self, record: Record) -> Request | Undecodable:
+    def decode_now(self, record: Record) -> Request | Undecodable | None:
         """Step 1, see `ports.RequestDecoder`. A tenant over 256 bytes or a correlation id over 1,024 is no identity."""
+        request = self.read_now(Request, record.value)
+        return request if request is None or isinstance(request, Undecodable) else _identified(request)
+
+    async def decode(self, record: Record) -> Request | Undecodable:
+        """The same, its schema fetched if need be."""
         request = await self.read(Request, record.value)
-        if isinstance(request, Undecodable):
-            return request
-        if not request.tenant_id:
-            return Undecodable(DlqClass.NO_IDENTITY, "no_tenant_id")
-        if not request.correlation_id:
-            return Undecodable(DlqClass.NO_IDENTITY, "no_correlation_id")
-        tenant_bytes, correlation_bytes = len(request.tenant_id.encode()), len(request.correlation_id.encode())
-        if tenant_bytes > MAX_TENANT_BYTES or correlation_bytes > MAX_CORRELATION_BYTES:
-            return Undecodable(DlqClass.NO_IDENTITY, "identity_too_long")
-        return request
+        return request if isinstance(request, Undecodable) else _identified(request)
 
     async def read(self, kind: type[T], value: bytes | None) -> T | Undecodable:
         """A value as that domain class (a result as ReceivedResult), or why it can't be read.
 
         Never raises for bad bytes. RegistryUnavailable when the id's schema can't be fetched: try again later.
         """
+        found = self.read_now(kind, value)
+        if found is not None:
+            return found
+        assert value is not None
+        assert self._registry is not None
+        return self._read(kind, value, CONFLUENT_HEADER_BYTES, await self._registry.schema(confluent_id(value)))
+
+    def read_now(self, kind: type[T], value: bytes | None) -> T | Undecodable | None:
+        """The same without waiting; None when the id's schema must be fetched first."""
         if value is None:
             return Undecodable(DlqClass.UNDECODABLE, "null_value")
         if len(value) > self._max_record_bytes:
             return Undecodable(DlqClass.TOO_LARGE, "over_max_record_bytes")
         if value.startswith(SINGLE_OBJECT_MARK) and len(value) >= SINGLE_OBJECT_HEADER_BYTES:
-            start = SINGLE_OBJECT_HEADER_BYTES
-            writer = self._released.get(value[len(SINGLE_OBJECT_MARK) : start])
-        elif len(value) >= CONFLUENT_HEADER_BYTES and value[0] == CONFLUENT_MAGIC:
-            start = CONFLUENT_HEADER_BYTES
-            if self._registry is None:
-                return Undecodable(DlqClass.UNKNOWN_SCHEMA, "no_registry")
-            writer = await self._registry.schema(confluent_id(value))
-        else:
+            writer = self._released.get(value[len(SINGLE_OBJECT_MARK) : SINGLE_OBJECT_HEADER_BYTES])
+            return self._read(kind, value, SINGLE_OBJECT_HEADER_BYTES, writer)
+        if len(value) < CONFLUENT_HEADER_BYTES or value[0] != CONFLUENT_MAGIC:
             return Undecodable(DlqClass.UNDECODABLE, "no_frame")
+        if self._registry is None:
+            return Undecodable(DlqClass.UNKNOWN_SCHEMA, "no_registry")
+        schema_id = confluent_id(value)
+        if schema_id not in self._registry.known:
+            return None
+        return self._read(kind, value, CONFLUENT_HEADER_BYTES, self._registry.known[schema_id])
+
+    def _read(self, kind: type[T], value: bytes, start: int, writer: Schema | None) -> T | Undecodable:
         if writer is None:
             return Undecodable(DlqClass.UNKNOWN_SCHEMA, "unknown_schema")
         if writer.name != WIRE_NAME[kind]:
@@ -186,6 +195,17 @@ class Codec:
         if letter.by_reference or key_bytes + header_bytes + len(record.value or b"") > room:
             return Encoded(record.key if key_bytes <= room else None, None, ours)
         return Encoded(record.key, record.value, kept + ours)
+
+
+def _identified(request: Request) -> Request | Undecodable:
+    if not request.tenant_id:
+        return Undecodable(DlqClass.NO_IDENTITY, "no_tenant_id")
+    if not request.correlation_id:
+        return Undecodable(DlqClass.NO_IDENTITY, "no_correlation_id")
+    tenant_bytes, correlation_bytes = len(request.tenant_id.encode()), len(request.correlation_id.encode())
+    if tenant_bytes > MAX_TENANT_BYTES or correlation_bytes > MAX_CORRELATION_BYTES:
+        return Undecodable(DlqClass.NO_IDENTITY, "identity_too_long")
+    return request
 
 
 def key_of(destination: Destination) -> bytes | None:

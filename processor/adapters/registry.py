@@ -25,19 +25,19 @@ class SchemaRegistry:
         self._url = url.rstrip("/")
         self._timeout = aiohttp.ClientTimeout(total=timeout_s)
         self._session: aiohttp.ClientSession | None = None
-        self._schemas: dict[int, Schema | None] = {}
+        self.known: dict[int, Schema | None] = {}
 
     async def schema(self, schema_id: int) -> Schema | None:
         """Our released schema behind an id; None when the id is unknown or stands for a foreign schema.
 
         What an id stands for never changes, so answers are kept; an unknown id is asked for again next time.
         """
-        if schema_id not in self._schemas:
+        if schema_id not in self.known:
             status, body = await self._request("GET", f"/schemas/ids/{schema_id}")
             if isinstance(body, dict) and body.get("error_code") == SCHEMA_NOT_FOUND:
                 return None  # any other HTTP 404 may come from a proxy before the registry
-            self._schemas[schema_id] = _ours(body) if self._usable(status, body, "schema") else None
-        return self._schemas[schema_id]
+            self.known[schema_id] = _ours(body) if self._usable(status, body, "schema") else None
+        return self.known[schema_id]
 
     async def register(self, subject: str, schema: Schema) -> int:
         """The id of the schema under `subject`; it is registered there when it is new.
@@ -53,7 +53,7 @@ class SchemaRegistry:
             await self._request("PUT", f"/config/{quote(subject, safe='')}", {"compatibility": "FULL_TRANSITIVE"})
         self._usable(status, answer, "id")
         schema_id = int(answer["id"])
-        self._schemas[schema_id] = schema
+        self.known[schema_id] = schema
         return schema_id
 
     async def close(self) -> None:
