@@ -12,6 +12,9 @@ from processor.ports import Lease, Run
 from processor.work import Fail, Job, Parcel, Policy, Ticket
 
 
+RECORDS_A_TURN = 64
+
+
 class Worker:
     """The `RunHandler` of a worker. `fail` ends the process: a task of ours that breaks must never be passed over.
 
@@ -52,9 +55,12 @@ class Worker:
         return len(self.pipeline.batcher)
 
     async def on_run(self, run: Run) -> None:
-        """Steps 1 and 2 for each record of a fetched run; waits while the read-ahead is full."""
+        """Steps 1 and 2 for each record of a fetched run; waits while the read-ahead is full.
+
+        Everybody else gets a turn every `RECORDS_A_TURN` records: a run can hold a thousand.
+        """
         known: list[Parcel] = []
-        for record in run.records:
+        for number, record in enumerate(run.records, 1):
             while self._held_bytes >= self._read_ahead_bytes and not self._is_over(run.lease):
                 self._hand_on(known)
                 known = []
@@ -62,7 +68,11 @@ class Worker:
                 await self._room.wait()
             if self._is_over(run.lease):
                 break
-            known += await self.pipeline.admit(record, run, self._opened)
+            await self.pipeline.admit(record, run, self._opened, known)
+            if number % RECORDS_A_TURN == 0:
+                self._hand_on(known)
+                known = []
+                await asyncio.sleep(0)
         self._hand_on(known)
 
     def _hand_on(self, known: Sequence[Parcel]) -> None:

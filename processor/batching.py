@@ -16,16 +16,26 @@ def estimated_tokens(text: str) -> int:
     return max(1, len(text.encode()) // 4)
 
 
+@dataclass(slots=True, eq=False)
+class _Queue:
+    """Folds of one function that wait for a window, oldest first. `texts` counts the works that wait with them."""
+
+    folds: dict[bytes, Fold] = field(default_factory=dict)
+    texts: int = 0
+    tokens: int = 0
+
+
 class Batcher:
     """The queues of folds, one per embedding function, and the table that makes in-flight texts single-flight."""
 
     def __init__(self, policy: Policy) -> None:
         self._policy = policy
-        self._queues: dict[EmbeddingFunction, dict[bytes, Fold]] = {}
+        self._queues: dict[EmbeddingFunction, _Queue] = {}
         self._folds: dict[bytes, Fold] = {}
 
     def __len__(self) -> int:
-        return sum(map(len, self._queues.values()))
+        """Distinct texts that wait for a window."""
+        return sum(len(queue.folds) for queue in self._queues.values())
 
     def add(self, work: Work, key: bytes, function: EmbeddingFunction, now: float) -> None:
         """Join the fold of an equal text that is queued or in flight, else queue a new one."""
@@ -33,10 +43,17 @@ class Batcher:
         if fold is not None:
             fold.works.append(work)
             work.fold = fold
+            if not fold.in_window:
+                self._queues[function].texts += 1
             return
-        fold = work.fold = Fold(key, function, [work], now, estimated_tokens(work.text))
+        fold = work.fold = Fold(key, function, [work], now, estimated_tokens(work.chunk.text))
         self._folds[key] = fold
-        self._queues.setdefault(function, {})[key] = fold
+        queue = self._queues.get(function)
+        if queue is None:
+            queue = self._queues[function] = _Queue()
+        queue.folds[key] = fold
+        queue.texts += 1
+        queue.tokens += fold.size_tokens
 
     def take(self, now: float, *, flush: bool = False) -> Window | None:
         """The due window whose oldest fold waited longest, or None. Folds that nobody wants any more are let go."""
@@ -56,33 +73,38 @@ class Batcher:
         self._folds.pop(fold.key, None)
 
     def _oldest(self, function: EmbeddingFunction) -> float:
-        return next(iter(self._queues[function].values())).waiting_since
+        return next(iter(self._queues[function].folds.values())).waiting_since
 
     def _due_at(self, function: EmbeddingFunction) -> float:
-        queue = self._queues[function]
-        policy = self._policy
-        full = len(queue) >= policy.window_max_texts or (
-            sum(fold.size_tokens for fold in queue.values()) >= policy.window_max_tokens
-        )
+        queue, policy = self._queues[function], self._policy
+        full = queue.texts >= policy.window_max_texts or queue.tokens >= policy.window_max_tokens
         return float("-inf") if full else self._oldest(function) + policy.window_max_wait_s
 
     def _close(self, function: EmbeddingFunction) -> Window:
-        queue = self._queues[function]
+        """Whole folds, the oldest first, up to the limits; a fold of more works than a window may hold goes alone."""
+        queue, policy = self._queues[function], self._policy
         window = Window(function, [])
-        tokens = 0
-        while queue and len(window.folds) < self._policy.window_max_texts:
-            key, fold = next(iter(queue.items()))
-            if not fold.live_works():
-                del queue[key]
+        passed: list[Fold] = []
+        texts = tokens = 0
+        for fold in queue.folds.values():
+            works = len(fold.works)
+            wanted = fold.wanted
+            if wanted and window.folds:
+                if texts + works > policy.window_max_texts or tokens + fold.size_tokens > policy.window_max_tokens:
+                    break
+            passed.append(fold)
+            if wanted:
+                texts += works
+                tokens += fold.size_tokens
+                fold.in_window = True
+                window.folds.append(fold)
+        for fold in passed:
+            del queue.folds[fold.key]
+            queue.texts -= len(fold.works)
+            queue.tokens -= fold.size_tokens
+            if not fold.in_window:
                 self.settled(fold)
-                continue
-            if window.folds and tokens + fold.size_tokens > self._policy.window_max_tokens:
-                break
-            del queue[key]
-            tokens += fold.size_tokens
-            fold.in_window = True
-            window.folds.append(fold)
-        if not queue:
+        if not queue.folds:
             del self._queues[function]
         return window
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from functools import lru_cache
 
 from processor.domain import EmbeddingFunction, Item
 from processor.identity import encode_int, encode_text
@@ -24,10 +25,15 @@ def hash_key(secret: bytes) -> bytes:
 
 def cache_key(key: bytes, tenant_id: str, function: EmbeddingFunction, text: str, own: Item | None) -> bytes:
     """The key of a text's entry. `own` is the item of a `use_cache=false` chunk, which has an entry to itself (U2)."""
-    parts = [encode_text(tenant_id), encode_text(str(function)), encode_text(text)]
+    parts = _scope(tenant_id, function.name) + encode_text(text)
     if own is not None:
-        parts += [encode_text(own.request_id), encode_int(own.index)]
-    return hashlib.blake2b(b"".join(parts), key=key, digest_size=KEY_BYTES).digest()
+        parts += encode_text(own.request_id) + encode_int(own.index)
+    return hashlib.blake2b(parts, key=key, digest_size=KEY_BYTES).digest()
+
+
+@lru_cache(maxsize=4096)
+def _scope(tenant_id: str, function: str) -> bytes:
+    return encode_text(tenant_id) + encode_text(function)
 
 
 async def look_up(folds: Sequence[Fold], cache: VectorCache) -> list[Fold]:

@@ -6,6 +6,7 @@ Each check names the field and the fix. Order matters only where one check makes
 from __future__ import annotations
 
 from dataclasses import replace
+from operator import attrgetter
 from typing import Any
 
 from processor.domain import (
@@ -40,22 +41,47 @@ def too_long(tokens: int, function: EmbeddingFunction) -> Fault | None:
     )
 
 
-def check(request: Request, size_bytes: int, *, policy: Policy, catalogue: Catalogue) -> Plan | Fault:
-    """What the request asks for, or why it is refused as a whole."""
-    action = ACTION_ALIASES.get(request.action)
-    if action is None:
-        return _invalid("action", f"must be one of {', '.join(sorted(ACTION_ALIASES))}")
-    if policy.lane is Lane.INTERACTIVE and action not in INTERACTIVE_ACTIONS:
-        return Fault(ErrorCode.WRONG_LANE, "action", f"{action} is served on the request topic, send it there")
-    return (
-        _check_ids(request)
-        or _check_size(request, action, size_bytes, policy)
-        or _check_lists(request, action, policy)
-        or _check_numbers(request)
-        or _check_reply(request, policy)
-        or (_check_sink(request, policy) if action in {Action.DELETE, Action.DOCUMENT_MANIFEST} else None)
-        or _resolve(request, action, policy=policy, catalogue=catalogue)
-    )
+class Checker:
+    """Says what requests ask for, or why they are refused as a whole. Remembers what equal wishes came to."""
+
+    def __init__(self, policy: Policy, catalogue: Catalogue) -> None:
+        self._policy = policy
+        self._catalogue = catalogue
+        self._plans: dict[tuple[object, ...], Plan] = {}
+
+    def check(self, request: Request, size_bytes: int) -> Plan | Fault:
+        """`size_bytes` is that of the record's value, which no field of it can exceed."""
+        policy = self._policy
+        action = ACTION_ALIASES.get(request.action)
+        if action is None:
+            return _invalid("action", f"must be one of {', '.join(sorted(ACTION_ALIASES))}")
+        if policy.lane is Lane.INTERACTIVE and action not in INTERACTIVE_ACTIONS:
+            return Fault(ErrorCode.WRONG_LANE, "action", f"{action} is served on the request topic, send it there")
+        return (
+            (_check_ids(request) if size_bytes > MAX_OWNER_BYTES else None)
+            or _check_size(request, action, size_bytes, policy)
+            or _check_lists(request, action, policy)
+            or _check_numbers(request)
+            or (_check_reply(request, policy) if request.reply_to is not None else None)
+            or (_check_sink(request, policy) if action in _LISTS_IDS else None)
+            or self._plan(request, action)
+        )
+
+    def _plan(self, request: Request, action: Action) -> Plan | Fault:
+        wish = (action, request.model, request.dimensions, request.input_type, request.truncate)
+        plan = self._plans.get(wish)
+        if plan is None:
+            resolved = _resolve(request, action, policy=self._policy, catalogue=self._catalogue)
+            if isinstance(resolved, Fault):
+                return resolved
+            if len(self._plans) >= MAX_PLANS:
+                self._plans.clear()
+            plan = self._plans[wish] = resolved
+        return plan
+
+
+MAX_PLANS = 4096
+"""Plans remembered; a sender can ask for any number of dimensions that a model can be cut to."""
 
 
 def _invalid(field: str, message: str) -> Fault:
@@ -65,6 +91,8 @@ def _invalid(field: str, message: str) -> Fault:
 MAX_OWNER_BYTES = 256
 """A provider call's intent names the payer of each of up to 2,048 items, and must fit into a record."""
 MAX_ID_BYTES = 1024
+MAX_UTF8_BYTES = 4
+"""Of one character."""
 MAX_SPACES = 32
 """A delete writes a tombstone for each chunk id in each space."""
 _IDS = (
@@ -81,7 +109,13 @@ _IDS = (
 )
 
 
+_id_values = attrgetter(*_IDS, "agent_owner_id")
+
+
 def _check_ids(request: Request) -> Fault | None:
+    longest = max([len(value) for value in _id_values(request) if value is not None])
+    if longest * MAX_UTF8_BYTES <= MAX_OWNER_BYTES and request.reply_to is None:
+        return None
     if (field := next(iter(_too_long_ids(request)), None)) is not None:
         limit = MAX_OWNER_BYTES if field == "agent_owner_id" else MAX_ID_BYTES
         return _invalid(field, f"over {limit} bytes; it is copied into each result")
@@ -119,7 +153,7 @@ def _check_size(request: Request, action: Action, size_bytes: int, policy: Polic
                 f"chunk_ids: {limit}; use fewer or shorter chunk ids",
             )
         return _invalid("chunks", f"the request is {limit}; split it into parts with first_chunk_index")
-    if metadata_bytes(request) > policy.max_metadata_bytes:
+    if request.metadata and metadata_bytes(request) > policy.max_metadata_bytes:
         return _invalid("metadata", f"over {policy.max_metadata_bytes} bytes; it is copied into each result")
     return None
 
@@ -132,14 +166,14 @@ def _check_lists(request: Request, action: Action, policy: Policy) -> Fault | No
     listed, other = ("chunk_ids", "chunks") if action in _LISTS_IDS else ("chunks", "chunk_ids")
     if getattr(request, other):
         return _invalid(other, f"must be empty for {action}; it takes {listed}")
-    ids = [chunk.chunk_id for chunk in request.chunks] or list(request.chunk_ids)
+    ids = [chunk.chunk_id for chunk in request.chunks] or request.chunk_ids
     if not ids and action is not Action.DOCUMENT_MANIFEST:
         return _invalid(listed, f"must not be empty for {action}")
     if action is not Action.DOCUMENT_MANIFEST and len(ids) > policy.max_chunks:
         return _invalid(listed, f"at most {policy.max_chunks} of them; split the request")
     if action is Action.GENERATE_QUERY and len(ids) != 1:
         return _invalid("chunks", "generate_query takes exactly one text; use generate for more")
-    if len(set(ids)) != len(ids):
+    if len(ids) > 1 and len(set(ids)) != len(ids):
         return _invalid(f"{listed}.chunk_id" if listed == "chunks" else listed, "a chunk id is there twice")
     return None
 

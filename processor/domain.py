@@ -302,25 +302,38 @@ class ModelSpec:
 
     def price_at(self, at_ms: int) -> Price | None:
         """The price in force at that time; None when unpriced (never 0)."""
-        return max((p for p in self.prices if p.effective_ms <= at_ms), key=lambda p: p.effective_ms, default=None)
+        found = None
+        for price in self.prices:
+            if price.effective_ms <= at_ms and (found is None or price.effective_ms > found.effective_ms):
+                found = price
+        return found
 
 
 @dataclass(frozen=True, slots=True)
 class EmbeddingFunction:
-    """What turns a text into a vector: equal functions and texts give equal vectors. Part of cache and queue keys."""
+    """What turns a text into a vector: equal functions and texts give equal vectors. Part of cache and queue keys.
+
+    `name` is all of it but the model's limits and prices, `space_name` that of its vector space.
+    """
 
     model: ModelSpec = field(compare=False)
-    space: VectorSpace
-    input_type: InputType
-    prefix: str
-    truncate: Truncate
+    space: VectorSpace = field(compare=False)
+    input_type: InputType = field(compare=False)
+    prefix: str = field(compare=False)
+    truncate: Truncate = field(compare=False)
+    space_name: str = field(init=False, compare=False)
+    name: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "space_name", str(self.space))
+        object.__setattr__(self, "name", f"{self.space}|{self.input_type}|{self.prefix}|{self.truncate}")
 
     @property
     def dimensions(self) -> int:
         return self.space.dimensions
 
     def __str__(self) -> str:
-        return f"{self.space}|{self.input_type}|{self.prefix}|{self.truncate}"
+        return self.name
 
 
 @dataclass(slots=True)

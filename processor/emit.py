@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
 from processor.errors import LeaseLost
 from processor.ordering import DocumentOrder
 from processor.ports import Clock, Destination, Outbox
-from processor.work import Job, Parcel, Ticket
+from processor.work import Job, Known, Parcel
 
 LEASE_POLL_S = 0.1
 
 
 @dataclass(frozen=True, slots=True)
 class Emitter:
-    """Sends parcels in document order under their leases. `charge` gives the usage message of a finished job."""
+    """Sends parcels in document order under their leases.
+
+    `write` adds an outcome's messages to a list; `charge` gives the usage message of a finished job.
+    """
 
     outbox: Outbox
     order: DocumentOrder
     clock: Clock
+    write: Callable[[Parcel, list[Destination]], None]
     charge: Callable[[Job], Destination | None]
 
     async def emit(
@@ -30,57 +34,62 @@ class Emitter:
         `receipts` of the window's provider calls are awaited before anything is yielded. A request's usage goes out
         with its last outcome. Parcels of a revoked lease are left out: they will be delivered again.
         """
-        waiting = _live(parcels)
-        while waiting:
-            ready = [parcel for parcel in waiting if self.order.ready(parcel)]
+        ready, waiting = self._divide(parcels)
+        while ready or waiting:
             if ready:
-                waiting = [parcel for parcel in waiting if not self.order.ready(parcel)]
-                sent = await self._send_outcomes(await self._send(ready, lambda parcel: parcel.before))
+                sent = await self._send_outcomes(await self._send_before(ready))
                 for receipt in receipts:
                     await receipt
                 receipts = ()
                 yield sent
             else:
                 await self.order.changed()
-            waiting = _live(waiting)
+            ready, waiting = self._divide(waiting)
         for receipt in receipts:
             await receipt
 
-    async def _send_outcomes(self, parcels: Sequence[Parcel]) -> Sequence[Parcel]:
-        charges: dict[Ticket, Destination] = {}
+    def _divide(self, parcels: Sequence[Parcel]) -> tuple[list[Parcel], list[Parcel]]:
+        """Those whose turn it is, and those that wait for an earlier offset."""
+        ready: list[Parcel] = []
+        waiting: list[Parcel] = []
         for parcel in parcels:
+            if parcel.ticket.live:
+                (ready if self.order.ready(parcel) else waiting).append(parcel)
+        return ready, waiting
+
+    async def _send_before(self, parcels: list[Parcel]) -> Sequence[Parcel]:
+        before = [list(parcel.before) if isinstance(parcel, Known) else [] for parcel in parcels]
+        if not any(before):
+            return parcels
+        return [parcel for parcel in await self._send(parcels, before) if parcel.ticket.live]
+
+    async def _send_outcomes(self, parcels: Sequence[Parcel]) -> Sequence[Parcel]:
+        batches: list[list[Destination]] = []
+        for parcel in parcels:
+            messages: list[Destination] = []
+            self.write(parcel, messages)
             ticket = parcel.ticket
             ticket.unsent -= 1
             if ticket.unsent == 0 and isinstance(ticket, Job) and (usage := self.charge(ticket)) is not None:
-                charges[ticket] = usage
+                messages.append(usage)
+            batches.append(messages)
+        return await self._send(parcels, batches)
 
-        def outcome(parcel: Parcel) -> Iterable[Destination]:
-            yield from parcel.outcome()
-            if parcel is last[parcel.ticket] and parcel.ticket in charges:
-                yield charges[parcel.ticket]
-
-        last = {parcel.ticket: parcel for parcel in parcels}
-        return await self._send(parcels, outcome)
-
-    async def _send(
-        self, parcels: Sequence[Parcel], pick: Callable[[Parcel], Iterable[Destination]]
-    ) -> Sequence[Parcel]:
-        """Send what `pick` gives; returns the parcels whose lease was still held.
+    async def _send(self, parcels: Sequence[Parcel], batches: Sequence[list[Destination]]) -> Sequence[Parcel]:
+        """Send each parcel's messages; returns the parcels whose lease was still held.
 
         A lease that is late without being revoked is waited for: dropping its work would leave a hole in the
         watermark that nobody fills.
         """
         while True:
-            live = _live(parcels)
-            messages = [message for parcel in live for message in pick(parcel)]
-            leases = list({id(parcel.ticket.lease): parcel.ticket.lease for parcel in live}.values())
+            messages = [message for batch in batches for message in batch]
+            leases = list({parcel.ticket.lease for parcel in parcels})
             try:
                 await self.outbox.send(messages, leases=leases)
             except LeaseLost:
                 await self.clock.sleep(LEASE_POLL_S)
             else:
-                return live
-
-
-def _live(parcels: Sequence[Parcel]) -> list[Parcel]:
-    return [parcel for parcel in parcels if parcel.ticket.live]
+                return parcels
+            live = [parcel.ticket.live for parcel in parcels]
+            batches = [batch for batch, alive in zip(batches, live, strict=True) if alive]
+            parcels = [parcel for parcel, alive in zip(parcels, live, strict=True) if alive]

@@ -8,60 +8,79 @@ never holds a window's slot while it waits, so waiting can't go round in a circl
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 from processor.ports import Lease
 from processor.work import DocumentKey, Parcel
+
+
+@dataclass(slots=True, eq=False)
+class _Document:
+    """How many outcomes each offset still owes, in offset order, and the last parcel of each chunk."""
+
+    owed: dict[int, int] = field(default_factory=dict)
+    last: dict[str, Parcel] = field(default_factory=dict)
 
 
 class DocumentOrder:
     """Entered in offset order as records are admitted, left as outcomes are acknowledged."""
 
     def __init__(self) -> None:
-        self._chunks: dict[tuple[Lease, DocumentKey, str], deque[int]] = {}
-        self._documents: dict[tuple[Lease, DocumentKey], dict[int, int]] = {}
+        self._documents: dict[tuple[Lease, DocumentKey], _Document] = {}
         self._changed = asyncio.Event()
 
-    def enter(self, lease: Lease, offset: int, document: DocumentKey, chunk_ids: Sequence[str]) -> None:
-        """A request about these chunks was admitted; with no chunk ids it is about the document itself."""
-        for chunk_id in chunk_ids:
-            self._chunks.setdefault((lease, document, chunk_id), deque()).append(offset)
-        self._documents.setdefault((lease, document), {})[offset] = max(1, len(chunk_ids))
+    def __len__(self) -> int:
+        """How many documents have outcomes outstanding."""
+        return len(self._documents)
+
+    def enter(self, document: DocumentKey, parcels: Sequence[Parcel]) -> None:
+        """All outcomes of one record about this document: at least one, in the order of its chunks."""
+        ticket = parcels[0].ticket
+        key = (ticket.lease, document)
+        entry = self._documents.get(key)
+        if entry is None:
+            entry = self._documents[key] = _Document()
+        entry.owed[ticket.source.offset] = len(parcels)
+        last = entry.last
+        for parcel in parcels:
+            parcel.document = document
+            if parcel.chunk_id is not None:
+                parcel.after = last.get(parcel.chunk_id)
+                last[parcel.chunk_id] = parcel
 
     def ready(self, parcel: Parcel) -> bool:
-        if parcel.document is None:
+        if parcel.after is not None:
+            if not parcel.after.left:
+                return False
+            parcel.after = None
+        if parcel.document is None or parcel.chunk_id is not None:
             return True
-        lease, offset = parcel.ticket.lease, parcel.ticket.source.offset
-        if parcel.chunk_id is not None:
-            earlier = self._chunks.get((lease, parcel.document, parcel.chunk_id))
-            return not earlier or earlier[0] >= offset
-        entries = self._documents.get((lease, parcel.document))
-        return not entries or next(iter(entries)) >= offset
+        entry = self._documents.get((parcel.ticket.lease, parcel.document))
+        return entry is None or next(iter(entry.owed)) >= parcel.ticket.source.offset
 
     def leave(self, parcel: Parcel) -> None:
         """The parcel is acknowledged."""
+        parcel.left = True
         if parcel.document is None:
             return
-        lease, offset = parcel.ticket.lease, parcel.ticket.source.offset
-        if parcel.chunk_id is not None:
-            key = (lease, parcel.document, parcel.chunk_id)
-            if waiting := self._chunks.get(key):
-                waiting.remove(offset)
-                if not waiting:
-                    del self._chunks[key]
-        if entries := self._documents.get((lease, parcel.document)):
-            entries[offset] -= 1
-            if not entries[offset]:
-                del entries[offset]
-            if not entries:
-                del self._documents[lease, parcel.document]
+        ticket = parcel.ticket
+        key, offset = (ticket.lease, parcel.document), ticket.source.offset
+        entry = self._documents.get(key)
+        if entry is None:
+            return
+        if parcel.chunk_id is not None and entry.last.get(parcel.chunk_id) is parcel:
+            del entry.last[parcel.chunk_id]
+        entry.owed[offset] -= 1
+        if not entry.owed[offset]:
+            del entry.owed[offset]
+            if not entry.owed:
+                del self._documents[key]
         self._changed.set()
 
     def abandon(self, leases: Sequence[Lease]) -> None:
         """These leases are over: whoever waits wakes up and finds that its ticket is no longer live."""
         gone = set(map(id, leases))
-        self._chunks = {key: value for key, value in self._chunks.items() if id(key[0]) not in gone}
         self._documents = {key: value for key, value in self._documents.items() if id(key[0]) not in gone}
         self._changed.set()
 

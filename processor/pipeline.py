@@ -10,16 +10,20 @@ from dataclasses import dataclass, field, replace
 
 from processor.batching import Batcher, pack
 from processor.cache import cache_key, hash_key, look_up, remember
-from processor.decode import EMPTY_TEXT, check, counts_as_usage, echoable, too_long
+from processor.decode import EMPTY_TEXT, Checker, counts_as_usage, echoable, too_long
 from processor.domain import (
     Action,
+    CacheLevel,
     DeadLetter,
     DlqClass,
     DocumentManifest,
+    EmbeddingFunction,
+    ErrorCode,
     Fault,
     Item,
     Record,
     Request,
+    Result,
     Status,
 )
 from processor.embed import Route, embed
@@ -32,6 +36,7 @@ from processor.ports import (
     Clock,
     Destination,
     Events,
+    Lease,
     Outbox,
     RequestDecoder,
     Run,
@@ -39,9 +44,9 @@ from processor.ports import (
     Undecodable,
     VectorCache,
 )
-from processor.results import chunk_result, messages, plain_result, request_result, settle, tombstones
+from processor.results import chunk_result, plain_result, request_result, settle, tombstones, write
 from processor.usage import charge, cost_at
-from processor.work import Fold, Job, Outcome, Parcel, Plan, Policy, Ticket, Window, Work
+from processor.work import Fold, Job, Known, Outcome, Parcel, Plan, Policy, Ticket, Window, Work
 
 LETHAL = Undecodable(DlqClass.LETHAL, "ended_its_processes")
 BYTES_IN_WORK = 1_000
@@ -77,21 +82,23 @@ class Pipeline:
         self.order = DocumentOrder()
         self.paused: str | None = None
         self._finished = finished
+        self._checker = Checker(policy, ports.catalogue)
         self._cache_secret = hash_key(policy.cache_secret)
-        self._emitter = Emitter(ports.outbox, self.order, ports.clock, self._charge)
+        self._emitter = Emitter(ports.outbox, self.order, ports.clock, self._write, self._charge)
 
-    async def admit(self, record: Record, run: Run, opened: Callable[[Ticket], None]) -> list[Parcel]:
-        """Steps 1 and 2: queue what is to be embedded; returns the parcels whose outcome is known already.
+    async def admit(self, record: Record, run: Run, opened: Callable[[Ticket], None], known: list[Parcel]) -> None:
+        """Steps 1 and 2: queue what is to be embedded; outcomes that are known already are added to `known`.
 
         `opened` is told of the record's ticket before anything can finish it; one that it drops goes no further.
         """
-        ticket, parcels = await self._decode(record, run)  # 1. bad input becomes a value
-        ticket.size_bytes += BYTES_IN_WORK * _in_work(ticket, parcels)
+        decoded = LETHAL if run.lethal else self.ports.decoder.decode_now(record) or await self._fetched(record)
+        outcomes: list[Parcel] = []
+        ticket = self._check(record, decoded, run.lease, outcomes)  # 1. bad input becomes a value
+        ticket.size_bytes += BYTES_IN_WORK * _in_work(ticket, outcomes)
         opened(ticket)
-        if not ticket.live:
-            return []
-        self._group(ticket, parcels)  # 2. equal texts are embedded once
-        return parcels
+        if ticket.live:
+            self._group(ticket, outcomes)  # 2. equal texts are embedded once
+            known += outcomes
 
     async def process(self, window: Window, release: Callable[[], None]) -> None:
         """Steps 3 to 8: carry a window of one embedding function to where its offsets may be committed.
@@ -118,31 +125,7 @@ class Pipeline:
 
     # Step 1
 
-    async def _decode(self, record: Record, run: Run) -> tuple[Ticket, list[Parcel]]:
-        """A job to queue, or a ticket with the parcels of what is known already. A lethal record is not looked at."""
-        decoded = LETHAL if run.lethal else await self._read(record)
-        size_bytes = len(record.value or b"")
-        clock = self.ports.clock
-        if isinstance(decoded, Undecodable):
-            ticket = Ticket(run.lease, record.source, size_bytes, clock.monotonic())
-            return ticket, [self._dead_letter(ticket, record, decoded)]
-        job = Job(
-            run.lease,
-            record.source,
-            size_bytes,
-            clock.monotonic(),
-            request=decoded,
-            request_id=request_id(decoded),
-        )
-        plan = check(decoded, size_bytes, policy=self.policy, catalogue=self.ports.catalogue)
-        if isinstance(plan, Fault):
-            self.ports.events.count("refused_requests", 1, {"code": plan.code})
-            job.request = echoable(decoded, self.policy)
-            return job, [self._whole(job, plan)]
-        job.plan = plan
-        return job, self._plain_action(job, plan, decoded)
-
-    async def _read(self, record: Record) -> Request | Undecodable:
+    async def _fetched(self, record: Record) -> Request | Undecodable:
         """A registry out of reach is waited for: ending the process for it would count against the record."""
         backoff_s = self.policy.retry_initial_s
         try:
@@ -156,6 +139,26 @@ class Pipeline:
         finally:
             self.paused = None
 
+    def _check(self, record: Record, decoded: Request | Undecodable, lease: Lease, known: list[Parcel]) -> Ticket:
+        """A job to queue, or a ticket whose outcomes are known already."""
+        size_bytes = len(record.value or b"")
+        started = self.ports.clock.monotonic()
+        if isinstance(decoded, Undecodable):
+            ticket = Ticket(lease, record.source, size_bytes, started)
+            known.append(self._dead_letter(ticket, record, decoded))
+            return ticket
+        job = Job(lease, record.source, size_bytes, started, request=decoded, request_id=request_id(decoded))
+        plan = self._checker.check(decoded, size_bytes)
+        if isinstance(plan, Fault):
+            self.ports.events.count("refused_requests", 1, {"code": plan.code})
+            job.request = echoable(decoded, self.policy)
+            known.append(self._whole(job, plan))
+        else:
+            job.plan = plan
+            if plan.operation is None:
+                known += self._plain_action(job, plan, decoded)
+        return job
+
     def _dead_letter(self, ticket: Ticket, record: Record, why: Undecodable) -> Parcel:
         self.ports.events.count("dead_letters", 1, {"class": why.reason})
         letter = DeadLetter(
@@ -165,16 +168,16 @@ class Pipeline:
             at_ms=self.ports.clock.now_ms(),
             by_reference=why.reason in BY_REFERENCE,
         )
-        return Parcel(ticket, lambda: [Destination("dlq", letter)])
+        return Known(ticket, outcome=lambda: Destination("dlq", letter))
 
-    def _plain_action(self, job: Job, plan: Plan, request: Request) -> list[Parcel]:
+    def _plain_action(self, job: Job, plan: Plan, request: Request) -> list[Known]:
         """The parcels of actions without embedding, which go from step 2 to step 7."""
         match plan.action:
             case Action.VALIDATE:
                 return self._validate(job, plan)
             case Action.DELETE:
                 return self._delete(job)
-            case Action.DOCUMENT_MANIFEST:
+            case _:
                 manifest = DocumentManifest(
                     tenant_id=request.tenant_id,
                     collection=request.collection,
@@ -184,45 +187,40 @@ class Pipeline:
                     source_version=job.source.version,
                     request_id=job.request_id,
                 )
-                stored = self._whole(job, None)
-                return [replace(stored, before=[Destination("documents", manifest)], document=job.document_key)]
-            case _:
-                return []
+                return [self._whole(job, None, before=[Destination("documents", manifest)])]
 
     # Step 2
 
-    def _group(self, ticket: Ticket, parcels: list[Parcel]) -> None:
+    def _group(self, ticket: Ticket, known: list[Parcel]) -> None:
         """Enter the record into its document's order and queue its texts; empty ones fail right here."""
         if not isinstance(ticket, Job) or ticket.plan is None:
             return
         job, plan, request = ticket, ticket.plan, ticket.request
-        if job.document_key is not None and plan.action is not Action.VALIDATE:
-            ids = [chunk.chunk_id for chunk in request.chunks]
-            ids = list(request.chunk_ids) if plan.action is Action.DELETE else ids
-            self.order.enter(job.lease, job.source.offset, job.document_key, ids)
+        document = job.document_key
         if plan.operation is None or plan.function is None:
+            if document is not None and plan.action is not Action.VALIDATE:
+                self.order.enter(document, known)
             return
-        job.works = [
-            Work(job, position, Item(job.request_id, request.first_chunk_index + position))
-            for position in range(len(request.chunks))
+        identity, first = job.request_id, request.first_chunk_index
+        works = job.works = [
+            Work(job, chunk_id=chunk.chunk_id, chunk=chunk, item=Item(identity, first + position))
+            for position, chunk in enumerate(request.chunks)
         ]
-        job.unsent = job.unacked = len(job.works)
-        now = self.ports.clock.monotonic()
-        for work in job.works:
-            if not work.text.strip():
+        job.unsent = job.unacked = len(works)
+        if document is not None:
+            self.order.enter(document, works)
+        for work in works:
+            if not work.chunk.text or work.chunk.text.isspace():
                 work.outcome = Outcome(fault=EMPTY_TEXT)
-                parcels.append(self._parcel(work))
+                known.append(work)
             else:
-                self._queue(work, now)
+                self._queue(work, plan.function, job.started)
 
-    def _queue(self, work: Work, now: float) -> None:
+    def _queue(self, work: Work, function: EmbeddingFunction, now: float) -> None:
         """Put a work into the fold of its cache key."""
-        job = work.job
-        assert job.plan is not None
-        assert job.plan.function is not None
-        function = job.plan.function
-        own = None if job.request.use_cache else work.item
-        key = cache_key(self._cache_secret, job.request.tenant_id, function, work.text, own)
+        request = work.job.request
+        own = None if request.use_cache else work.item
+        key = cache_key(self._cache_secret, request.tenant_id, function, work.chunk.text, own)
         self.batcher.add(work, key, function, now)
 
     # Between 6 and 7
@@ -230,70 +228,61 @@ class Pipeline:
     def _settle(self, window: Window) -> list[Parcel]:
         """Outcomes for the window's works; from here on an equal text starts anew and finds the cache."""
         parcels: list[Parcel] = []
-        now = self.ports.clock.monotonic()
         for fold in window.folds:
             self.batcher.settled(fold)
-            if not settle(fold):
-                for work in fold.live_works():
-                    self._queue(work, now)
-            parcels += [self._parcel(work) for work in fold.works if work.outcome is not None]
+            if settle(fold):
+                parcels += fold.works
+                continue
+            now = self.ports.clock.monotonic()
+            for work in fold.works:
+                if work.outcome is not None:
+                    parcels.append(work)
+                elif work.ticket.live:
+                    self._queue(work, fold.function, now)
         return parcels
 
     def _observe(self, window: Window, misses: Sequence[Fold], calls: int, took_s: float) -> None:
         """One rich line a window, and its texts by cache level and outcome."""
-        tally: dict[tuple[str, str], int] = {}
+        tally: dict[tuple[CacheLevel, ErrorCode | None], int] = {}
         for fold in window.folds:
             for work in fold.works:
                 if (outcome := work.outcome) is not None:
-                    label = (outcome.level.value, outcome.fault.code.value if outcome.fault else "ok")
+                    label = (outcome.level, None if outcome.fault is None else outcome.fault.code)
                     tally[label] = tally.get(label, 0) + 1
         for (level, code), texts in tally.items():
-            self.ports.events.count("texts", texts, {"cache": level, "outcome": code})
+            self.ports.events.count("texts", texts, {"cache": level.value, "outcome": code.value if code else "ok"})
         self.ports.events.observe("window_seconds", took_s, {})
         self.ports.events.observe("window_texts", sum(tally.values()), {})
         self.ports.events.window(
             {
-                "space": str(window.function.space),
+                "space": window.function.space_name,
                 "texts": sum(tally.values()),
                 "folds": len(window.folds),
                 "misses": len(misses),
                 "calls": calls,
-                "errors": sum(texts for (_, code), texts in tally.items() if code != "ok"),
+                "errors": sum(texts for (_, code), texts in tally.items() if code is not None),
                 "billed_tokens": sum(fold.entry.tokens for fold in misses if fold.entry is not None),
                 "took_ms": round(took_s * 1000),
             }
         )
 
-    def _parcel(self, work: Work) -> Parcel:
-        job = work.job
+    def _whole(self, job: Job, fault: Fault | None, before: Sequence[Destination] = ()) -> Known:
+        """The one outcome of a whole request: refused, or of a manifest, which its document's order puts in its turn."""
+        return Known(job, outcome=lambda: request_result(job, fault, clock=self.ports.clock), before=before)
 
-        def outcome() -> list[Destination]:
-            result = chunk_result(work, provider=self.route.provider.name, clock=self.ports.clock)
-            return list(messages(result, self.policy))
+    def _delete(self, job: Job) -> list[Known]:
+        ids = job.request.chunk_ids
+        job.unsent = job.unacked = len(ids)
 
-        return Parcel(job, outcome, document=job.document_key, chunk_id=work.chunk_id)
+        def deleted(index: int, chunk_id: str) -> Callable[[], Result]:
+            return lambda: plain_result(job, index, chunk_id, Status.OK, clock=self.ports.clock)
 
-    def _whole(self, job: Job, fault: Fault | None) -> Parcel:
-        result = request_result(job, fault, clock=self.ports.clock)
-        return Parcel(job, lambda: list(messages(result, self.policy)))
-
-    def _delete(self, job: Job) -> list[Parcel]:
-        request = job.request
-        job.unsent = job.unacked = len(request.chunk_ids)
         return [
-            Parcel(
-                job,
-                lambda index=index, chunk_id=chunk_id: list(  # type: ignore[misc]
-                    messages(plain_result(job, index, chunk_id, Status.OK, clock=self.ports.clock), self.policy)
-                ),
-                before=list(tombstones(job, chunk_id)),
-                document=job.document_key,
-                chunk_id=chunk_id,
-            )
-            for index, chunk_id in enumerate(request.chunk_ids)
+            Known(job, chunk_id=chunk_id, outcome=deleted(index, chunk_id), before=list(tombstones(job, chunk_id)))
+            for index, chunk_id in enumerate(ids)
         ]
 
-    def _validate(self, job: Job, plan: Plan) -> list[Parcel]:
+    def _validate(self, job: Job, plan: Plan) -> list[Known]:
         """What would happen to each chunk: valid or not, tokens and cost as estimates. Nothing is embedded."""
         request, function = job.request, plan.function
         assert function is not None
@@ -311,16 +300,29 @@ class Pipeline:
                 chunk_metadata=chunk.metadata,
                 provider=self.route.provider.name,
                 model=model.name,
-                vector_space=str(function.space),
+                vector_space=function.space_name,
                 token_count=kept,
                 token_source=counts.source,
                 truncated=fault is None and tokens > kept,
                 cost_nanos=cost_at(kept, model, job.source.append_ms),
             )
-            parcels.append(Parcel(job, lambda result=result: list(messages(result, self.policy))))  # type: ignore[misc]
+            parcels.append(Known(job, outcome=lambda result=result: result))  # type: ignore[misc]
         return parcels
 
     # Steps 7 and 8
+
+    def _write(self, parcel: Parcel, messages: list[Destination]) -> None:
+        """Add an outcome's messages."""
+        if isinstance(parcel, Work):
+            write(
+                chunk_result(parcel, provider=self.route.provider.name, clock=self.ports.clock), self.policy, messages
+            )
+        elif isinstance(parcel, Known):
+            outcome = parcel.outcome()
+            if isinstance(outcome, Result):
+                write(outcome, self.policy, messages)
+            else:
+                messages.append(outcome)
 
     def _charge(self, job: Job) -> Destination | None:
         """The usage of a request whose last outcome goes out now (U4); None for what is not embedded."""
@@ -339,7 +341,7 @@ class Pipeline:
                 self._finished(ticket)
 
 
-def _in_work(ticket: Ticket, parcels: Sequence[Parcel]) -> int:
+def _in_work(ticket: Ticket, known: Sequence[Parcel]) -> int:
     """How many texts, outcomes and tombstones a record becomes: many, for one of tiny chunks."""
     texts = len(ticket.request.chunks) if isinstance(ticket, Job) and ticket.plan is not None else 0
-    return texts + sum(1 + len(parcel.before) for parcel in parcels)
+    return texts + sum(1 + len(parcel.before) for parcel in known if isinstance(parcel, Known))

@@ -27,31 +27,30 @@ def settle(fold: Fold) -> bool:
     A follower of a hit reports the hit's level; `coalesced` follows a miss only. A fault of the text is shared.
     False when the fold was let go because nobody wanted it, while somebody joined since: embed it anew.
     """
-    if fold.entry is None and fold.fault is None:
-        return not fold.live_works()
+    entry = fold.entry
+    if entry is None:
+        if fold.fault is None:
+            return not fold.wanted
+        failed = Outcome(fault=fold.fault)
+        for work in fold.works:
+            if work.outcome is None:
+                work.outcome = failed
+        return True
+    saved = Outcome(CacheLevel.COALESCED if fold.level is CacheLevel.MISS else fold.level, entry)
     for work in fold.works:
-        if work.outcome is not None:
-            continue
-        if fold.entry is None:
-            work.outcome = Outcome(fault=fold.fault)
-            continue
-        billed = work.item == fold.entry.leader
-        level = CacheLevel.COALESCED if fold.level is CacheLevel.MISS and not billed else fold.level
-        work.outcome = Outcome(level, fold.entry, billed)
+        if work.outcome is None:
+            work.outcome = Outcome(fold.level, entry, billed=True) if work.item == entry.leader else saved
     return True
 
 
 def chunk_result(work: Work, *, provider: str, clock: Clock) -> Result:
     """The one result of a chunk of an embedding request."""
-    job, outcome = work.job, work.outcome
+    job, outcome, chunk = work.job, work.outcome, work.chunk
     assert outcome is not None
     assert job.plan is not None
     assert job.plan.function is not None
-    function, entry = job.plan.function, outcome.entry
-    request = job.request
-    chunk = request.chunks[work.position]
-    tokens = entry.tokens if entry is not None else 0
-    return Result(
+    function, entry, request = job.plan.function, outcome.entry, job.request
+    result = Result(
         request=request,
         source=job.source,
         request_id=job.request_id,
@@ -60,22 +59,27 @@ def chunk_result(work: Work, *, provider: str, clock: Clock) -> Result:
         length=1,
         chunk_id=chunk.chunk_id,
         chunk_metadata=chunk.metadata,
-        status=Status.OK if entry is not None else Status.ERROR,
-        vector=entry.vector if entry is not None else None,
-        vector_id=vector_id(request.tenant_id, request.collection, request.document_id, chunk.chunk_id, function.space),
+        status=Status.ERROR,
+        vector_id=vector_id(
+            request.tenant_id, request.collection, request.document_id, chunk.chunk_id, function.space_name
+        ),
         provider=provider,
         model=function.model.name,
-        vector_space=str(function.space),
-        dimensions=function.dimensions if entry is not None else 0,
-        token_count=tokens,
-        token_source=entry.token_source if entry is not None else TokenSource.ESTIMATE,
+        vector_space=function.space_name,
         cache=outcome.level,
-        truncated=entry.truncated if entry is not None else False,
-        cost_nanos=cost_at(tokens, function.model, job.source.append_ms),
+        cost_nanos=cost_at(entry.tokens if entry is not None else 0, function.model, job.source.append_ms),
         time_taken_ms=_taken_ms(job, clock),
         completed_at_ms=clock.now_ms(),
         error=outcome.fault,
     )
+    if entry is not None:
+        result.status = Status.OK
+        result.vector = entry.vector
+        result.dimensions = function.dimensions
+        result.token_count = entry.tokens
+        result.token_source = entry.token_source
+        result.truncated = entry.truncated
+    return result
 
 
 def request_result(job: Job, fault: Fault | None, *, clock: Clock) -> Result:
@@ -112,21 +116,21 @@ def plain_result(job: Job, index: int, chunk_id: str, status: Status, *, clock: 
     )
 
 
-def messages(result: Result, policy: Policy) -> Iterable[Destination]:
-    """The result, its copy for the sink view when it belongs there, and its copy for whoever awaits a reply."""
+def write(result: Result, policy: Policy, messages: list[Destination]) -> None:
+    """Add the result, its copy for the sink view when it belongs there, and that for whoever awaits a reply."""
     request = result.request
-    yield Destination("results", result)
+    messages.append(Destination("results", result))
     in_sink_view = (
         policy.sink_view
         and request.document_id is not None
-        and ACTION_ALIASES.get(request.action) is not Action.GENERATE_QUERY
         and result.vector is not None
+        and ACTION_ALIASES.get(request.action) is not Action.GENERATE_QUERY
     )
     if in_sink_view:
-        yield Destination("sink", result)
+        messages.append(Destination("sink", result))
     reply = request.reply_to
     if reply is not None and 0 <= reply.partition < policy.reply_partitions.get(reply.topic, 0):
-        yield Destination("replies", result, topic=reply.topic, partition=reply.partition)
+        messages.append(Destination("replies", result, topic=reply.topic, partition=reply.partition))
 
 
 def tombstones(job: Job, chunk_id: str) -> Iterable[Destination]:

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from processor.domain import (
     ACTION_ALIASES,
     OPERATION_OF,
     Amounts,
     CacheLevel,
-    Entry,
     ModelSpec,
     Part,
     TokenSource,
     Usage,
 )
 from processor.ports import Clock
-from processor.work import Job, Work
+from processor.work import Job
 
 MILLION = 1_000_000
 
@@ -40,19 +37,30 @@ def charge(job: Job, *, provider: str, clock: Clock) -> Usage:
 
     The time of the charge is the append time of the source record, so no client's clock can move a bill.
     """
-    request = job.request
-    billed = [work for work in job.works if work.outcome is not None and work.outcome.billed]
-    saved = [work for work in job.works if work.outcome is not None and work.outcome.entry and not work.outcome.billed]
-    cached = sum(
-        work.outcome.level in {CacheLevel.L1, CacheLevel.L2} for work in job.works if _entry(work) and work.outcome
-    )
-    function = job.plan.function if job.plan is not None else None
+    request, function = job.request, job.plan.function if job.plan is not None else None
     price = function.model.price_at(job.source.append_ms) if function is not None else None
     nanos = price.nanos_per_million if price is not None else None
+    billed, saved = Amounts(), Amounts()
+    cached = 0
     parts: dict[str, int] = {}
-    for work in billed:
-        if (entry := _entry(work)) is not None:
+    sources: set[TokenSource] = set()
+    for work in job.works:
+        outcome = work.outcome
+        if outcome is None or outcome.entry is None:
+            continue
+        entry = outcome.entry
+        sources.add(entry.token_source)
+        cached += outcome.level in _CACHED
+        amounts = saved
+        if outcome.billed:
+            amounts = billed
             parts[entry.attempt_id] = parts.get(entry.attempt_id, 0) + entry.tokens
+        amounts.texts += 1
+        amounts.tokens += entry.tokens
+        amounts.characters += len(work.chunk.text)
+    billed.cost_nanos = cost_nanos(billed.tokens, nanos)
+    saved.cost_nanos = cost_nanos(saved.tokens, nanos)
+    chunks = request.chunks
     return Usage(
         request=request,
         source=job.source,
@@ -62,15 +70,15 @@ def charge(job: Job, *, provider: str, clock: Clock) -> Usage:
         # Of a refused request the model stays empty: a name that a sender made up must not become a bucket.
         model=function.model.name if function is not None else "",
         provider=provider,
-        vector_space=str(function.space) if function is not None else "",
-        billed=_amounts(billed, nanos),
-        saved=_amounts(saved, nanos),
-        texts=len(request.chunks),
-        characters=sum(len(chunk.text) for chunk in request.chunks),
-        failed_texts=len(request.chunks) - len(billed) - len(saved),
+        vector_space=function.space_name if function is not None else "",
+        billed=billed,
+        saved=saved,
+        texts=len(chunks),
+        characters=sum([len(chunk.text) for chunk in chunks]),
+        failed_texts=len(chunks) - billed.texts - saved.texts,
         cached_texts=cached,
         parts=[Part(attempt_id, tokens) for attempt_id, tokens in parts.items()],
-        token_source=_source([*billed, *saved]),
+        token_source=next((source for source in _WEAKEST_FIRST if source in sources), TokenSource.PROVIDER),
         price_nanos_per_million=nanos,
         price_version=price.version if price is not None else None,
         charged_at_ms=job.source.append_ms,
@@ -79,24 +87,6 @@ def charge(job: Job, *, provider: str, clock: Clock) -> Usage:
     )
 
 
-def _entry(work: Work) -> Entry | None:
-    return work.outcome.entry if work.outcome is not None else None
-
-
-def _amounts(works: Sequence[Work], nanos_per_million: int | None) -> Amounts:
-    tokens = sum(entry.tokens for work in works if (entry := _entry(work)) is not None)
-    return Amounts(
-        texts=len(works),
-        tokens=tokens,
-        characters=sum(len(work.text) for work in works),
-        cost_nanos=cost_nanos(tokens, nanos_per_million),
-    )
-
-
-def _source(works: Sequence[Work]) -> TokenSource:
-    """The weakest source among the entries: one estimate makes the sum an estimate."""
-    sources = {entry.token_source for work in works if (entry := _entry(work)) is not None}
-    for source in (TokenSource.ESTIMATE, TokenSource.TOKENIZER):
-        if source in sources:
-            return source
-    return TokenSource.PROVIDER
+_CACHED = frozenset({CacheLevel.L1, CacheLevel.L2})
+_WEAKEST_FIRST = (TokenSource.ESTIMATE, TokenSource.TOKENIZER, TokenSource.PROVIDER)
+"""One estimate makes the sum an estimate."""

@@ -1,13 +1,22 @@
-"""What the steps pass along: a job is a request, a work one of its chunks, a fold the works of equal texts."""
+"""What a record becomes while it is worked on. Nothing here does I/O.
+
+    Ticket  one source record, whatever it holds; Job: one that is a request
+    Work    one chunk of a job                    Fold: works of one cache key, embedded once
+    Window  folds that go through steps 3 to 8 together
+    Parcel  one outcome on its way out: a Work, or what was Known without one
+
+A worker makes one or more of each for every record, so none of them is frozen: that costs four times the time.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from processor.domain import (
     Action,
     CacheLevel,
+    Chunk,
     EmbeddingFunction,
     Entry,
     Fault,
@@ -15,6 +24,7 @@ from processor.domain import (
     Lane,
     Operation,
     Request,
+    Result,
     Source,
     Truncate,
 )
@@ -47,7 +57,7 @@ class Policy:
     cache_secret: bytes = field(default=b"", repr=False)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class Plan:
     """What a valid request asks for, resolved against the catalogue. `function` is None for what embeds nothing."""
 
@@ -56,9 +66,9 @@ class Plan:
     function: EmbeddingFunction | None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class Outcome:
-    """How one chunk ended: an entry (billed or saved) or a fault."""
+    """How a chunk ended: an entry (billed or saved) or a fault."""
 
     level: CacheLevel = CacheLevel.MISS
     entry: Entry | None = None
@@ -110,27 +120,45 @@ class Job(Ticket):
 
 
 @dataclass(slots=True, eq=False)
-class Work:
-    """One chunk in work. `position` counts within the request, `item.index` within the whole document."""
+class Parcel:
+    """One outcome on its way out.
 
-    job: Job
-    position: int
+    With a `document` it waits for the earlier offsets of its chunk, or without a chunk id of the whole document:
+    `after` is the parcel of the same chunk before it. `left`: the broker has acknowledged it.
+    """
+
+    ticket: Ticket
+    document: DocumentKey | None = None
+    chunk_id: str | None = None
+    after: Parcel | None = field(default=None, repr=False)
+    left: bool = False
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class Known(Parcel):
+    """An outcome that needs no embedding, and what is sent `before` it (acknowledged first)."""
+
+    outcome: Callable[[], Result | Destination] = field(repr=False)
+    before: Sequence[Destination] = field(default=(), repr=False)
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class Work(Parcel):
+    """One chunk in work. `item.index` counts within the whole document."""
+
+    chunk: Chunk = field(repr=False)
     item: Item
     fold: Fold | None = None
     outcome: Outcome | None = None
 
     @property
-    def text(self) -> str:
-        return self.job.request.chunks[self.position].text
-
-    @property
-    def chunk_id(self) -> str:
-        return self.job.request.chunks[self.position].chunk_id
+    def job(self) -> Job:
+        return self.ticket  # type: ignore[return-value]  # a work is never made of anything else
 
     @property
     def order(self) -> tuple[str, int, int, int]:
         """The first by (topic, partition, offset, index) leads a fold (U2)."""
-        source = self.job.source
+        source = self.ticket.source
         return (source.topic, source.partition, source.offset, self.item.index)
 
 
@@ -150,10 +178,15 @@ class Fold:
 
     @property
     def text(self) -> str:
-        return self.works[0].text
+        return self.works[0].chunk.text
+
+    @property
+    def wanted(self) -> bool:
+        """Whether any request still waits for this text."""
+        return any(work.outcome is None and work.ticket.live for work in self.works)
 
     def live_works(self) -> list[Work]:
-        return [work for work in self.works if work.outcome is None and work.job.live]
+        return [work for work in self.works if work.outcome is None and work.ticket.live]
 
     def leader(self) -> Work | None:
         """The first live work, or None when every request that wanted this text is gone."""
@@ -170,17 +203,3 @@ class Window:
 
 Fail = Callable[[BaseException], None]
 """Ends the process: broken infrastructure or a bug."""
-
-
-@dataclass(slots=True, eq=False)
-class Parcel:
-    """One outcome on its way out: what is sent `before` (acknowledged first) and the outcome itself.
-
-    With a `document` it waits for the earlier offsets of its chunk, or without a chunk id of the whole document.
-    """
-
-    ticket: Ticket
-    outcome: Callable[[], Iterable[Destination]] = field(repr=False)
-    before: Sequence[Destination] = field(default=(), repr=False)
-    document: DocumentKey | None = None
-    chunk_id: str | None = None

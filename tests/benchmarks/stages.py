@@ -73,7 +73,7 @@ async def stages(dimensions: int) -> dict[str, float]:
     decode_us = timer.lap_us()
     lease = FakeLease()
     for record in records:
-        await pipeline.admit(record, Run(lease, [record]), lambda _: None)
+        await pipeline.admit(record, Run(lease, [record]), lambda _: None, [])
     admit_us = timer.lap_us()
 
     windows: list[Window] = []

@@ -19,7 +19,10 @@ def packed(*texts: str, prefix: str = "", truncate: Truncate = Truncate.ERROR) -
     function = EmbeddingFunction(model, model.space(4), InputType.DOCUMENT, prefix, truncate)
     request = a_request(texts)
     job = Job(FakeLease(), a_source(), 1, 0.0, request=request, request_id="r")
-    folds = [Fold(b"%d" % i, function, [Work(job, i, Item("r", i))], 0.0, 1) for i in range(len(texts))]
+    works = [
+        Work(job, chunk_id=chunk.chunk_id, chunk=chunk, item=Item("r", i)) for i, chunk in enumerate(request.chunks)
+    ]
+    folds = [Fold(b"%d" % i, function, [work], 0.0, 1) for i, work in enumerate(works)]
     return pack(folds, WordCounter(), NOW_MS)
 
 

@@ -575,6 +575,9 @@ class Registry:
         self.decoder = bench.codec
         self.reachable = asyncio.Event()
 
+    def decode_now(self, record: Record) -> Request | Undecodable | None:
+        return None
+
     async def decode(self, record: Record) -> Request | Undecodable:
         if not self.reachable.is_set():
             raise RegistryUnavailable("no answer")

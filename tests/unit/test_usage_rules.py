@@ -66,10 +66,9 @@ def test_whatever_leaves_first_each_chunk_leaves_in_offset_order(offsets: list[t
     lease, order = FakeLease(), DocumentOrder()
     waiting: list[Parcel] = []
     for offset, (document, chunk) in enumerate(offsets):
-        key, name = ("t", None, f"d{document}"), f"c{chunk}"
-        order.enter(lease, offset, key, [name])
-        ticket = Ticket(lease, a_source(offset), 1, 0.0)
-        waiting.append(Parcel(ticket, list, document=key, chunk_id=name))
+        parcel = Parcel(Ticket(lease, a_source(offset), 1, 0.0), chunk_id=f"c{chunk}")
+        order.enter(("t", None, f"d{document}"), [parcel])
+        waiting.append(parcel)
     left: dict[tuple[object, object], int] = {}
     while waiting:
         ready = [parcel for parcel in waiting if order.ready(parcel)]
@@ -80,3 +79,4 @@ def test_whatever_leaves_first_each_chunk_leaves_in_offset_order(offsets: list[t
         left[place] = parcel.ticket.source.offset
         order.leave(parcel)
         waiting.remove(parcel)
+    assert len(order) == 0
