@@ -48,7 +48,14 @@ class RecordTooLarge(ProcessorError):
 
 
 class BrokerUnavailable(ProcessorError):
-    """The brokers did not answer as they should; the message names the settings. Starting again is safe."""
+    """The brokers did not answer as they should; the message names the settings. Starting again is safe.
+
+    `may_pass`: to ask again later may help.
+    """
+
+    def __init__(self, message: str, *, may_pass: bool = False) -> None:
+        super().__init__(message)
+        self.may_pass = may_pass
 
 
 class CacheUnavailable(ProcessorError):

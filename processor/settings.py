@@ -74,6 +74,9 @@ class Settings(BaseSettings):
     delivery_timeout_s: float = Field(
         60.0, gt=0, description="A record not acknowledged by the broker in this time ends the process."
     )
+    broker_wait_s: float = Field(
+        300.0, ge=0, description="How long a start waits for brokers that don't answer; then the process ends."
+    )
     commit_interval_s: float = Field(1.0, gt=0, description="Time between offset commits.")
     max_record_bytes: int = Field(1_000_000, gt=1000, description="Largest record that is decoded or produced, bytes.")
     producer_linger_ms: int = Field(

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import ssl
-from typing import Any
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar
 
+import structlog
 from aiokafka.errors import UnknownError
 
 from processor.errors import BrokerUnavailable, SettingsError
 from processor.settings import PREFIX, Settings
+
+T = TypeVar("T")
+
+FIRST_BACK_OFF_S = 0.5
+LONGEST_BACK_OFF_S = 5.0
+
+log = structlog.stdlib.get_logger(__name__)
 
 
 def connection(settings: Settings) -> dict[str, Any]:
@@ -30,7 +40,30 @@ def unavailable(settings: Settings, error: BaseException) -> BrokerUnavailable:
     said = f"the brokers at {settings.bootstrap_servers} don't answer as they should ({type(error).__name__}); "
     if isinstance(error, UnknownError) and settings.producer_idempotent:  # Tansu's answer to InitProducerId
         return BrokerUnavailable(said + f"if they are the demo's, set {PREFIX}PRODUCER_IDEMPOTENT=false")
-    return BrokerUnavailable(said + f"check {PREFIX}BOOTSTRAP_SERVERS, the security settings and our rights")
+    return BrokerUnavailable(
+        said + f"check {PREFIX}BOOTSTRAP_SERVERS, the security settings and our rights",
+        may_pass=isinstance(error, TimeoutError) or bool(getattr(error, "retriable", False)),
+    )
+
+
+async def answered(settings: Settings, ask: Callable[[], Awaitable[T]]) -> T:
+    """What `ask` returns, once the brokers answer: they are waited for with back-off, for `broker_wait_s`.
+
+    For a process that starts: ended at once, it would be started again more and more rarely while they are away, and
+    late when they are back. Raises BrokerUnavailable when they stay away, or when waiting would not help.
+    """
+    clock = asyncio.get_running_loop()
+    until, back_off_s = clock.time() + settings.broker_wait_s, FIRST_BACK_OFF_S
+    while True:
+        try:
+            return await ask()
+        except BrokerUnavailable as error:
+            left_s = until - clock.time()
+            if not error.may_pass or left_s <= 0:
+                raise
+            log.warning("waiting for the brokers", why=str(error), at_most_s=round(left_s))
+        await asyncio.sleep(min(back_off_s, left_s))
+        back_off_s = min(2 * back_off_s, LONGEST_BACK_OFF_S)
 
 
 def _sasl(settings: Settings) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 from aiokafka.errors import KafkaError, TopicAlreadyExistsError, for_code
 
-from processor.adapters.kafka import connection, unavailable
+from processor.adapters.kafka import answered, connection, unavailable
 from processor.adapters.schemas import schema_directory
 from processor.errors import TopicsError
 from processor.settings import Settings
@@ -123,8 +123,11 @@ async def check(settings: Settings, only: Collection[str] | None = None) -> list
 
 
 async def verify(settings: Settings, only: Collection[str] | None = None) -> list[Finding]:
-    """`check` for a start: raises TopicsError with every error at once, else returns the warnings."""
-    findings = await check(settings, only)
+    """`check` for a start: raises TopicsError with every error at once, else returns the warnings.
+
+    Brokers that don't answer are waited for, up to `broker_wait_s`.
+    """
+    findings = await answered(settings, lambda: check(settings, only))
     errors = [finding for finding in findings if finding.severity is Severity.ERROR]
     if errors:
         lines = "\n".join(f"  {finding.topic}: {finding.what}; {finding.fix}" for finding in errors)

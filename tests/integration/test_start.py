@@ -39,8 +39,8 @@ async def last_words(role: str, **settings: str) -> dict[str, Any]:
 
 
 async def test_brokers_out_of_reach_are_said_with_their_address() -> None:
-    """The operator reads which setting to look at."""
-    said = await last_words("worker", bootstrap_servers="127.0.0.1:1")
+    """A start waits for them no longer than it should; then the operator reads which setting to look at."""
+    said = await last_words("worker", bootstrap_servers="127.0.0.1:1", broker_wait_s="1")
     assert (said["level"], said["error"]) == ("critical", "BrokerUnavailable")
     assert "127.0.0.1:1 " in said["why"]
     assert "EMBEDDING_BOOTSTRAP_SERVERS" in said["why"]
