@@ -167,9 +167,10 @@ class Bench:
             "results": results,
             "group": f"{self.prefix}-{kind}-{round_}",
             "dimensions": str(self.dimensions),
-            "partitions": str(PARTITIONS),
         }
         arguments = [part for name, value in options.items() for part in (f"--{name}", value)]
+        if not self.broker.is_apache_kafka:
+            arguments.append("--no-idempotent")
         log = self.folder / f"{kind}.log"
         with log.open("ab") as out:
             process = subprocess.Popen(  # noqa: ASYNC220  (nothing else runs here meanwhile)
