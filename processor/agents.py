@@ -11,7 +11,6 @@ from processor.pipeline import Pipeline, Ports
 from processor.ports import Lease, Run
 from processor.work import Fail, Job, Parcel, Policy, Ticket
 
-
 RECORDS_A_TURN = 64
 
 

@@ -89,9 +89,9 @@ class Batcher:
         for fold in queue.folds.values():
             works = len(fold.works)
             wanted = fold.wanted
-            if wanted and window.folds:
-                if texts + works > policy.window_max_texts or tokens + fold.size_tokens > policy.window_max_tokens:
-                    break
+            full = texts + works > policy.window_max_texts or tokens + fold.size_tokens > policy.window_max_tokens
+            if full and wanted and window.folds:
+                break
             passed.append(fold)
             if wanted:
                 texts += works

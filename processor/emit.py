@@ -8,36 +8,33 @@ from dataclasses import dataclass
 from processor.errors import LeaseLost
 from processor.ordering import DocumentOrder
 from processor.ports import Clock, Destination, Outbox
-from processor.work import Job, Known, Parcel
+from processor.work import Known, Parcel
 
 LEASE_POLL_S = 0.1
 
 
 @dataclass(frozen=True, slots=True)
 class Emitter:
-    """Sends parcels in document order under their leases.
-
-    `write` adds an outcome's messages to a list; `charge` gives the usage message of a finished job.
-    """
+    """Sends parcels in document order under their leases. `write` gives the messages of each outcome, once."""
 
     outbox: Outbox
     order: DocumentOrder
     clock: Clock
-    write: Callable[[Parcel, list[Destination]], None]
-    charge: Callable[[Job], Destination | None]
+    write: Callable[[Sequence[Parcel]], Sequence[list[Destination]]]
 
     async def emit(
         self, parcels: Sequence[Parcel], receipts: Sequence[Awaitable[None]] = ()
     ) -> AsyncIterator[Sequence[Parcel]]:
         """Yields parcels once the broker has acknowledged all of theirs; the caller acknowledges them in turn.
 
-        `receipts` of the window's provider calls are awaited before anything is yielded. A request's usage goes out
-        with its last outcome. Parcels of a revoked lease are left out: they will be delivered again.
+        `receipts` of the window's provider calls are awaited before anything is yielded. Parcels of a revoked lease
+        are left out: they will be delivered again.
         """
         ready, waiting = self._divide(parcels)
         while ready or waiting:
             if ready:
-                sent = await self._send_outcomes(await self._send_before(ready))
+                ready = await self._send_before(ready)
+                sent = await self._send(ready, self.write(ready))
                 for receipt in receipts:
                     await receipt
                 receipts = ()
@@ -57,23 +54,11 @@ class Emitter:
                 (ready if self.order.ready(parcel) else waiting).append(parcel)
         return ready, waiting
 
-    async def _send_before(self, parcels: list[Parcel]) -> Sequence[Parcel]:
+    async def _send_before(self, parcels: list[Parcel]) -> list[Parcel]:
         before = [list(parcel.before) if isinstance(parcel, Known) else [] for parcel in parcels]
         if not any(before):
             return parcels
         return [parcel for parcel in await self._send(parcels, before) if parcel.ticket.live]
-
-    async def _send_outcomes(self, parcels: Sequence[Parcel]) -> Sequence[Parcel]:
-        batches: list[list[Destination]] = []
-        for parcel in parcels:
-            messages: list[Destination] = []
-            self.write(parcel, messages)
-            ticket = parcel.ticket
-            ticket.unsent -= 1
-            if ticket.unsent == 0 and isinstance(ticket, Job) and (usage := self.charge(ticket)) is not None:
-                messages.append(usage)
-            batches.append(messages)
-        return await self._send(parcels, batches)
 
     async def _send(self, parcels: Sequence[Parcel], batches: Sequence[list[Destination]]) -> Sequence[Parcel]:
         """Send each parcel's messages; returns the parcels whose lease was still held.

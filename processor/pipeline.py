@@ -46,7 +46,7 @@ from processor.ports import (
 )
 from processor.results import chunk_result, plain_result, request_result, settle, tombstones, write
 from processor.usage import charge, cost_at
-from processor.work import Fold, Job, Known, Outcome, Parcel, Plan, Policy, Ticket, Window, Work
+from processor.work import Fold, Instant, Job, Known, Outcome, Parcel, Plan, Policy, Ticket, Window, Work
 
 LETHAL = Undecodable(DlqClass.LETHAL, "ended_its_processes")
 BYTES_IN_WORK = 1_000
@@ -84,7 +84,7 @@ class Pipeline:
         self._finished = finished
         self._checker = Checker(policy, ports.catalogue)
         self._cache_secret = hash_key(policy.cache_secret)
-        self._emitter = Emitter(ports.outbox, self.order, ports.clock, self._write, self._charge)
+        self._emitter = Emitter(ports.outbox, self.order, ports.clock, self._write)
 
     async def admit(self, record: Record, run: Run, opened: Callable[[Ticket], None], known: list[Parcel]) -> None:
         """Steps 1 and 2: queue what is to be embedded; outcomes that are known already are added to `known`.
@@ -168,7 +168,7 @@ class Pipeline:
             at_ms=self.ports.clock.now_ms(),
             by_reference=why.reason in BY_REFERENCE,
         )
-        return Known(ticket, outcome=lambda: Destination("dlq", letter))
+        return Known(ticket, outcome=lambda _: Destination("dlq", letter))
 
     def _plain_action(self, job: Job, plan: Plan, request: Request) -> list[Known]:
         """The parcels of actions without embedding, which go from step 2 to step 7."""
@@ -267,15 +267,15 @@ class Pipeline:
         )
 
     def _whole(self, job: Job, fault: Fault | None, before: Sequence[Destination] = ()) -> Known:
-        """The one outcome of a whole request: refused, or of a manifest, which its document's order puts in its turn."""
-        return Known(job, outcome=lambda: request_result(job, fault, clock=self.ports.clock), before=before)
+        """The one outcome of a whole request: refused, or a manifest, which waits for its document."""
+        return Known(job, outcome=lambda now: request_result(job, fault, now), before=before)
 
     def _delete(self, job: Job) -> list[Known]:
         ids = job.request.chunk_ids
         job.unsent = job.unacked = len(ids)
 
-        def deleted(index: int, chunk_id: str) -> Callable[[], Result]:
-            return lambda: plain_result(job, index, chunk_id, Status.OK, clock=self.ports.clock)
+        def deleted(index: int, chunk_id: str) -> Callable[[Instant], Result]:
+            return lambda now: plain_result(job, index, chunk_id, Status.OK, now)
 
         return [
             Known(job, chunk_id=chunk_id, outcome=deleted(index, chunk_id), before=list(tombstones(job, chunk_id)))
@@ -289,12 +289,13 @@ class Pipeline:
         model = function.model
         job.unsent = job.unacked = len(request.chunks)
         counts = self.ports.counter.count([function.prefix + chunk.text for chunk in request.chunks], model)
+        now = Instant.of(self.ports.clock)
         parcels = []
         for index, (chunk, tokens) in enumerate(zip(request.chunks, counts.counts, strict=True)):
             fault = too_long(tokens, function) if chunk.text.strip() else EMPTY_TEXT
             kept = min(tokens, model.max_input_tokens)
             result = replace(
-                plain_result(job, index, chunk.chunk_id, Status.VALID, clock=self.ports.clock),
+                plain_result(job, index, chunk.chunk_id, Status.VALID, now),
                 status=Status.INVALID if fault else Status.VALID,
                 error=fault,
                 chunk_metadata=chunk.metadata,
@@ -306,30 +307,31 @@ class Pipeline:
                 truncated=fault is None and tokens > kept,
                 cost_nanos=cost_at(kept, model, job.source.append_ms),
             )
-            parcels.append(Known(job, outcome=lambda result=result: result))  # type: ignore[misc]
+            parcels.append(Known(job, outcome=lambda _, result=result: result))  # type: ignore[misc]
         return parcels
 
     # Steps 7 and 8
 
-    def _write(self, parcel: Parcel, messages: list[Destination]) -> None:
-        """Add an outcome's messages."""
-        if isinstance(parcel, Work):
-            write(
-                chunk_result(parcel, provider=self.route.provider.name, clock=self.ports.clock), self.policy, messages
-            )
-        elif isinstance(parcel, Known):
-            outcome = parcel.outcome()
-            if isinstance(outcome, Result):
-                write(outcome, self.policy, messages)
-            else:
-                messages.append(outcome)
-
-    def _charge(self, job: Job) -> Destination | None:
-        """The usage of a request whose last outcome goes out now (U4); None for what is not embedded."""
-        if not counts_as_usage(job.request):
-            return None
-        usage = charge(job, provider=self.route.provider.name, clock=self.ports.clock)
-        return Destination("usage", usage)
+    def _write(self, parcels: Sequence[Parcel]) -> list[list[Destination]]:
+        """The messages of each outcome; a request's usage follows its last one (U4)."""
+        provider, now = self.route.provider.name, Instant.of(self.ports.clock)
+        written = []
+        for parcel in parcels:
+            messages: list[Destination] = []
+            if isinstance(parcel, Work):
+                write(chunk_result(parcel, provider, now), self.policy, messages)
+            elif isinstance(parcel, Known):
+                outcome = parcel.outcome(now)
+                if isinstance(outcome, Result):
+                    write(outcome, self.policy, messages)
+                else:
+                    messages.append(outcome)
+            ticket = parcel.ticket
+            ticket.unsent -= 1
+            if ticket.unsent == 0 and isinstance(ticket, Job) and counts_as_usage(ticket.request):
+                messages.append(Destination("usage", charge(ticket, provider, now)))
+            written.append(messages)
+        return written
 
     def _acknowledge(self, parcels: Sequence[Parcel]) -> None:
         for parcel in parcels:
@@ -338,6 +340,7 @@ class Pipeline:
             ticket.unacked -= 1
             if ticket.unacked == 0:
                 ticket.lease.finish(ticket.source.offset)
+                ticket.close()
                 self._finished(ticket)
 
 

@@ -12,13 +12,12 @@ from processor.domain import (
     Fault,
     Result,
     Status,
-    TokenSource,
     Tombstone,
 )
 from processor.identity import vector_id
-from processor.ports import Clock, Destination
+from processor.ports import Destination
 from processor.usage import cost_at
-from processor.work import Fold, Job, Outcome, Policy, Work
+from processor.work import Fold, Instant, Job, Outcome, Policy, Work
 
 
 def settle(fold: Fold) -> bool:
@@ -43,7 +42,7 @@ def settle(fold: Fold) -> bool:
     return True
 
 
-def chunk_result(work: Work, *, provider: str, clock: Clock) -> Result:
+def chunk_result(work: Work, provider: str, now: Instant) -> Result:
     """The one result of a chunk of an embedding request."""
     job, outcome, chunk = work.job, work.outcome, work.chunk
     assert outcome is not None
@@ -68,8 +67,8 @@ def chunk_result(work: Work, *, provider: str, clock: Clock) -> Result:
         vector_space=function.space_name,
         cache=outcome.level,
         cost_nanos=cost_at(entry.tokens if entry is not None else 0, function.model, job.source.append_ms),
-        time_taken_ms=_taken_ms(job, clock),
-        completed_at_ms=clock.now_ms(),
+        time_taken_ms=job.taken_ms(now),
+        completed_at_ms=now.ms,
         error=outcome.fault,
     )
     if entry is not None:
@@ -82,7 +81,7 @@ def chunk_result(work: Work, *, provider: str, clock: Clock) -> Result:
     return result
 
 
-def request_result(job: Job, fault: Fault | None, *, clock: Clock) -> Result:
+def request_result(job: Job, fault: Fault | None, now: Instant) -> Result:
     """The record with index -1: an error of the whole request, or the `ok` of a stored manifest."""
     request = job.request
     return Result(
@@ -94,13 +93,13 @@ def request_result(job: Job, fault: Fault | None, *, clock: Clock) -> Result:
         length=request.length,
         chunk_id="",
         status=Status.OK if fault is None else Status.ERROR,
-        time_taken_ms=_taken_ms(job, clock),
-        completed_at_ms=clock.now_ms(),
+        time_taken_ms=job.taken_ms(now),
+        completed_at_ms=now.ms,
         error=fault,
     )
 
 
-def plain_result(job: Job, index: int, chunk_id: str, status: Status, *, clock: Clock) -> Result:
+def plain_result(job: Job, index: int, chunk_id: str, status: Status, now: Instant) -> Result:
     """A chunk's outcome without a vector: of a delete, or the frame of a validation."""
     return Result(
         request=job.request,
@@ -111,8 +110,8 @@ def plain_result(job: Job, index: int, chunk_id: str, status: Status, *, clock: 
         length=1,
         chunk_id=chunk_id,
         status=status,
-        time_taken_ms=_taken_ms(job, clock),
-        completed_at_ms=clock.now_ms(),
+        time_taken_ms=job.taken_ms(now),
+        completed_at_ms=now.ms,
     )
 
 
@@ -139,7 +138,3 @@ def tombstones(job: Job, chunk_id: str) -> Iterable[Destination]:
     for space in request.vector_spaces:
         name = vector_id(request.tenant_id, request.collection, request.document_id, chunk_id, space)
         yield Destination("sink", Tombstone(name, job.source.version))
-
-
-def _taken_ms(job: Job, clock: Clock) -> int:
-    return int((clock.monotonic() - job.started) * 1000)

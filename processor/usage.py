@@ -12,8 +12,7 @@ from processor.domain import (
     TokenSource,
     Usage,
 )
-from processor.ports import Clock
-from processor.work import Job
+from processor.work import Instant, Job
 
 MILLION = 1_000_000
 
@@ -32,7 +31,7 @@ def cost_at(tokens: int, model: ModelSpec, at_ms: int) -> int | None:
     return cost_nanos(tokens, price.nanos_per_million if price is not None else None)
 
 
-def charge(job: Job, *, provider: str, clock: Clock) -> Usage:
+def charge(job: Job, provider: str, now: Instant) -> Usage:
     """The usage event of an embedding request whose every work has its outcome; all texts failed when it has none.
 
     The time of the charge is the append time of the source record, so no client's clock can move a bill.
@@ -40,27 +39,23 @@ def charge(job: Job, *, provider: str, clock: Clock) -> Usage:
     request, function = job.request, job.plan.function if job.plan is not None else None
     price = function.model.price_at(job.source.append_ms) if function is not None else None
     nanos = price.nanos_per_million if price is not None else None
-    billed, saved = Amounts(), Amounts()
-    cached = 0
+    texts, tokens, characters, cached = [0, 0], [0, 0], [0, 0], 0  # saved, billed
     parts: dict[str, int] = {}
-    sources: set[TokenSource] = set()
+    weakest = TokenSource.PROVIDER
     for work in job.works:
         outcome = work.outcome
         if outcome is None or outcome.entry is None:
             continue
-        entry = outcome.entry
-        sources.add(entry.token_source)
+        entry, billed = outcome.entry, outcome.billed
+        texts[billed] += 1
+        tokens[billed] += entry.tokens
+        characters[billed] += len(work.chunk.text)
         cached += outcome.level in _CACHED
-        amounts = saved
-        if outcome.billed:
-            amounts = billed
+        if billed:
             parts[entry.attempt_id] = parts.get(entry.attempt_id, 0) + entry.tokens
-        amounts.texts += 1
-        amounts.tokens += entry.tokens
-        amounts.characters += len(work.chunk.text)
-    billed.cost_nanos = cost_nanos(billed.tokens, nanos)
-    saved.cost_nanos = cost_nanos(saved.tokens, nanos)
-    chunks = request.chunks
+        if entry.token_source is not TokenSource.PROVIDER and weakest is not TokenSource.ESTIMATE:
+            weakest = entry.token_source
+    count = len(request.chunks)
     return Usage(
         request=request,
         source=job.source,
@@ -71,22 +66,20 @@ def charge(job: Job, *, provider: str, clock: Clock) -> Usage:
         model=function.model.name if function is not None else "",
         provider=provider,
         vector_space=function.space_name if function is not None else "",
-        billed=billed,
-        saved=saved,
-        texts=len(chunks),
-        characters=sum([len(chunk.text) for chunk in chunks]),
-        failed_texts=len(chunks) - billed.texts - saved.texts,
+        billed=Amounts(texts[True], tokens[True], characters[True], cost_nanos(tokens[True], nanos)),
+        saved=Amounts(texts[False], tokens[False], characters[False], cost_nanos(tokens[False], nanos)),
+        texts=count,
+        characters=sum([len(chunk.text) for chunk in request.chunks]),
+        failed_texts=count - texts[True] - texts[False],
         cached_texts=cached,
-        parts=[Part(attempt_id, tokens) for attempt_id, tokens in parts.items()],
-        token_source=next((source for source in _WEAKEST_FIRST if source in sources), TokenSource.PROVIDER),
+        parts=[Part(attempt_id, share) for attempt_id, share in parts.items()],
+        token_source=weakest,
         price_nanos_per_million=nanos,
         price_version=price.version if price is not None else None,
         charged_at_ms=job.source.append_ms,
-        completed_at_ms=clock.now_ms(),
-        time_taken_ms=int((clock.monotonic() - job.started) * 1000),
+        completed_at_ms=now.ms,
+        time_taken_ms=job.taken_ms(now),
     )
 
 
 _CACHED = frozenset({CacheLevel.L1, CacheLevel.L2})
-_WEAKEST_FIRST = (TokenSource.ESTIMATE, TokenSource.TOKENIZER, TokenSource.PROVIDER)
-"""One estimate makes the sum an estimate."""

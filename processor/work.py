@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from processor.domain import (
     Action,
@@ -28,7 +29,7 @@ from processor.domain import (
     Source,
     Truncate,
 )
-from processor.ports import Destination, Lease
+from processor.ports import Clock, Destination, Lease
 
 DocumentKey = tuple[str, str | None, str]
 """Tenant, collection, document."""
@@ -76,6 +77,17 @@ class Outcome:
     fault: Fault | None = None
 
 
+class Instant(NamedTuple):
+    """One look at the clock, for all that is written together: UTC milliseconds, and seconds for durations."""
+
+    ms: int
+    monotonic_s: float
+
+    @classmethod
+    def of(cls, clock: Clock) -> Instant:
+        return cls(clock.now_ms(), clock.monotonic())
+
+
 @dataclass(slots=True, eq=False)
 class Ticket:
     """The accounting of one source record. At 0 `unsent` its usage goes out, at 0 `unacked` its offset is finished.
@@ -96,6 +108,12 @@ class Ticket:
         """Whether its outcome is still this worker's to give."""
         return not (self.dropped or self.lease.revoked)
 
+    def taken_ms(self, now: Instant) -> int:
+        return int((now.monotonic_s - self.started) * 1000)
+
+    def close(self) -> None:
+        """All is done. What it refers to lets go of it: a circle would stay in memory until it is looked for."""
+
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class Job(Ticket):
@@ -105,6 +123,11 @@ class Job(Ticket):
     request_id: str
     plan: Plan | None = None
     works: list[Work] = field(default_factory=list, repr=False)
+
+    def close(self) -> None:
+        for work in self.works:
+            work.fold = None
+        self.works = []
 
     @property
     def in_flight(self) -> bool:
@@ -138,7 +161,7 @@ class Parcel:
 class Known(Parcel):
     """An outcome that needs no embedding, and what is sent `before` it (acknowledged first)."""
 
-    outcome: Callable[[], Result | Destination] = field(repr=False)
+    outcome: Callable[[Instant], Result | Destination] = field(repr=False)
     before: Sequence[Destination] = field(default=(), repr=False)
 
 
