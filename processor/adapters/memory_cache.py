@@ -19,7 +19,7 @@ ENTRY_OVERHEAD_BYTES = 800
 
 
 class _Kept(NamedTuple):
-    entry: Entry
+    found: Found
     expires_at: float
 
 
@@ -46,35 +46,40 @@ class MemoryCache:
     async def get_many(self, keys: Sequence[bytes], dimensions: int) -> Mapping[bytes, Found]:
         now = self._monotonic()
         found = {}
+        kept_by_key = self._kept
         for key in keys:
-            kept = self._living(key, now)
-            if kept is not None and kept.entry.vector.size == dimensions:
-                self._kept.move_to_end(key)
-                found[key] = Found(kept.entry, CacheLevel.L1)
+            kept = kept_by_key.get(key)
+            if kept is None:
+                continue
+            if kept.expires_at <= now:
+                self._drop(key)
+            elif kept.found.entry.vector.size == dimensions:
+                kept_by_key.move_to_end(key)
+                found[key] = kept.found
         return found
 
     async def put_many(self, entries: Mapping[bytes, Entry]) -> None:
         now = self._monotonic()
         for key, entry in entries.items():
             size = _size(entry)
-            if size > self._max_bytes or self._living(key, now) is not None:
+            if size > self._max_bytes or self._living(key, now):
                 continue
             # A copy of its own: a vector can be a window on a whole response, and it may not be written to.
             vector = np.frombuffer(entry.vector.tobytes(), np.float32)
-            self._kept[key] = _Kept(replace(entry, vector=vector), now + self._ttl_s)
+            self._kept[key] = _Kept(Found(replace(entry, vector=vector), CacheLevel.L1), now + self._ttl_s)
             self.size_bytes += size
             while self.size_bytes > self._max_bytes:
                 self._drop(next(iter(self._kept)))
 
-    def _living(self, key: bytes, now: float) -> _Kept | None:
+    def _living(self, key: bytes, now: float) -> bool:
         kept = self._kept.get(key)
         if kept is not None and kept.expires_at <= now:
             self._drop(key)
-            return None
-        return kept
+            return False
+        return kept is not None
 
     def _drop(self, key: bytes) -> None:
-        self.size_bytes -= _size(self._kept.pop(key).entry)
+        self.size_bytes -= _size(self._kept.pop(key).found.entry)
 
 
 def _size(entry: Entry) -> int:

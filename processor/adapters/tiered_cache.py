@@ -38,6 +38,8 @@ class TieredCache:
         keys = list(dict.fromkeys(keys))
         found = dict(await self._l1.get_many(keys, dimensions))
         self._count(CacheLevel.L1, hits=len(found), of=len(keys))
+        if len(found) == len(keys):
+            return found
         missing = [key for key in keys if key not in found]
         if self._l2 is None or not missing:
             return found
