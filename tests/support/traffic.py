@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
-from collections.abc import Mapping, Sequence
+from collections import defaultdict, deque
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from types import TracebackType
 from typing import Self
 
@@ -14,7 +17,7 @@ from aiokafka.admin import AIOKafkaAdminClient
 from processor.adapters.avro import encode_request, partition_of
 from processor.adapters.kafka import connection
 from processor.adapters.topics import topics
-from processor.domain import Chunk, Request
+from processor.domain import Chunk, Record, Request
 from processor.identity import encode_text
 from processor.settings import Settings
 from tests.support.audit import Books
@@ -56,6 +59,21 @@ def hard_requests(count: int, *, chunks: int, seed: int = 1) -> list[Request]:
         if dice.random() < 0.02:
             requests.append(request)
     return requests
+
+
+def small_requests(count: int, *, texts: int = 256, dimensions: int = 8) -> Iterable[Request]:
+    """One chunk each, a document each, of few texts: a worker that has seen them all finds them in its cache."""
+    for i in range(count):
+        yield Request(
+            tenant_id="acme",
+            correlation_id=f"corr-{i}",
+            action="generate",
+            collection="docs",
+            document_id=f"doc-{i}",
+            dimensions=dimensions,
+            source_service="tests",
+            chunks=[Chunk("k0", f"sentence number {i % texts}")],
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +121,25 @@ class Traffic:
         await self._producer.flush()
         self.sent += len(requests)
 
+    async def flow(self, requests: Iterable[Request], *, per_s: float, burst: int = 500) -> None:
+        """Send bursts of requests at this rate, spread over the partitions, in batches of our own filling."""
+        clock, pending = asyncio.get_running_loop(), iter(requests)
+        begun_at, sent = clock.time(), 0
+        while records := [encode_request(request) for request in islice(pending, burst)]:
+            deliveries = []
+            for partition in range(self.partitions):
+                batch = self._producer.create_batch()
+                for record in records[partition :: self.partitions]:
+                    while batch.append(key=None, value=record, timestamp=None) is None:
+                        deliveries.append(await self._producer.send_batch(batch, self._requests, partition=partition))
+                        batch = self._producer.create_batch()
+                if batch.record_count():
+                    deliveries.append(await self._producer.send_batch(batch, self._requests, partition=partition))
+            await asyncio.gather(*deliveries)
+            sent += len(records)
+            self.sent += len(records)
+            await asyncio.sleep(begun_at + sent / per_s - clock.time())
+
     async def results(self) -> int:
         """How many result records there are."""
         return sum((await self._ends(self._results)).values())
@@ -128,14 +165,24 @@ class Traffic:
 
 def check_samples(samples: Sequence[Sample], books: Books) -> None:
     """Law 2: behind every committed offset, each chunk's outcome was in the results when it was committed."""
-    by_source: dict[str, list[tuple[int, int, int]]] = {}
+    first_copies: dict[str, dict[int, tuple[int, int]]] = {}
     for record, result in books.results:
-        source = by_source.setdefault(result.source_version, [])
-        source.append((result.chunk_index, record.source.partition, record.source.offset))
-    for sample in samples:
-        for record, request in books.requests:
-            if record.source.offset >= sample.committed.get(record.source.partition, 0):
-                continue
-            outcomes = by_source.get(record.source.version, [])
-            there = {index for index, partition, offset in outcomes if offset < sample.results_end[partition]}
-            assert there >= set(range(len(request.chunks))), f"committed past unfinished {record!r}"
+        outcomes = first_copies.setdefault(result.source_version, {})
+        place = (record.source.partition, record.source.offset)
+        outcomes[result.chunk_index] = min(place, outcomes.get(result.chunk_index, place))
+    by_partition: defaultdict[int, list[tuple[Record, Request]]] = defaultdict(list)
+    for record, request in books.requests:
+        by_partition[record.source.partition].append((record, request))
+    for partition, requests in by_partition.items():
+        pending = deque(sorted(requests, key=lambda pair: pair[0].source.offset))
+        length: dict[int, int] = {}
+        """How long each partition of the results must be for what was looked at so far."""
+        for sample in sorted(samples, key=lambda sample: sample.committed.get(partition, 0)):
+            while pending and pending[0][0].source.offset < sample.committed.get(partition, 0):
+                record, request = pending.popleft()
+                outcomes = first_copies.get(record.source.version, {})
+                assert outcomes.keys() >= set(range(len(request.chunks))), f"committed past unfinished {record!r}"
+                for results_partition, offset in outcomes.values():
+                    length[results_partition] = max(length.get(results_partition, 0), offset + 1)
+            for results_partition, at_least in length.items():
+                assert sample.results_end[results_partition] >= at_least, f"committed too far in {partition}: {sample}"
