@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
+from functools import partial
 
 import pytest
 from aiokafka import AIOKafkaProducer
@@ -15,8 +17,10 @@ from aiokafka.record.default_records import _DefaultRecordBatchBuilderPy
 from processor.adapters.faust_engine import Engine
 from processor.errors import StoreError
 from processor.ports import Lease, Run
+from tests.support import engines
 from tests.support.brokers import Broker
 from tests.support.engines import (
+    ENGINES,
     Handler,
     Place,
     create_topic,
@@ -24,11 +28,25 @@ from tests.support.engines import (
     group_of,
     log_ends,
     produce,
-    running,
+    steal,
+    unfinished,
     until,
 )
 
 PARTITIONS = 4
+Running = Callable[..., AbstractAsyncContextManager[Engine]]
+
+
+@pytest.fixture(params=ENGINES)
+def kind(request: pytest.FixtureRequest) -> type[Engine]:
+    """Each law holds on Faust, and on the experiment without it."""
+    return ENGINES[request.param]
+
+
+@pytest.fixture
+def running(kind: type[Engine]) -> Running:
+    """`engines.running` of that kind."""
+    return partial(engines.running, kind=kind)
 
 
 @pytest.fixture
@@ -38,7 +56,7 @@ async def topic(kafka: Broker, unique: str) -> str:
     return unique
 
 
-async def test_runs_arrive_in_order_and_are_committed(kafka: Broker, topic: str) -> None:
+async def test_runs_arrive_in_order_and_are_committed(kafka: Broker, topic: str, running: Running) -> None:
     """Every record comes once, in offset order per partition, and stopping leaves the log's end committed."""
     await produce(kafka.bootstrap_servers, topic, PARTITIONS, 4_000)
     handler = Handler()
@@ -62,7 +80,7 @@ class OddName(str):
 
 
 async def test_a_header_name_that_is_no_text_stops_nobody(
-    kafka: Broker, topic: str, monkeypatch: pytest.MonkeyPatch
+    kafka: Broker, topic: str, monkeypatch: pytest.MonkeyPatch, running: Running
 ) -> None:
     """A record of such a header, and those around it in its batch and its partition, come once and in order."""
     monkeypatch.setattr(fetcher, "MemoryRecords", fetcher.MemoryRecords)  # put back what the engine exchanges
@@ -92,7 +110,9 @@ async def test_a_header_name_that_is_no_text_stops_nobody(
     assert [record.headers for record in records if record.headers] == [(("caf\\xe9", b"header"),)]
 
 
-async def test_what_is_finished_out_of_order_waits_for_what_came_before(kafka: Broker, topic: str) -> None:
+async def test_what_is_finished_out_of_order_waits_for_what_came_before(
+    kafka: Broker, topic: str, running: Running
+) -> None:
     """The first record of a log, offset 0, holds the commit back until it is finished; then all is committed."""
     await produce(kafka.bootstrap_servers, topic, 1, 100)
     held: list[Run] = []
@@ -115,7 +135,7 @@ async def test_what_is_finished_out_of_order_waits_for_what_came_before(kafka: B
         assert engine.status()["state"] == "consuming"
 
 
-async def test_a_successor_begins_where_the_commit_stands(kafka: Broker, topic: str) -> None:
+async def test_a_successor_begins_where_the_commit_stands(kafka: Broker, topic: str, running: Running) -> None:
     """Giving up commits what is finished: the next owner gets the rest, from the first unfinished record on."""
     await produce(kafka.bootstrap_servers, topic, 1, 200)
 
@@ -163,7 +183,7 @@ class Slow(Handler):
         await asyncio.gather(*self._tasks)
 
 
-async def test_nothing_is_lost_while_members_come_and_go(kafka: Broker, topic: str) -> None:
+async def test_nothing_is_lost_while_members_come_and_go(kafka: Broker, topic: str, running: Running) -> None:
     """20,000 records flow while a second member joins and leaves five times: all are seen and finished, the commit
     never passes an unfinished one and ends at the log's end.
     """
@@ -194,23 +214,22 @@ async def test_nothing_is_lost_while_members_come_and_go(kafka: Broker, topic: s
     assert all(other.seen for other in others)
 
 
-async def test_what_is_fetched_behind_the_engines_back_is_read_again(kafka: Broker, topic: str) -> None:
+async def test_what_is_fetched_behind_the_engines_back_is_read_again(
+    kafka: Broker, topic: str, running: Running
+) -> None:
     """A hole between two runs that is ours is sought back to, not committed past."""
     handler = Handler()
     async with running(engine_settings(kafka.bootstrap_servers), topic, handler) as engine:
         await produce(kafka.bootstrap_servers, topic, 1, 10)
         await until(lambda: len(handler.finished) == 10, "the first ten")
-        consumer = engine._consumer
-        assert consumer is not None
-        assert consumer.leases is not None
-        stealing = consumer._thread.run(consumer._thread.fetch(consumer.leases))
+        stealing = asyncio.create_task(steal(engine))
         stolen: Mapping[object, object] = {}
         for _ in range(50):  # the engine's own fetch waits too: who gets a record is chance
             await produce(kafka.bootstrap_servers, topic, 1, 10)
             stolen = await stealing
             if stolen:
                 break
-            stealing = consumer._thread.run(consumer._thread.fetch(consumer.leases))
+            stealing = asyncio.create_task(steal(engine))
         assert stolen
         await produce(kafka.bootstrap_servers, topic, 1, 10)
         end = (await log_ends(kafka.bootstrap_servers, topic, 1))[0]
@@ -218,7 +237,7 @@ async def test_what_is_fetched_behind_the_engines_back_is_read_again(kafka: Brok
     assert {offset for _, offset in handler.finished} == set(range(end))
 
 
-async def test_offsets_that_are_not_in_the_log_are_passed_over(kafka: Broker, topic: str) -> None:
+async def test_offsets_that_are_not_in_the_log_are_passed_over(kafka: Broker, topic: str, running: Running) -> None:
     """Control records of transactions leave holes that are the log's own: reading goes on, and so does the commit."""
     handler = Handler()
     async with (
@@ -234,7 +253,7 @@ async def test_offsets_that_are_not_in_the_log_are_passed_over(kafka: Broker, to
         assert (await group.committed())[0] == 9
 
 
-async def test_waiting_is_backpressure(kafka: Broker, topic: str) -> None:
+async def test_waiting_is_backpressure(kafka: Broker, topic: str, running: Running) -> None:
     """While the handler waits, little more than what it holds is fetched, and the group is not left."""
     await produce(kafka.bootstrap_servers, topic, PARTITIONS, 20_000)
     go = asyncio.Event()
@@ -252,13 +271,12 @@ async def test_waiting_is_backpressure(kafka: Broker, topic: str) -> None:
         assert engine.status()["generation"] == generation
         assert handler.runs[0].lease.held()
         assert len(handler.runs) == 1
-        assert engine._consumer is not None
-        assert sum(len(lease.watermark) for lease in (engine._consumer.leases or {}).values()) <= 2 * 500
+        assert unfinished(engine) <= 2 * 500
         go.set()
         await until(lambda: len(handler.finished) == 20_000, "all 20,000")
 
 
-async def test_a_run_that_waits_is_cancelled_with_its_lease(kafka: Broker, topic: str) -> None:
+async def test_a_run_that_waits_is_cancelled_with_its_lease(kafka: Broker, topic: str, running: Running) -> None:
     """A provider that is out for hours holds neither a rebalance nor a shutdown up."""
     await produce(kafka.bootstrap_servers, topic, 1, 10)
     cancelled = asyncio.Event()
@@ -293,7 +311,9 @@ class Reluctant(Handler):
         await self.go.wait()
 
 
-async def test_a_rebalance_waits_for_a_member_that_stops(kafka: Broker, topic: str) -> None:
+async def test_a_rebalance_waits_for_a_member_that_stops(
+    kafka: Broker, topic: str, running: Running, kind: type[Engine]
+) -> None:
     """A newcomer is assigned nothing while a stopping member still finishes under its leases."""
     reluctant = Reluctant()
     settings = engine_settings(kafka.bootstrap_servers, revoke_budget_s=10)
@@ -301,7 +321,7 @@ async def test_a_rebalance_waits_for_a_member_that_stops(kafka: Broker, topic: s
         await until(lambda: engine.status()["state"] == "consuming", "the leases")
         stopping = asyncio.create_task(engine.stop())
         await reluctant.asked.wait()
-        newcomer = Engine(settings, app_id=topic, topics=[topic], handler=Handler())
+        newcomer = kind(settings, app_id=topic, topics=[topic], handler=Handler())
         starting = asyncio.create_task(newcomer.start())
         try:
             with pytest.raises(TimeoutError):
@@ -316,7 +336,9 @@ async def test_a_rebalance_waits_for_a_member_that_stops(kafka: Broker, topic: s
             await newcomer.stop()
 
 
-async def test_a_broken_handler_ends_the_engine_and_nothing_is_committed_past(kafka: Broker, topic: str) -> None:
+async def test_a_broken_handler_ends_the_engine_and_nothing_is_committed_past(
+    kafka: Broker, topic: str, kind: type[Engine]
+) -> None:
     """An exception of the handler is told to whoever runs the engine; its lease is over, the commit stays."""
     await produce(kafka.bootstrap_servers, topic, 1, 100)
 
@@ -327,7 +349,7 @@ async def test_a_broken_handler_ends_the_engine_and_nothing_is_committed_past(ka
             handler.finish(run, record.source.offset)
 
     handler = Handler(break_at_50)
-    engine = Engine(engine_settings(kafka.bootstrap_servers), app_id=topic, topics=[topic], handler=handler)
+    engine = kind(engine_settings(kafka.bootstrap_servers), app_id=topic, topics=[topic], handler=handler)
     await engine.start()
     try:
         with pytest.raises(RuntimeError, match="broken"):
@@ -340,7 +362,7 @@ async def test_a_broken_handler_ends_the_engine_and_nothing_is_committed_past(ka
         assert (await group.committed()).get(0, 0) <= 50
 
 
-async def test_the_handlers_own_positions_win(kafka: Broker, topic: str) -> None:
+async def test_the_handlers_own_positions_win(kafka: Broker, topic: str, running: Running) -> None:
     """A store that knows better is read from where it stands, whatever is committed."""
     await produce(kafka.bootstrap_servers, topic, PARTITIONS, 400)
     handler, again = Handler(), Handler()
@@ -353,7 +375,7 @@ async def test_the_handlers_own_positions_win(kafka: Broker, topic: str) -> None
     assert set(again.seen) == {(0, offset) for offset in range(100)} | {(1, offset) for offset in range(90, 100)}
 
 
-async def test_what_is_committed_never_steps_back(kafka: Broker, topic: str) -> None:
+async def test_what_is_committed_never_steps_back(kafka: Broker, topic: str, running: Running) -> None:
     """While a handler goes through the log again from its own position, the committed offset waits to be passed."""
     await produce(kafka.bootstrap_servers, topic, 1, 100)
     settings = engine_settings(kafka.bootstrap_servers)
@@ -380,11 +402,11 @@ async def test_what_is_committed_never_steps_back(kafka: Broker, topic: str) -> 
         assert (await group.committed())[0] == 101
 
 
-async def test_a_position_beyond_the_log_is_refused(kafka: Broker, topic: str) -> None:
+async def test_a_position_beyond_the_log_is_refused(kafka: Broker, topic: str, kind: type[Engine]) -> None:
     """A store of a topic that was made again must not wait for offsets of the old one."""
     handler = Handler()
     handler.stored = {(topic, 0): 5}
-    engine = Engine(engine_settings(kafka.bootstrap_servers), app_id=topic, topics=[topic], handler=handler)
+    engine = kind(engine_settings(kafka.bootstrap_servers), app_id=topic, topics=[topic], handler=handler)
     await engine.start()
     try:
         with pytest.raises(StoreError, match="next offset 5 lies beyond the log's end 0"):
@@ -393,7 +415,9 @@ async def test_a_position_beyond_the_log_is_refused(kafka: Broker, topic: str) -
         await engine.stop()
 
 
-async def test_one_owner_has_all_partitions_and_a_standby_takes_over(kafka: Broker, topic: str) -> None:
+async def test_one_owner_has_all_partitions_and_a_standby_takes_over(
+    kafka: Broker, topic: str, running: Running
+) -> None:
     """With `single_owner` a second member gets nothing until the first leaves; then it gets everything."""
     settings = engine_settings(kafka.bootstrap_servers)
     owner, standby = Handler(), Handler()
@@ -414,7 +438,7 @@ async def test_one_owner_has_all_partitions_and_a_standby_takes_over(kafka: Brok
     assert len(owner.seen) == 40
 
 
-async def test_the_embedded_broker_serves_an_engine(embedded_broker: Broker, unique: str) -> None:
+async def test_the_embedded_broker_serves_an_engine(embedded_broker: Broker, unique: str, running: Running) -> None:
     """Without an idempotent producer, for the demo alone: consumed, committed, produced."""
     await create_topic(embedded_broker.bootstrap_servers, unique, 1)
     await produce(embedded_broker.bootstrap_servers, unique, 1, 100)
@@ -430,7 +454,7 @@ async def test_the_embedded_broker_serves_an_engine(embedded_broker: Broker, uni
 
 
 @pytest.mark.parametrize("codec", ["gzip", "snappy", "lz4", "zstd"])
-async def test_records_compressed_in_any_way_are_read(codec: str, kafka: Broker, topic: str) -> None:
+async def test_records_compressed_in_any_way_are_read(codec: str, kafka: Broker, topic: str, running: Running) -> None:
     """Producers choose how they compress; one whose choice could not be read would stop its partition."""
     async with AIOKafkaProducer(bootstrap_servers=kafka.bootstrap_servers, compression_type=codec) as producer:
         for _ in range(10):

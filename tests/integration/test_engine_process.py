@@ -6,14 +6,15 @@ import asyncio
 import json
 import signal
 import sys
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from functools import partial
 from typing import Any
 
 import pytest
 
 from tests.support.brokers import Broker
-from tests.support.engines import Handler, create_topic, engine_settings, group_of, produce, running, until
+from tests.support.engines import ENGINES, Handler, create_topic, engine_settings, group_of, produce, running, until
 
 
 class Process:
@@ -40,8 +41,17 @@ class Process:
             return await self._process.wait()
 
 
+Start = Callable[..., AbstractAsyncContextManager[Process]]
+
+
+@pytest.fixture(params=ENGINES)
+def process(request: pytest.FixtureRequest) -> Start:
+    """How each law's child is started: on Faust, and on the experiment without it."""
+    return partial(started, kind=request.param)
+
+
 @asynccontextmanager
-async def process(broker: Broker, topic: str, **options: Any) -> AsyncIterator[Process]:
+async def started(broker: Broker, topic: str, **options: Any) -> AsyncIterator[Process]:
     """A started child engine; killed at the end if it still runs."""
     child = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "tests.support.engine_process"),
@@ -68,7 +78,9 @@ async def topic(kafka: Broker, unique: str) -> str:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-async def test_a_signal_ends_the_process_cleanly(kafka: Broker, topic: str, number: signal.Signals) -> None:
+async def test_a_signal_ends_the_process_cleanly(
+    kafka: Broker, topic: str, process: Start, number: signal.Signals
+) -> None:
     """What is finished is committed, the hooks run, the group is left at once, the exit code is 0; uvloop ran it."""
     successor = Handler()
     async with process(kafka, topic, settings={"commit_interval_s": 3600}) as child:
@@ -85,7 +97,9 @@ async def test_a_signal_ends_the_process_cleanly(kafka: Broker, topic: str, numb
 
 
 @pytest.mark.parametrize("after_s", [0, 0.3, 0.9])
-async def test_a_signal_during_the_start_ends_the_process_cleanly(kafka: Broker, topic: str, after_s: float) -> None:
+async def test_a_signal_during_the_start_ends_the_process_cleanly(
+    kafka: Broker, topic: str, process: Start, after_s: float
+) -> None:
     """Whether it connects, joins or waits for an assignment: it stops and leaves."""
     async with process(kafka, topic) as child:
         await until(lambda: bool(child.said("starting")), "the beginning of its start")
@@ -94,7 +108,7 @@ async def test_a_signal_during_the_start_ends_the_process_cleanly(kafka: Broker,
         assert await child.exit_code() == 0
 
 
-async def test_a_broken_handler_ends_the_process_with_1(kafka: Broker, topic: str) -> None:
+async def test_a_broken_handler_ends_the_process_with_1(kafka: Broker, topic: str, process: Start) -> None:
     """Nothing is committed past the record at which it broke."""
     async with process(kafka, topic, break_at=50) as child:
         assert await child.exit_code() == 1
@@ -102,13 +116,13 @@ async def test_a_broken_handler_ends_the_process_with_1(kafka: Broker, topic: st
         assert (await group.committed()).get(0, 0) <= 50
 
 
-async def test_a_broker_out_of_reach_ends_the_process_with_1(kafka: Broker, topic: str) -> None:
+async def test_a_broker_out_of_reach_ends_the_process_with_1(kafka: Broker, topic: str, process: Start) -> None:
     """Whoever restarts it sees that it does not run."""
     async with process(kafka, topic, settings={"bootstrap_servers": "127.0.0.1:1"}) as child:
         assert await child.exit_code() == 1
 
 
-async def test_a_shutdown_that_hangs_is_ended(kafka: Broker, topic: str) -> None:
+async def test_a_shutdown_that_hangs_is_ended(kafka: Broker, topic: str, process: Start) -> None:
     """The watchdog ends the process with 1 before whoever stops it would kill it."""
     async with process(kafka, topic, hang=True, settings={"shutdown_timeout_s": 1}) as child:
         await until(lambda: bool(child.said("run")), "a run")
@@ -116,7 +130,7 @@ async def test_a_shutdown_that_hangs_is_ended(kafka: Broker, topic: str) -> None
         assert await child.exit_code() == 1
 
 
-async def test_a_frozen_worker_finds_its_lease_over_and_recovers(kafka: Broker, topic: str) -> None:
+async def test_a_frozen_worker_finds_its_lease_over_and_recovers(kafka: Broker, topic: str, process: Start) -> None:
     """Stopped for longer than its session and replaced, it may send nothing when it wakes; it joins again and gets
     the partition back when its successor leaves.
     """

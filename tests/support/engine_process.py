@@ -1,8 +1,8 @@
 """A worker process of nothing but an engine: `python -m tests.support.engine_process OPTIONS`.
 
-OPTIONS is JSON: bootstrap_servers, topic, settings; `hold`: finish nothing; `break_at`: raise at that offset; `die_at`:
-end at once there; `undelivered_at`: its results are not acknowledged; `waiting`: claim a paused dependency; `hang`: a
-stop hook that never ends. It prints a line of JSON for each event.
+OPTIONS is JSON: bootstrap_servers, topic, settings; `kind`: which engine; `hold`: finish nothing; `break_at`: raise at
+that offset; `die_at`: end at once there; `undelivered_at`: its results are not acknowledged; `waiting`: claim a paused
+dependency; `hang`: a stop hook that never ends. It prints a line of JSON for each event.
 """
 
 from __future__ import annotations
@@ -16,10 +16,9 @@ from typing import Any
 
 import uvloop
 
-from processor.adapters.faust_engine import Engine
 from processor.errors import DeliveryFailed
 from processor.ports import Run
-from tests.support.engines import Handler, engine_settings
+from tests.support.engines import ENGINES, Handler, engine_settings
 
 
 def say(**event: Any) -> None:
@@ -72,7 +71,7 @@ def main() -> int:
 
     handler = Handler(on_run)
     handler.stands_still = bool(options.get("waiting"))
-    engine = Engine(
+    engine = ENGINES[options.get("kind", "faust")](
         engine_settings(options["bootstrap_servers"], **options.get("settings", {})),
         app_id=options["topic"],
         topics=[options["topic"]],

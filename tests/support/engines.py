@@ -14,6 +14,9 @@ from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from processor.adapters.faust_engine import Engine
 from processor.ports import Lease, Run
 from processor.settings import Settings
+from tests.support.plain_engine import PlainEngine
+
+ENGINES: Mapping[str, type[Engine]] = {"faust": Engine, "plain": PlainEngine}
 
 Place = tuple[int, int]
 """(partition, offset)"""
@@ -72,14 +75,32 @@ class Handler:
 
 
 @asynccontextmanager
-async def running(settings: Settings, topic: str, handler: Handler, **options: Any) -> AsyncIterator[Engine]:
+async def running(
+    settings: Settings, topic: str, handler: Handler, *, kind: type[Engine] = Engine, **options: Any
+) -> AsyncIterator[Engine]:
     """An engine of the group named like the topic."""
-    engine = Engine(settings, app_id=topic, topics=[topic], handler=handler, **options)
+    engine = kind(settings, app_id=topic, topics=[topic], handler=handler, **options)
     await engine.start()
     try:
         yield engine
     finally:
         await engine.stop()
+
+
+def unfinished(engine: Engine) -> int:
+    """How many records it has handed out and not seen finished."""
+    assert engine._consumer is not None
+    return sum(len(lease.watermark) for lease in (engine._consumer.leases or {}).values())
+
+
+async def steal(engine: Engine) -> Mapping[TopicPartition, Sequence[Any]]:
+    """Fetch behind its back: what this gets, the engine's own next fetch does not."""
+    member = engine._consumer
+    assert member is not None
+    assert member.leases is not None
+    if isinstance(engine, PlainEngine):
+        return await member._fetched(member.leases)
+    return await member._thread.run(member._thread.fetch(member.leases))
 
 
 async def until(condition: Callable[[], bool], what: str, *, within_s: float = 30) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import structlog
 from aiokafka import AIOKafkaProducer, TopicPartition
@@ -18,11 +18,9 @@ from faust.transport.drivers import aiokafka as driver
 from faust.types import TP, ConsumerMessage
 from mode.types import ServiceT
 
-from processor.adapters.faust_engine.lease import NO_GENERATION, PartitionLease, Session
+from processor.adapters.faust_engine.lease import NO_GENERATION, PartitionLease, Session, due, starts_of
 from processor.adapters.faust_engine.thread import RECORDS_PER_FETCH, ConsumerThread, Listener
 from processor.adapters.faust_engine.tolerant import read_any_header_name
-from processor.domain import Record, Source
-from processor.errors import StoreError
 from processor.ports import Run
 from processor.suspicion import Suspicion
 
@@ -37,15 +35,6 @@ REQUESTS_TIMEOUT_S = 10.0
 COMMIT_TIMEOUT_S = 5.0
 
 log = structlog.stdlib.get_logger(__name__)
-
-
-class Start(NamedTuple):
-    """Where a partition is read from, what is committed of it (or the same, if that is lower or nonsense), and what is
-    suspected of the record there."""
-
-    offset: int
-    committed: int
-    suspicion: Suspicion
 
 
 class Consumer(driver.Consumer):
@@ -121,7 +110,8 @@ class Consumer(driver.Consumer):
             # No time limit: a handler that makes its store again may read a long topic, and would begin anew each time.
             own = await self._own_positions(partitions)
             async with asyncio.timeout(REQUESTS_TIMEOUT_S):
-                starts = await self._starts(partitions, own)
+                known = await self._thread.run(self._thread.offsets(partitions))
+                starts = starts_of(partitions, own, *known, trusts_ends=self.engine.settings.producer_idempotent)
                 offsets = {partition: start.offset for partition, start in starts.items()}
                 if not await self._thread.run(self._thread.seek_all(generation, offsets)):
                     return False
@@ -148,42 +138,6 @@ class Consumer(driver.Consumer):
         if not partitions:
             return {}
         return await self.engine.handler.positions([(each.topic, each.partition) for each in partitions])
-
-    async def _starts(
-        self, partitions: Sequence[TopicPartition], own: Mapping[tuple[str, int], int]
-    ) -> dict[TopicPartition, Start]:
-        """Each partition is read from the handler's own position, else the committed one, else its beginning."""
-        if not partitions:
-            return {}
-        committed, first, end = await self._thread.run(self._thread.offsets(partitions))
-        starts = {}
-        for partition in partitions:
-            name = f"{partition.topic}/{partition.partition}"
-            stored = own.get((partition.topic, partition.partition))
-            known = committed.get(partition)
-            start = stored if stored is not None else known.offset if known is not None else first[partition]
-            # The embedded broker, known by its want of idempotent producers, says an end short of its last batch.
-            if start > end[partition] and self.engine.settings.producer_idempotent:
-                if stored is not None:
-                    raise StoreError(
-                        f"{name}: the store's next offset {start} lies beyond the log's end {end[partition]}: "
-                        "the topic was made again, rebuild the store"
-                    )
-                log.error("log is shorter than committed: read from its beginning", partition=name, committed=start)
-                start = first[partition]
-            if start < first[partition]:
-                log.error(
-                    "records were deleted unread: retention is too short",
-                    partition=name,
-                    from_offset=start,
-                    to_offset=first[partition],
-                )
-                start = first[partition]
-            metadata = known.metadata if known is not None and known.offset == start else None
-            # A store that is made again reads from the beginning: what is committed must not step back meanwhile.
-            done = known.offset if known is not None and start < known.offset <= end[partition] else start
-            starts[partition] = Start(start, done, Suspicion.parse(metadata).taken_over())
-        return starts
 
     async def _fetch(self, leases: Mapping[TopicPartition, PartitionLease]) -> None:
         fetched = await self._fetched(leases)
@@ -281,12 +235,7 @@ class Consumer(driver.Consumer):
 
     async def _queue(self, lease: PartitionLease, fetched: Sequence[Any], *, lethal: bool = False) -> None:
         """Hand a run to the agent through Faust's stream, as one message. The watermark knows it first."""
-        records = [
-            Record(Source(each.topic, each.partition, each.offset, each.timestamp), each.key, each.value, each.headers)
-            for each in fetched
-        ]
-        run = Run(lease, records, lethal)
-        lease.watermark.hand_out(record.source.offset for record in records)
+        run = lease.hand_out(fetched, lethal=lethal)
         self._queued.add(id(run))
         first = fetched[0]
         message = ConsumerMessage(
@@ -421,13 +370,7 @@ class Consumer(driver.Consumer):
         Every delivery behind a watermark was awaited, so no producer is flushed.
         """
         async with self._commit_lock:
-            moved = {}
-            for partition, lease in leases.items():
-                offset = lease.watermark.first_unfinished
-                metadata = "" if clean or not self.engine.isolates else lease.note()
-                noted = offset < lease.committed or not self.engine.isolates or metadata == lease.noted
-                if offset > lease.committed or not noted:
-                    moved[partition] = (offset, metadata)
+            moved = due(leases, isolates=self.engine.isolates, clean=clean)
             if not moved:
                 return False
             generation = next(iter(leases.values())).generation

@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from math import inf
+from typing import Any, NamedTuple
 
+import structlog
+from aiokafka import TopicPartition
+
+from processor.domain import Record, Source
+from processor.errors import StoreError
+from processor.ports import Run
 from processor.suspicion import MOVED, Suspicion
 from processor.watermark import Watermark
 
@@ -16,6 +23,8 @@ ISOLATED_RECORDS = 100
 NO_SUSPICION = Suspicion()
 NOT_NOTED = "?"
 """What the committed metadata is, as far as this lease knows: nothing, so that it is written at least once."""
+
+log = structlog.stdlib.get_logger(__name__)
 
 
 class Session:
@@ -96,6 +105,15 @@ class PartitionLease:
             self.suspicion = Suspicion(MOVED)
         return str(self.suspicion)
 
+    def hand_out(self, fetched: Sequence[Any], *, lethal: bool = False) -> Run:
+        """The run that aiokafka's records are; the watermark knows it from now on."""
+        records = [
+            Record(Source(each.topic, each.partition, each.offset, each.timestamp), each.key, each.value, each.headers)
+            for each in fetched
+        ]
+        self.watermark.hand_out(record.source.offset for record in records)
+        return Run(self, records, lethal)
+
     def finish(self, offset: int) -> None:
         if not self._revoked:
             self.watermark.finish(offset)
@@ -106,3 +124,70 @@ class PartitionLease:
 
     def __repr__(self) -> str:
         return f"PartitionLease({self.topic}/{self.partition}, generation {self.generation})"
+
+
+class Start(NamedTuple):
+    """Where a partition is read from, what is committed of it (or the same, if that is lower or nonsense), and what is
+    suspected of the record there."""
+
+    offset: int
+    committed: int
+    suspicion: Suspicion
+
+
+def starts_of(
+    partitions: Sequence[TopicPartition],
+    own: Mapping[tuple[str, int], int],
+    committed: Mapping[TopicPartition, Any],
+    first: Mapping[TopicPartition, int],
+    end: Mapping[TopicPartition, int],
+    *,
+    trusts_ends: bool,
+) -> dict[TopicPartition, Start]:
+    """Each partition is read from the handler's own position, else the committed one, else its beginning.
+
+    `trusts_ends`: the embedded broker, known by its want of idempotent producers, says an end short of its last batch.
+    Raises StoreError for an own position beyond the end.
+    """
+    starts = {}
+    for partition in partitions:
+        name = f"{partition.topic}/{partition.partition}"
+        stored = own.get((partition.topic, partition.partition))
+        known = committed.get(partition)
+        start = stored if stored is not None else known.offset if known is not None else first[partition]
+        if start > end[partition] and trusts_ends:
+            if stored is not None:
+                raise StoreError(
+                    f"{name}: the store's next offset {start} lies beyond the log's end {end[partition]}: "
+                    "the topic was made again, rebuild the store"
+                )
+            log.error("log is shorter than committed: read from its beginning", partition=name, committed=start)
+            start = first[partition]
+        if start < first[partition]:
+            log.error(
+                "records were deleted unread: retention is too short",
+                partition=name,
+                from_offset=start,
+                to_offset=first[partition],
+            )
+            start = first[partition]
+        metadata = known.metadata if known is not None and known.offset == start else None
+        # A store that is made again reads from the beginning: what is committed must not step back meanwhile.
+        done = known.offset if known is not None and start < known.offset <= end[partition] else start
+        starts[partition] = Start(start, done, Suspicion.parse(metadata).taken_over())
+    return starts
+
+
+def due(
+    leases: Mapping[TopicPartition, PartitionLease], *, isolates: bool, clean: bool
+) -> dict[TopicPartition, tuple[int, str]]:
+    """Offset and metadata to commit: of watermarks that rose, and of what is suspected where they stand. A clean end
+    clears that."""
+    moved = {}
+    for partition, lease in leases.items():
+        offset = lease.watermark.first_unfinished
+        metadata = "" if clean or not isolates else lease.note()
+        noted = offset < lease.committed or not isolates or metadata == lease.noted
+        if offset > lease.committed or not noted:
+            moved[partition] = (offset, metadata)
+    return moved

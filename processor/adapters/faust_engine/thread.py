@@ -15,6 +15,8 @@ from aiokafka.errors import CommitFailedError, IllegalStateError
 from aiokafka.protocol.group import HeartbeatRequest, SyncGroupRequest
 from faust.transport.drivers import aiokafka as driver
 
+from processor.adapters.faust_engine.lease import Session
+
 if TYPE_CHECKING:
     from processor.adapters.faust_engine.consumer import Consumer
 
@@ -91,27 +93,7 @@ class ConsumerThread(driver.AIOKafkaConsumerThread):
 
     async def on_start(self) -> None:
         await super().on_start()
-        self._watch_session()
-
-    def _watch_session(self) -> None:
-        """Note when each heartbeat and join was sent, and tell the session once the broker has acknowledged it.
-
-        A heartbeat answered with "rebalance in progress" counts: the broker renewed the session all the same, and
-        our partitions are nobody else's until we give them up.
-        """
-        session, coordinator = self.consumer.session, self._ensure_consumer()._coordinator
-        session.generation = lambda: int(coordinator.generation)
-        send = coordinator._send_req
-
-        async def send_and_note(request: Any) -> Any:
-            sent_at = time.monotonic()
-            response = await send(request)
-            renews = {0, CODE_OF_REBALANCE} if isinstance(request, HeartbeatRequest) else {0}
-            if isinstance(request, HeartbeatRequest | SyncGroupRequest) and response.error_code in renews:
-                session.acknowledged(sent_at)
-            return response
-
-        coordinator._send_req = send_and_note
+        watch(self.consumer.session, self._ensure_consumer())
 
     def run(self, work: Coroutine[Any, Any, T]) -> asyncio.Future[T]:
         """Run a coroutine in the consumer's thread; await the result from the main loop. Cancelling reaches it."""
@@ -129,13 +111,8 @@ class ConsumerThread(driver.AIOKafkaConsumerThread):
     async def offsets(
         self, partitions: Sequence[TopicPartition]
     ) -> tuple[Mapping[TopicPartition, Any], Mapping[TopicPartition, int], Mapping[TopicPartition, int]]:
-        """What is committed (offset and metadata; missing without a commit), first and end offset of each partition."""
-        consumer = self._ensure_consumer()
-        return (
-            await consumer._coordinator.fetch_committed_offsets(partitions),
-            await consumer.beginning_offsets(partitions),
-            await consumer.end_offsets(partitions),
-        )
+        """`offsets_of`, in the consumer's thread."""
+        return await offsets_of(self._ensure_consumer(), partitions)
 
     async def seek_all(self, generation: int, positions: Mapping[TopicPartition, int]) -> bool:
         """Seek in one step, unless the generation is over."""
@@ -174,3 +151,37 @@ class ConsumerThread(driver.AIOKafkaConsumerThread):
 
     async def rejoin(self) -> None:
         self._ensure_consumer()._coordinator.request_rejoin()
+
+
+def watch(session: Session, consumer: AIOKafkaConsumer) -> None:
+    """Note when each heartbeat and join was sent, and tell the session once the broker has acknowledged it.
+
+    A heartbeat answered with "rebalance in progress" counts: the broker renewed the session all the same, and
+    our partitions are nobody else's until we give them up.
+    """
+    coordinator = consumer._coordinator
+    session.generation = lambda: int(coordinator.generation)
+    send = coordinator._send_req
+
+    async def send_and_note(request: Any) -> Any:
+        sent_at = time.monotonic()
+        response = await send(request)
+        renews = {0, CODE_OF_REBALANCE} if isinstance(request, HeartbeatRequest) else {0}
+        if isinstance(request, HeartbeatRequest | SyncGroupRequest) and response.error_code in renews:
+            session.acknowledged(sent_at)
+        return response
+
+    coordinator._send_req = send_and_note
+
+
+async def offsets_of(
+    consumer: AIOKafkaConsumer, partitions: Sequence[TopicPartition]
+) -> tuple[Mapping[TopicPartition, Any], Mapping[TopicPartition, int], Mapping[TopicPartition, int]]:
+    """What is committed (offset and metadata; missing without a commit), first and end offset of each partition."""
+    if not partitions:
+        return {}, {}, {}
+    return (
+        await consumer._coordinator.fetch_committed_offsets(partitions),
+        await consumer.beginning_offsets(partitions),
+        await consumer.end_offsets(partitions),
+    )
