@@ -15,6 +15,7 @@ from aiokafka.partitioner import murmur2
 
 from processor.accounts import TaskProgress, UsageTotal
 from processor.adapters.avro_records import WIRE_NAME, ResultWriter, read, write
+from processor.adapters.avro_requests import RequestReader
 from processor.adapters.registry import SchemaRegistry
 from processor.adapters.schemas import (
     CONFLUENT_HEADER_BYTES,
@@ -84,6 +85,10 @@ class Codec:
         self._headers: dict[str, bytes] = {}
         self._results = ResultWriter()
         self._released = released()
+        self._requests = RequestReader()
+        self._request_schema = current("EmbeddingRequest")
+        self._request_header = self._request_schema.single_object_header
+        self._request_ids: set[bytes] = set()
         if registry is None:
             self._headers = {name: current(name).single_object_header for name in WIRE_NAME.values()}
 
@@ -128,8 +133,19 @@ class Codec:
 
     def decode_now(self, record: Record) -> Request | Undecodable | None:
         """Step 1, see `ports.RequestDecoder`. A tenant over 256 bytes or a correlation id over 1,024 is no identity."""
-        request = self.read_now(Request, record.value)
-        return request if request is None or isinstance(request, Undecodable) else _identified(request)
+        value = record.value
+        if value is not None and len(value) <= self._max_record_bytes:
+            header = value[:SINGLE_OBJECT_HEADER_BYTES]
+            if header == self._request_header:
+                request = self._requests.read(value, SINGLE_OBJECT_HEADER_BYTES)
+            elif header[:CONFLUENT_HEADER_BYTES] in self._request_ids:
+                request = self._requests.read(value, CONFLUENT_HEADER_BYTES)
+            else:
+                request = None
+            if request is not None:
+                return _identified(request)
+        found = self.read_now(Request, value)
+        return found if found is None or isinstance(found, Undecodable) else _identified(found)
 
     async def decode(self, record: Record) -> Request | Undecodable:
         """The same, its schema fetched if need be."""
@@ -164,7 +180,10 @@ class Codec:
         schema_id = confluent_id(value)
         if schema_id not in self._registry.known:
             return None
-        return self._read(kind, value, CONFLUENT_HEADER_BYTES, self._registry.known[schema_id])
+        writer = self._registry.known[schema_id]
+        if writer is self._request_schema:
+            self._request_ids.add(value[:CONFLUENT_HEADER_BYTES])
+        return self._read(kind, value, CONFLUENT_HEADER_BYTES, writer)
 
     def _read(self, kind: type[T], value: bytes, start: int, writer: Schema | None) -> T | Undecodable:
         if writer is None:
@@ -202,10 +221,13 @@ def _identified(request: Request) -> Request | Undecodable:
         return Undecodable(DlqClass.NO_IDENTITY, "no_tenant_id")
     if not request.correlation_id:
         return Undecodable(DlqClass.NO_IDENTITY, "no_correlation_id")
-    tenant_bytes, correlation_bytes = len(request.tenant_id.encode()), len(request.correlation_id.encode())
-    if tenant_bytes > MAX_TENANT_BYTES or correlation_bytes > MAX_CORRELATION_BYTES:
+    if _too_long(request.tenant_id, MAX_TENANT_BYTES) or _too_long(request.correlation_id, MAX_CORRELATION_BYTES):
         return Undecodable(DlqClass.NO_IDENTITY, "identity_too_long")
     return request
+
+
+def _too_long(text: str, max_bytes: int) -> bool:
+    return 4 * len(text) > max_bytes and len(text.encode()) > max_bytes
 
 
 def key_of(destination: Destination) -> bytes | None:
