@@ -13,7 +13,7 @@ from processor.work import Fold, Outcome, Policy, Window, Work
 
 def estimated_tokens(text: str) -> int:
     """Bytes / 4, at least 1: good enough to close windows; exact counts are made for misses only."""
-    return max(1, len(text.encode()) // 4)
+    return max(1, (len(text) if text.isascii() else len(text.encode())) // 4)
 
 
 @dataclass(slots=True, eq=False)

@@ -6,9 +6,9 @@ tell from Redis what was embedded, and no tenant finds another's vectors.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from functools import lru_cache
+from hashlib import blake2b
 
 from processor.domain import EmbeddingFunction, Item
 from processor.identity import encode_int, encode_text
@@ -20,15 +20,16 @@ KEY_BYTES = 20
 
 def hash_key(secret: bytes) -> bytes:
     """A secret of any length as a BLAKE2b key (at most 64 bytes)."""
-    return hashlib.blake2b(secret, digest_size=64, person=b"embedding-cache").digest()
+    return blake2b(secret, digest_size=64, person=b"embedding-cache").digest()
 
 
 def cache_key(key: bytes, tenant_id: str, function: EmbeddingFunction, text: str, own: Item | None) -> bytes:
     """The key of a text's entry. `own` is the item of a `use_cache=false` chunk, which has an entry to itself (U2)."""
-    parts = _scope(tenant_id, function.name) + encode_text(text)
+    raw = text.encode()
+    parts = b"%b%d:%b" % (_scope(tenant_id, function.name), len(raw), raw)
     if own is not None:
         parts += encode_text(own.request_id) + encode_int(own.index)
-    return hashlib.blake2b(parts, key=key, digest_size=KEY_BYTES).digest()
+    return blake2b(parts, key=key, digest_size=KEY_BYTES).digest()
 
 
 @lru_cache(maxsize=4096)

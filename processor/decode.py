@@ -58,7 +58,7 @@ class Checker:
         if policy.lane is Lane.INTERACTIVE and action not in INTERACTIVE_ACTIONS:
             return Fault(ErrorCode.WRONG_LANE, "action", f"{action} is served on the request topic, send it there")
         return (
-            (_check_ids(request) if size_bytes > MAX_OWNER_BYTES else None)
+            (_check_ids(request) if size_bytes > MAX_ID_BYTES or request.agent_owner_id is not None else None)
             or _check_size(request, action, size_bytes, policy)
             or _check_lists(request, action, policy)
             or _check_numbers(request)

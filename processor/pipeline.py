@@ -347,4 +347,6 @@ class Pipeline:
 def _in_work(ticket: Ticket, known: Sequence[Parcel]) -> int:
     """How many texts, outcomes and tombstones a record becomes: many, for one of tiny chunks."""
     texts = len(ticket.request.chunks) if isinstance(ticket, Job) and ticket.plan is not None else 0
+    if not known:
+        return texts
     return texts + sum(1 + len(parcel.before) for parcel in known if isinstance(parcel, Known))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from processor.domain import (
     ACTION_ALIASES,
     OPERATION_OF,
@@ -17,6 +19,7 @@ from processor.work import Instant, Job
 MILLION = 1_000_000
 
 
+@lru_cache(maxsize=16_384)
 def cost_nanos(tokens: int, nanos_per_million: int | None) -> int | None:
     """Integer nano-dollars, rounded once, half to even; None when unpriced."""
     if nanos_per_million is None:
