@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import importlib
 import json
+import logging
 import pkgutil
 import sys
 
@@ -18,6 +19,7 @@ def main() -> int:
     parser.add_argument("name", choices=names)
     parser.add_argument("--json", action="store_true", help="one JSON object, and nothing else on standard output")
     arguments = parser.parse_args()
+    logging.getLogger("aiokafka").setLevel(logging.CRITICAL)  # a topic just made has no leader yet: it tries again
     module = importlib.import_module(f"tests.benchmarks.{arguments.name}")
     figures = asyncio.run(module.run(lambda line: print(line, file=sys.stderr, flush=True)))
     if arguments.json:

@@ -1,9 +1,11 @@
 """Chunks a second of one worker whose texts are all cached, beside a bare aiokafka loop and plain Faust.
 
-Every process reads the same requests of about 600 bytes, one chunk each, from 4 partitions, and is measured by the end
-offsets of its results from the first look that finds any to the one that finds all: starting is left out, and so is
-what was read ahead before the first result. Ratios are medians over interleaved rounds. Left out: L2, several workers,
-latency at half load, the long run.
+Every process reads the same requests of about 600 bytes, one chunk each, from 4 partitions, one process after another
+in interleaved rounds; ratios are medians of the rounds' ratios. The worker has all of its path on but the sink view
+(one round is with it): validation, L1, results, usage, headers. Also: how long a request waits for its result at half
+of that rate, by the broker's clock; memory over a long run; CPU of worker and broker; microseconds by stage.
+Left out: L2, real provider calls, several workers. Environment: BENCH_RECORDS, BENCH_ROUNDS, BENCH_LONG (1: always the
+long run, 0: never; else only if it takes less than three minutes).
 """
 
 from __future__ import annotations
@@ -16,32 +18,45 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
+from aiokafka import AIOKafkaConsumer, TopicPartition
 
-from processor.adapters import topics
-from processor.adapters.avro import encode_request
-from processor.domain import Chunk, Request
-from processor.settings import Settings
-from tests.support.brokers import Broker, Servers, create_topic
+from processor.adapters.avro import Codec
+from processor.domain import ReceivedResult
+from tests.benchmarks import stages
+from tests.support.brokers import Broker, Servers
+from tests.support.load import Course, Rate, fill, ready, resident_mb, share, some_requests
 from tests.support.provider_server import ProviderProcess
-from tests.support.stack import ROOT, Stack, until
+from tests.support.stack import ROOT
 
 PARTITIONS = 4
-TEXTS = 256
-RECORDS = int(os.environ.get("BENCH_RECORDS", "10000"))
+RECORDS = int(os.environ.get("BENCH_RECORDS", "100000"))
 ROUNDS = int(os.environ.get("BENCH_ROUNDS", "5"))
-WITHIN_S = 120.0
-RELAXED = {"EMBEDDING_PRODUCER_IDEMPOTENT": "false", "EMBEDDING_REQUIRE_LOG_APPEND_TIME": "false"}
+FAUST_RECORDS = RECORDS // 5
+LONG_RECORDS = 10 * RECORDS
+LONG = os.environ.get("BENCH_LONG", "")
+LONG_WITHIN_S = 180.0
+FEED_EVERY_S = 0.01
+FEED_FOR_S = 10.0
+FEED_WARM_UP_S = 2.0
+MEMORY_MB = 300
+GROWTH = 1.10
+
+BARS = {
+    "ratio_aiokafka_d8": (1.4, 1.1),
+    "ratio_aiokafka_d1536": (1.0, 0.75),
+    "ratio_naive_faust_d1536": (4.0, 3.0),
+}
+"""Goal and floor."""
 
 Say = Callable[[str], None]
 
 
 async def run(say: Say) -> dict[str, Any]:
-    """Records a second, ratios, memory; BENCH_RECORDS and BENCH_ROUNDS are read from the environment."""
+    """Records a second, ratios, latency, memory, CPU, stages and `bars` with whether each is met."""
     servers = Servers()
     try:
         broker = servers.broker()
@@ -49,173 +64,214 @@ async def run(say: Say) -> dict[str, Any]:
             say(line)
         if not broker.is_apache_kafka:
             say("no Apache Kafka: the figures are of the embedded broker and stand beside no bar")
+        figures: dict[str, Any] = {
+            "broker": broker.kind,
+            "records": RECORDS,
+            "faust_records": FAUST_RECORDS,
+            "rounds": ROUNDS,
+        }
         with (
             tempfile.TemporaryDirectory() as folder,
             ProviderProcess("--base-ms", "0", "--per-text-ms", "0") as provider,
         ):
-            figures: dict[str, Any] = {"broker": broker.kind, "records": RECORDS, "rounds": ROUNDS}
+            bench = Bench(broker, provider, Path(folder), say)
             for dimensions in (8, 1536):
-                bench = Bench(broker, provider, Path(folder), dimensions, say)
-                figures |= await bench.measure()
-            return figures
+                figures |= await bench.rounds(dimensions)
+                figures |= await bench.latency(dimensions, figures[f"worker_d{dimensions}_records_per_s"] / 2)
+            long_s = LONG_RECORDS / figures["worker_d1536_records_per_s"]
+            if LONG == "1" or (LONG != "0" and long_s < LONG_WITHIN_S):
+                figures |= await bench.memory(1536)
+            else:
+                say(f"no long run: {LONG_RECORDS} records would take {long_s:.0f} s; BENCH_LONG=1 has it")
     finally:
         servers.close()
+    figures |= await stages.run(say)
+    return figures | {"bars": bars(figures)}
 
 
 class Bench:
-    """The rounds of one vector size, over one topic of requests."""
+    """The measurements, each with topics of its own."""
 
-    def __init__(self, broker: Broker, provider: ProviderProcess, folder: Path, dimensions: int, say: Say) -> None:
+    def __init__(self, broker: Broker, provider: ProviderProcess, folder: Path, say: Say) -> None:
         self.broker = broker
+        self.provider = provider
         self.folder = folder
-        self.dimensions = dimensions
         self.say = say
-        self.environment = {
-            "EMBEDDING_PROVIDER": "openai",
-            "EMBEDDING_OPENAI_BASE_URL": provider.base_url,
-            "EMBEDDING_OPENAI_API_KEY": "tests",
-            "EMBEDDING_LOG_LEVEL": "WARNING",
-            **({} if broker.is_apache_kafka else RELAXED),
-        }
-        self.prefix = f"engine-{dimensions}-{uuid.uuid4().hex[:8]}"
-        self.rss_mb: list[tuple[float, float]] = []
 
-    async def measure(self) -> dict[str, Any]:
-        size = f"d{self.dimensions}"
-        with self._stack("setup") as stack:
-            settings = stack.settings()
-        await topics.create(settings, partitions=PARTITIONS, replication=1)
-        for kind in ("aiokafka", "faust"):
-            await create_topic(self.broker.bootstrap_servers, self._own_results(kind), partitions=PARTITIONS)
-        await self._fill(settings)
-        kinds = ["worker", "aiokafka", *(["faust"] if self.dimensions > 8 else [])]
-        rates: dict[str, list[float]] = {kind: [] for kind in kinds}
-        for round_ in range(ROUNDS):
-            for kind in kinds:
-                rates[kind].append(await self._rate(kind, round_, settings))
-            self.say(f"{size} round {round_}: " + ", ".join(f"{kind} {rates[kind][-1]:.0f}/s" for kind in kinds))
-        with_sink = await self._rate("worker", ROUNDS, settings, EMBEDDING_SINK_VIEW="true")
-        figures: dict[str, Any] = {
-            f"ratio_aiokafka_{size}": _ratio(rates["worker"], rates["aiokafka"]),
-            **{f"{kind}_{size}_records_per_s": round(statistics.median(rates[kind])) for kind in kinds},
-            f"worker_sink_view_{size}_records_per_s": round(with_sink),
-            f"rss_start_mb_{size}": round(statistics.median(start for start, _ in self.rss_mb)),
-            f"rss_end_mb_{size}": round(statistics.median(end for _, end in self.rss_mb)),
-        }
+    def course(self, dimensions: int, **options: Any) -> Course:
+        return Course(self.broker, self.provider, self.folder, dimensions=dimensions, partitions=PARTITIONS, **options)
+
+    async def rounds(self, dimensions: int) -> dict[str, Any]:
+        """Rates of worker and baselines, in turn, the order reversed every other round."""
+        size = f"d{dimensions}"
+        kinds = ["worker", "aiokafka", *(["faust"] if dimensions > 8 else [])]
+        rates: dict[str, list[Rate]] = {kind: [] for kind in kinds}
+        async with self.course(dimensions) as course:
+            started = time.monotonic()
+            await course.fill(RECORDS)
+            self.say(f"{size}: {RECORDS} requests in {time.monotonic() - started:.1f} s")
+            for round_ in range(ROUNDS):
+                for kind in kinds if round_ % 2 == 0 else reversed(kinds):
+                    rates[kind].append(await (worker_rate(course) if kind == "worker" else baseline_rate(course, kind)))
+                line = ", ".join(
+                    f"{kind} {rates[kind][-1].records_per_s:.0f}/s ({rates[kind][-1].cpu_us(kind):.0f} us CPU)"
+                    for kind in kinds
+                )
+                self.say(f"{size} round {round_}: {line}")
+            with_sink = await worker_rate(course, EMBEDDING_SINK_VIEW="true")
+        figures: dict[str, Any] = {f"ratio_aiokafka_{size}": ratio(rates["worker"], rates["aiokafka"])}
         if "faust" in rates:
-            figures[f"ratio_naive_faust_{size}"] = _ratio(rates["worker"], rates["faust"])
+            figures[f"ratio_naive_faust_{size}"] = ratio(rates["worker"], rates["faust"])
+        for kind in kinds:
+            figures[f"{kind}_{size}_records_per_s"] = round(
+                statistics.median(rate.records_per_s for rate in rates[kind])
+            )
+            figures[f"{kind}_{size}_cpu_us"] = round(statistics.median(rate.cpu_us(kind) for rate in rates[kind]), 1)
+            figures[f"{kind}_{size}_cpu_share"] = shares(rates[kind], kind)
+            if self.broker.pid is not None:
+                figures[f"{kind}_{size}_broker_cpu_share"] = shares(rates[kind], "broker")
+        return figures | {f"worker_sink_view_{size}_records_per_s": round(with_sink.records_per_s)}
+
+    async def latency(self, dimensions: int, records_per_s: float) -> dict[str, Any]:
+        """From the append of a request to that of its result, both by the broker's clock, at a steady rate."""
+        size = f"d{dimensions}"
+        if not self.broker.is_apache_kafka:
+            return {}
+        async with self.course(dimensions, results_config={"message.timestamp.type": "LogAppendTime"}) as course:
+            values = list(some_requests(int(records_per_s * FEED_FOR_S), dimensions))
+            with course.stack() as stack:
+                worker = stack.spawn("worker")
+                await ready([worker])
+                since_ms = await feed(course, values, records_per_s) + FEED_WARM_UP_S * 1000
+                deadline = time.monotonic() + 60
+                while await course.end(course.results) < len(values):
+                    worker.check()
+                    assert time.monotonic() < deadline, "not within 60 s: all results of the steady feed"
+                    await asyncio.sleep(0.1)
+                worker.stop()
+            waits = [wait_ms async for at_ms, wait_ms in waits_of(course, len(values)) if at_ms >= since_ms]
+        p50, p99 = (round(statistics.quantiles(waits, n=100)[percent - 1]) for percent in (50, 99))
+        self.say(f"{size}: at {records_per_s:.0f}/s p50 {p50} ms, p99 {p99} ms, most {max(waits)} ms")
+        return {
+            f"latency_{size}_at_records_per_s": round(records_per_s),
+            f"latency_{size}_p50_ms": p50,
+            f"latency_{size}_p99_ms": p99,
+        }
+
+    async def memory(self, dimensions: int) -> dict[str, Any]:
+        """Resident memory at start, after a tenth and at the end of a long run of requests that are all different."""
+        async with self.course(dimensions) as course:
+            await course.fill(LONG_RECORDS)
+            with course.stack() as stack:
+                worker = stack.spawn("worker")
+                pid = worker.process.pid
+                await ready([worker])
+                figures: dict[str, Any] = {"rss_start_mb": round(resident_mb(pid))}
+                for name, records in (("rss_steady_mb", LONG_RECORDS // 10), ("rss_after_1m_mb", LONG_RECORDS)):
+                    rate = await course.rate(course.results, 0, records, {"worker": pid}, worker.check)
+                    figures[name] = round(resident_mb(pid))
+                figures["rss_peak_mb"] = round(resident_mb(pid, peak=True))
+                worker.stop()
+        figures |= {"long_records": LONG_RECORDS, "long_records_per_s": round(rate.records_per_s)}
+        self.say(", ".join(f"{name} {value}" for name, value in figures.items()))
         return figures
 
-    def _stack(self, name: str, **more: str) -> Stack:
-        environment = {"EMBEDDING_GROUP_ID": f"{self.prefix}-{name}", "EMBEDDING_SINK_VIEW": "false"}
-        servers = self.broker.bootstrap_servers
-        return Stack(self.folder, self.prefix, servers, **(self.environment | environment | more))
 
-    def _own_results(self, kind: str) -> str:
-        return f"{self.prefix}.{kind}-results"
-
-    async def _fill(self, settings: Settings) -> None:
-        """One tenant, a document each, the same texts over and over."""
-        phrase = "the stream of chunks is cut into windows and every window into few and full calls"
-        words = phrase.split(" ")
-        texts = [f"{i}: " + " ".join(words[(i + j) % len(words)] for j in range(90)) for i in range(TEXTS)]
-        producer = AIOKafkaProducer(bootstrap_servers=self.broker.bootstrap_servers, linger_ms=20)
-        await producer.start()
-        try:
-            for i in range(RECORDS):
-                request = Request(
-                    tenant_id="bench",
-                    correlation_id=f"r{i}",
-                    action="generate",
-                    collection="bench",
-                    document_id=f"d{i}",
-                    dimensions=self.dimensions,
-                    chunks=[Chunk("c0", texts[i % TEXTS])],
-                )
-                topic = settings.topic(topics.topics()["requests"].name)
-                await producer.send(topic, encode_request(request), partition=i % PARTITIONS)
-            await producer.flush()
-        finally:
-            await producer.stop()
-
-    async def _rate(self, kind: str, round_: int, settings: Settings, **more: str) -> float:
-        """Records a second of one process, started for it and ended after it."""
-        watcher = AIOKafkaConsumer(bootstrap_servers=self.broker.bootstrap_servers, group_id=None)
-        await watcher.start()
-        try:
-            if kind != "worker":
-                return await self._rate_of_baseline(kind, round_, settings, watcher)
-            with self._stack(f"{round_}", **more) as stack:
-                results = settings.topic(topics.topics()["results"].name)
-                before = await _end(watcher, results)
-                worker = stack.spawn("worker")
-                await until(worker.ready, within_s=60, what="the worker is ready", every_s=0.02)
-                start_mb = _resident_mb(worker.process.pid)
-                rate = await _slope(watcher, results, before, worker.check)
-                self.rss_mb.append((start_mb, _resident_mb(worker.process.pid)))
-                worker.stop()
-                return rate
-        finally:
-            await watcher.stop()
-
-    async def _rate_of_baseline(self, kind: str, round_: int, settings: Settings, watcher: AIOKafkaConsumer) -> float:
-        results = self._own_results(kind)
-        before = await _end(watcher, results)
-        options = {
-            "bootstrap-servers": self.broker.bootstrap_servers,
-            "requests": settings.topic(topics.topics()["requests"].name),
-            "results": results,
-            "group": f"{self.prefix}-{kind}-{round_}",
-            "dimensions": str(self.dimensions),
-        }
-        arguments = [part for name, value in options.items() for part in (f"--{name}", value)]
-        if not self.broker.is_apache_kafka:
-            arguments.append("--no-idempotent")
-        log = self.folder / f"{kind}.log"
-        with log.open("ab") as out:
-            process = subprocess.Popen(  # noqa: ASYNC220  (nothing else runs here meanwhile)
-                [sys.executable, "-m", "tests.support.baselines", kind, *arguments], cwd=ROOT, stdout=out, stderr=out
-            )
-
-        def check() -> None:
-            if process.poll() is not None:
-                raise AssertionError(f"{kind} ended with {process.returncode}:\n{log.read_text()[-2000:]}")
-
-        try:
-            return await _slope(watcher, results, before, check)
-        finally:
-            process.kill()
-            process.wait()
+async def worker_rate(course: Course, **environment: str) -> Rate:
+    """Of one worker, started for it and ended after it."""
+    with course.stack(**environment) as stack:
+        before = await course.end(course.results)
+        worker = stack.spawn("worker")
+        rate = await course.rate(course.results, before, RECORDS, {"worker": worker.process.pid}, worker.check)
+        worker.stop()
+        return rate
 
 
-async def _slope(watcher: AIOKafkaConsumer, topic: str, before: int, check: Callable[[], None]) -> float:
-    """Results a second, from the first look that finds any to the one that finds all."""
-    deadline = time.monotonic() + WITHIN_S
-    first: tuple[float, int] | None = None
-    while True:
-        done, now = await _end(watcher, topic) - before, time.monotonic()
-        if first is None and done > 0:
-            first = (now, done)
-        if done >= RECORDS:
-            assert first is not None
-            assert first[1] < RECORDS, "too few records to measure: raise BENCH_RECORDS"
-            return (done - first[1]) / (now - first[0])
-        check()
-        assert now < deadline, f"not within {WITHIN_S:.0f} s: {RECORDS} results; there are {done}"
-        await asyncio.sleep(0.03)
+async def baseline_rate(course: Course, kind: str) -> Rate:
+    """Of one process of `tests.support.baselines`, with a topic of its own for the results."""
+    results = await course.create(f"{kind}-{uuid.uuid4().hex[:8]}")
+    options = {
+        "bootstrap-servers": course.broker.bootstrap_servers,
+        "requests": course.requests,
+        "results": results,
+        "group": results,
+        "dimensions": str(course.dimensions),
+    }
+    arguments = [part for name, value in options.items() for part in (f"--{name}", value)]
+    if not course.broker.is_apache_kafka:
+        arguments.append("--no-idempotent")
+    log = course.folder / f"{kind}.log"
+    with log.open("ab") as out:
+        process = subprocess.Popen(  # noqa: ASYNC220  (nothing else runs here meanwhile)
+            [sys.executable, "-m", "tests.support.baselines", kind, *arguments], cwd=ROOT, stdout=out, stderr=out
+        )
+
+    def check() -> None:
+        if process.poll() is not None:
+            raise AssertionError(f"{kind} ended with {process.returncode}:\n{log.read_text()[-2000:]}")
+
+    try:
+        return await course.rate(results, 0, FAUST_RECORDS if kind == "faust" else RECORDS, {kind: process.pid}, check)
+    finally:
+        process.kill()
+        process.wait()
 
 
-async def _end(watcher: AIOKafkaConsumer, topic: str) -> int:
-    ends = await watcher.end_offsets([TopicPartition(topic, partition) for partition in range(PARTITIONS)])
-    return sum(ends.values())
+async def feed(course: Course, values: Sequence[bytes], records_per_s: float) -> float:
+    """Append the values at a steady rate, in small batches; when it began, UTC milliseconds since 1970."""
+    began, began_ms, sent = time.monotonic(), time.time() * 1000, 0
+    while sent < len(values):
+        due = min(len(values), int((time.monotonic() - began) * records_per_s) + 1)
+        if due > sent:
+            await fill(course.producer, course.requests, values[sent:due], partitions=PARTITIONS)
+            sent = due
+        await asyncio.sleep(FEED_EVERY_S)
+    took_s = time.monotonic() - began
+    assert took_s < FEED_FOR_S * 1.1, f"could not feed {records_per_s:.0f}/s: raise no bar on this run"
+    return began_ms
 
 
-def _ratio(ours: list[float], theirs: list[float]) -> float:
-    return round(statistics.median(one / other for one, other in zip(ours, theirs, strict=True)), 2)
+async def waits_of(course: Course, count: int) -> AsyncIterator[tuple[int, int]]:
+    """(append time of the request, milliseconds until that of its result) of each result."""
+    consumer = AIOKafkaConsumer(
+        bootstrap_servers=course.broker.bootstrap_servers, group_id=None, auto_offset_reset="earliest"
+    )
+    codec = Codec()
+    await consumer.start()
+    try:
+        consumer.assign([TopicPartition(course.results, partition) for partition in range(PARTITIONS)])
+        left = count
+        while left > 0:
+            for records in (await consumer.getmany(timeout_ms=10_000)).values():
+                left -= len(records)
+                for record in records:
+                    result = await codec.read(ReceivedResult, record.value)
+                    assert isinstance(result, ReceivedResult)
+                    yield result.accepted_at_ms, record.timestamp - result.accepted_at_ms
+    finally:
+        await consumer.stop()
 
 
-def _resident_mb(pid: int) -> float:
-    for line in Path(f"/proc/{pid}/status").read_text(encoding="ascii").splitlines():
-        if line.startswith("VmRSS:"):
-            return int(line.split()[1]) / 1024
-    raise AssertionError("no VmRSS")
+def ratio(ours: Iterable[Rate], theirs: Iterable[Rate]) -> float:
+    pairs = zip(ours, theirs, strict=True)
+    return round(statistics.median(one.records_per_s / other.records_per_s for one, other in pairs), 2)
+
+
+def shares(rates: Iterable[Rate], name: str) -> float:
+    """Part of this machine's CPU that the process took, the median."""
+    return share(statistics.median(rate.cores[name] for rate in rates))
+
+
+def bars(figures: dict[str, Any]) -> dict[str, Any]:
+    """Each bar with what was measured and whether it is met. Memory has one only after a long run."""
+    judged: dict[str, Any] = {}
+    for name, (goal, floor) in BARS.items():
+        value = figures[name]
+        met = "goal" if value >= goal else "floor" if value >= floor else "no"
+        judged[name] = {"measured": value, "goal": goal, "floor": floor, "met": met}
+    if "rss_after_1m_mb" in figures:
+        steady, end = figures["rss_steady_mb"], figures["rss_after_1m_mb"]
+        flat = end <= steady * GROWTH
+        met = "yes" if flat and end <= MEMORY_MB else "no"
+        judged["rss_after_1m_mb"] = {"measured": end, "most": MEMORY_MB, "flat": flat, "met": met}
+    return judged

@@ -38,11 +38,15 @@ class NotToBeHad(Exception):
 
 @dataclass(frozen=True)
 class Broker:
-    """A running broker. `bootstrap_servers` is "host:port"; `description` is for a test report's reader."""
+    """A running broker. `bootstrap_servers` is "host:port"; `description` is for a test report's reader.
+
+    `pid` is its process if that is a child of ours.
+    """
 
     bootstrap_servers: str
     kind: Kind
     description: str
+    pid: int | None = None
 
     @property
     def is_apache_kafka(self) -> bool:
@@ -111,10 +115,11 @@ class Servers:
                 return Broker(self._from_docker(_kafka_container), kind, f"container {KAFKA_IMAGE}")
             case "kafka":
                 kafka = self._stack.enter_context(ApacheKafka())
-                return Broker(kafka.bootstrap_servers, kind, f"Apache Kafka {VERSION} from Maven artifacts, one node")
+                description = f"Apache Kafka {VERSION} from Maven artifacts, one node"
+                return Broker(kafka.bootstrap_servers, kind, description, kafka.pid)
             case "embedded":
                 tansu = self._stack.enter_context(EmbeddedBroker())
-                return Broker(tansu.bootstrap_servers, kind, "the embedded broker, in memory")
+                return Broker(tansu.bootstrap_servers, kind, "the embedded broker, in memory", tansu.pid)
 
     def _start_redis(self) -> str:
         if named := os.environ.get("REDIS_URL"):

@@ -1,0 +1,213 @@
+"""Load for benchmarks of whole processes: topics full of ready requests, workers, rates, CPU and memory.
+
+A rate is read from the end offsets of a topic, between a look that finds a twentieth of the records and the one that
+finds all: starting, joining and warming up are left out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
+
+from processor.adapters import topics
+from processor.adapters.avro import encode_request
+from processor.domain import Chunk, Request
+from tests.support.brokers import Broker, create_topic
+from tests.support.provider_server import ProviderProcess
+from tests.support.stack import Child, Stack, until
+
+TEXTS = 256
+WORDS_A_TEXT = 105
+FILL_BATCH_BYTES = 500_000
+LOOK_EVERY_S = 0.02
+WITHIN_S = 300.0
+KEPT_BYTES = {"retention.bytes": "67108864", "segment.bytes": "33554432"}
+"""Of a partition of results, so that a benchmark does not fill the disk; nobody reads what is deleted."""
+
+RELAXED = {"EMBEDDING_PRODUCER_IDEMPOTENT": "false", "EMBEDDING_REQUIRE_LOG_APPEND_TIME": "false"}
+
+
+def some_requests(count: int, dimensions: int) -> Iterator[bytes]:
+    """Values of requests of one chunk, about 600 bytes each: one tenant, a document each, the same few texts."""
+    phrase = "the stream of chunks is cut into windows and every window into few and full calls"
+    words = phrase.split(" ")
+    texts = [f"{i}: " + " ".join(words[(i + j) % len(words)] for j in range(WORDS_A_TEXT)) for i in range(TEXTS)]
+    for i in range(count):
+        yield encode_request(
+            Request(
+                tenant_id="bench",
+                correlation_id=f"r{i}",
+                action="generate",
+                collection="bench",
+                document_id=f"d{i}",
+                dimensions=dimensions,
+                chunks=[Chunk("c0", texts[i % TEXTS])],
+            )
+        )
+
+
+async def fill(producer: AIOKafkaProducer, topic: str, values: Iterable[bytes], *, partitions: int) -> None:
+    """Append the values to the partitions in turn, in batches of our own; returns once all are acknowledged."""
+    builders = [producer.create_batch() for _ in range(partitions)]
+    deliveries = []
+    for i, value in enumerate(values):
+        partition = i % partitions
+        if builders[partition].append(key=None, value=value, timestamp=None) is None:
+            builders[partition].close()
+            deliveries.append(await producer.send_batch(builders[partition], topic, partition=partition))
+            builders[partition] = producer.create_batch()
+            builders[partition].append(key=None, value=value, timestamp=None)
+    for partition, builder in enumerate(builders):
+        if builder.record_count():
+            builder.close()
+            deliveries.append(await producer.send_batch(builder, topic, partition=partition))
+    await asyncio.gather(*deliveries)
+
+
+@dataclass(frozen=True, slots=True)
+class Rate:
+    """`cores` is how much of a core each watched process took meanwhile, by name."""
+
+    records_per_s: float
+    cores: Mapping[str, float]
+
+    def cpu_us(self, name: str) -> float:
+        """CPU time of that process, microseconds a record."""
+        return self.cores[name] / self.records_per_s * 1e6
+
+
+class Course:
+    """The topics of one measurement, and workers that read them; every worker group begins at the start.
+
+    `results_config` overrides settings of the topic of results.
+    """
+
+    def __init__(
+        self,
+        broker: Broker,
+        provider: ProviderProcess,
+        folder: Path,
+        *,
+        dimensions: int,
+        partitions: int,
+        results_config: Mapping[str, str] = KEPT_BYTES,
+    ) -> None:
+        self.broker = broker
+        self.folder = folder
+        self.dimensions = dimensions
+        self.partitions = partitions
+        self._results_config = results_config
+        self._prefix = f"bench-{dimensions}-{uuid.uuid4().hex[:8]}"
+        self._environment = {
+            "EMBEDDING_PROVIDER": "openai",
+            "EMBEDDING_OPENAI_BASE_URL": provider.base_url,
+            "EMBEDDING_OPENAI_API_KEY": "tests",
+            "EMBEDDING_LOG_LEVEL": "WARNING",
+            "EMBEDDING_SINK_VIEW": "false",
+            **({} if broker.is_apache_kafka else RELAXED),
+        }
+        self.settings = self.stack().settings()
+        self.requests = self.settings.topic(topics.topics()["requests"].name)
+        self.results = self.settings.topic(topics.topics()["results"].name)
+
+    async def __aenter__(self) -> Self:
+        await self.create("results", dict(topics.topics()["results"].config) | dict(self._results_config))
+        await topics.create(self.settings, partitions=self.partitions, replication=1)
+        servers = self.broker.bootstrap_servers
+        self._watcher = AIOKafkaConsumer(bootstrap_servers=servers, group_id=None)
+        self.producer = AIOKafkaProducer(bootstrap_servers=servers, max_batch_size=FILL_BATCH_BYTES)
+        await self._watcher.start()
+        await self.producer.start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.producer.stop()
+        await self._watcher.stop()
+
+    async def create(self, name: str, configs: Mapping[str, str] = KEPT_BYTES) -> str:
+        """Make a topic beside (or before) those of the project; its full name."""
+        described = topics.topics().get(name)
+        full = self.settings.topic(described.name if described else name)
+        await create_topic(self.broker.bootstrap_servers, full, partitions=self.partitions, configs=configs)
+        return full
+
+    def stack(self, **environment: str) -> Stack:
+        """For workers of a group of their own."""
+        group = {"EMBEDDING_GROUP_ID": f"{self._prefix}-{uuid.uuid4().hex[:8]}"}
+        servers = self.broker.bootstrap_servers
+        return Stack(self.folder, self._prefix, servers, **(self._environment | group | environment))
+
+    async def fill(self, count: int) -> None:
+        """Put so many requests into the topic, none like another."""
+        await fill(self.producer, self.requests, some_requests(count, self.dimensions), partitions=self.partitions)
+
+    async def end(self, topic: str) -> int:
+        """Offsets given out so far, all partitions together."""
+        places = [TopicPartition(topic, partition) for partition in range(self.partitions)]
+        return sum((await self._watcher.end_offsets(places)).values())
+
+    async def rate(
+        self, topic: str, before: int, records: int, pids: Mapping[str, int], check: Callable[[], None]
+    ) -> Rate:
+        """How fast `records` come into the topic beyond offset `before`; `check` raises when they won't come.
+
+        The broker's process is watched too if it is ours.
+        """
+        if self.broker.pid is not None:
+            pids = {**pids, "broker": self.broker.pid}
+        deadline = time.monotonic() + WITHIN_S
+        first: tuple[float, int, dict[str, float]] | None = None
+        while True:
+            done, now = await self.end(topic) - before, time.monotonic()
+            if first is None and done >= records / 20:
+                first = now, done, _cpu(pids)
+            if done >= records:
+                assert first is not None
+                assert first[1] < records / 2, "too few records to measure: raise BENCH_RECORDS"
+                seconds, spent = now - first[0], _cpu(pids)
+                cores = {name: (spent[name] - first[2][name]) / seconds for name in pids}
+                return Rate((done - first[1]) / seconds, cores)
+            check()
+            assert now < deadline, f"not within {WITHIN_S:.0f} s: {records} results; there are {done}"
+            await asyncio.sleep(LOOK_EVERY_S)
+
+
+async def ready(workers: Iterable[Child]) -> None:
+    """Until each of them has joined its group."""
+    for worker in workers:
+        await until(worker.ready, within_s=60, what=f"{worker.name} is ready", every_s=LOOK_EVERY_S)
+
+
+def cpu_s(pid: int) -> float:
+    """CPU time of a process so far, all its threads."""
+    fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def _cpu(pids: Mapping[str, int]) -> dict[str, float]:
+    return {name: cpu_s(pid) for name, pid in pids.items()}
+
+
+def resident_mb(pid: int, *, peak: bool = False) -> float:
+    """Resident memory of a process now, or the most that it ever was."""
+    name = "VmHWM:" if peak else "VmRSS:"
+    for line in Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines():
+        if line.startswith(name):
+            return int(line.split()[1]) / 1024
+    raise AssertionError(f"no {name} of process {pid}")
+
+
+def share(cores: float) -> float:
+    """Part of this machine."""
+    return round(cores / (os.cpu_count() or 1), 2)
