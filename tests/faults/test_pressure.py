@@ -1,0 +1,263 @@
+"""A broker that is away and a provider that is slow: nothing is lost, memory stays bounded, the group is kept.
+
+Ten minutes without a broker are scaled down by `SCALE`, and with them every time that decides what becomes of a worker
+meanwhile: its settings, and the back-off of the runtime that starts it again. What is not scaled (requests to a broker
+that hangs are given up after 40 s) is longer than the deadlines that are, and so never what ends a wait here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from processor.adapters import topics
+from processor.errors import EmbeddedUnavailable
+from tests.support import audit
+from tests.support.brokers import Broker
+from tests.support.kafka import ApacheKafka
+from tests.support.provider_server import ProviderProcess, expected_vector
+from tests.support.stack import Child, Stack, until
+from tests.support.traffic import Traffic, hard_requests
+
+SCALE = 10
+OUTAGE_S = 600 / SCALE
+DELIVERY_TIMEOUT_S = 60 / SCALE
+BROKER_WAIT_S = 300 / SCALE
+FIRST_BACK_OFF_S, LONGEST_BACK_OFF_S = 10 / SCALE, 300 / SCALE
+"""Those of Kubernetes."""
+SCALED = {
+    "EMBEDDING_DELIVERY_TIMEOUT_S": str(DELIVERY_TIMEOUT_S),
+    "EMBEDDING_BROKER_WAIT_S": str(BROKER_WAIT_S),
+    "EMBEDDING_SESSION_TIMEOUT_S": str(30 / SCALE),
+    "EMBEDDING_HEARTBEAT_INTERVAL_S": str(3 / SCALE),
+    "EMBEDDING_LEASE_MARGIN_S": str(2 / SCALE),
+    "EMBEDDING_REVOKE_BUDGET_S": str(10 / SCALE),
+}
+MOST_ENDS = 1 + int(OUTAGE_S / BROKER_WAIT_S)
+"""One for the delivery that was under way, one for each wait of a start that fits into the outage."""
+
+DIMENSIONS = 8
+PARTITIONS = 4
+CHUNKS = 5
+READ_AHEAD_BYTES = 4_000_000
+BYTES_A_TEXT = 1_000
+MEBIBYTE = 2**20
+
+Tell = Callable[[str], None]
+
+
+class End(NamedTuple):
+    """A process that ended by itself: its code, and the last line of its log."""
+
+    code: int
+    said: dict[str, Any]
+
+
+@dataclass
+class Supervised:
+    """A worker under a runtime that starts it again, and later and later the more often it ends."""
+
+    child: Child
+    ends: list[End]
+    rss_bytes: list[tuple[float, int]]
+    """(monotonic time, resident bytes), ten a second."""
+
+
+@asynccontextmanager
+async def supervised(stack: Stack) -> AsyncIterator[Supervised]:
+    """A worker from here on; stopped cleanly afterwards."""
+    worker = Supervised(stack.spawn("worker"), [], [])
+
+    async def supervise() -> None:
+        back_off_s = FIRST_BACK_OFF_S
+        while True:
+            code = worker.child.process.poll()
+            if code is None:
+                pid = worker.child.process.pid
+                if resident := _resident_bytes(pid):
+                    worker.rss_bytes.append((time.monotonic(), resident))
+                await asyncio.sleep(0.1)
+                continue
+            lines = worker.child.log.read_text(errors="replace").splitlines()
+            worker.ends.append(End(code, json.loads(lines[-1])))
+            await asyncio.sleep(back_off_s)
+            back_off_s = min(2 * back_off_s, LONGEST_BACK_OFF_S)
+            worker.child = stack.spawn("worker")
+
+    supervising = asyncio.create_task(supervise())
+    try:
+        yield worker
+    finally:
+        supervising.cancel()
+        await asyncio.gather(supervising, return_exceptions=True)
+    assert worker.child.stop() == 0, worker.child.tail()
+
+
+@pytest.fixture
+def own_kafka(kafka: Broker) -> Iterator[ApacheKafka]:
+    """A broker of this test alone, since it goes away; needs Java and Maven."""
+    try:
+        with ApacheKafka() as own:
+            yield own
+    except EmbeddedUnavailable as error:
+        pytest.skip(f"NOT RUN, needs Apache Kafka from Maven artifacts: {error}")
+
+
+@asynccontextmanager
+async def away(broker: ApacheKafka, how: str) -> AsyncIterator[None]:
+    """Frozen (connections stand, nobody answers) or killed (connections are refused; its data stays)."""
+    if how == "killed":
+        await asyncio.to_thread(broker.kill)
+        yield
+        await asyncio.to_thread(broker.start)
+        return
+    os.kill(broker.pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(broker.pid, signal.SIGCONT)
+
+
+def provider_of(provider: ProviderProcess, **others: str) -> dict[str, str]:
+    """The environment of workers that use it."""
+    return {
+        "EMBEDDING_PROVIDER": "openai",
+        "EMBEDDING_OPENAI_BASE_URL": provider.base_url,
+        "EMBEDDING_OPENAI_API_KEY": "tests",
+        "EMBEDDING_DEFAULT_MODEL": "text-embedding-3-small",
+        "EMBEDDING_DEFAULT_DIMENSIONS_BY_MODEL": f'{{"text-embedding-3-small": {DIMENSIONS}}}',
+        "EMBEDDING_READ_AHEAD_BYTES": str(READ_AHEAD_BYTES),
+        "EMBEDDING_WINDOW_MAX_TEXTS": "64",
+    } | others
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("how", ["killed", "frozen"])
+async def test_ten_minutes_without_a_broker_cost_nothing(
+    how: str, own_kafka: ApacheKafka, unique: str, tmp_path: Path, tell: Tell
+) -> None:
+    """Every chunk has its outcome and its charge; memory stands still; ends are few and say why."""
+    before, after = hard_requests(1500, chunks=CHUNKS), hard_requests(300, chunks=CHUNKS, seed=2)
+    with (
+        ProviderProcess("--jitter", "0.01", "--base-ms", "200") as provider,
+        Stack(tmp_path, unique, own_kafka.bootstrap_servers, **provider_of(provider, **SCALED)) as stack,
+    ):
+        settings = stack.settings()
+        await topics.create(settings, partitions=PARTITIONS, replication=1)
+        async with (
+            Traffic(settings, partitions=PARTITIONS, group=f"{settings.group_id}-bulk") as traffic,
+            supervised(stack) as worker,
+        ):
+            await until(worker.child.ready, within_s=60, what="the worker is ready")
+            await traffic.send(before)
+
+            async def flows() -> bool:
+                return await traffic.results() >= CHUNKS * 100
+
+            await until(flows, within_s=60, what="results flow")
+            gone_at = time.monotonic()
+            async with away(own_kafka, how):
+                await asyncio.sleep(OUTAGE_S)
+            back_at = time.monotonic()
+            await traffic.send(after)
+            await until(traffic.all_committed, within_s=120, what="every request is committed")
+            settled_s = time.monotonic() - back_at
+        books = await audit.read_books(settings, provider.admin("ledger")["requests"])
+    copies = audit.check_outcomes(books, vector_of=expected_vector, dimensions=DIMENSIONS)
+    audit.check_charges(books)
+    residuals = audit.check_attempts(books)
+    began, most = _growth(worker.rss_bytes, gone_at, back_at)
+    tell(
+        f"{OUTAGE_S:.0f} s with the broker {how} (scale 1:{SCALE}): ends {[end.said['error'] for end in worker.ends]}, "
+        f"all done {settled_s:.0f} s after, copies {copies}, MiB when it went {began // MEBIBYTE}, most while it was "
+        f"away {most // MEBIBYTE}, residuals {asdict(residuals)}"
+    )
+    assert {end.code for end in worker.ends} <= {1}
+    assert {end.said["error"] for end in worker.ends} <= {"DeliveryFailed", "BrokerUnavailable"}
+    assert all(end.said["why"] for end in worker.ends)
+    assert len(worker.ends) <= MOST_ENDS, worker.ends
+    assert most - began <= 32 * MEBIBYTE
+
+
+def _resident_bytes(pid: int) -> int | None:
+    """None when the process has ended."""
+    try:
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, IndexError):
+        return None
+
+
+def _growth(samples: list[tuple[float, int]], begin: float, end: float) -> tuple[int, int]:
+    """Resident bytes when the broker went, and the most that any process had while it was away."""
+    meanwhile = [resident for at, resident in samples if begin <= at <= end]
+    return meanwhile[0], max(meanwhile)
+
+
+@pytest.mark.faults
+async def test_a_slow_provider_is_backpressure(kafka: Broker, unique: str, tmp_path: Path, tell: Tell) -> None:
+    """Read-ahead stays under its bytes, heartbeats go on and the generation stays, for four sessions; then all is done.
+
+    "Under" by less than the largest record and what its texts take: a record is admitted while there is room at all.
+    """
+    requests = hard_requests(1500, chunks=CHUNKS)
+    largest = 5_000 + CHUNKS * BYTES_A_TEXT
+    limit_bytes = 1_000_000
+    with (
+        ProviderProcess("--jitter", "0.01", "--base-ms", "2500") as provider,
+        Stack(
+            tmp_path,
+            unique,
+            kafka.bootstrap_servers,
+            **provider_of(provider, EMBEDDING_READ_AHEAD_BYTES=str(limit_bytes), EMBEDDING_SESSION_TIMEOUT_S="6"),
+        ) as stack,
+    ):
+        settings = stack.settings()
+        await topics.create(settings, partitions=PARTITIONS, replication=1)
+        async with Traffic(settings, partitions=PARTITIONS, group=f"{settings.group_id}-bulk") as traffic:
+            worker = stack.spawn("worker")
+            await until(worker.ready, within_s=60, what="the worker is ready")
+            await traffic.send(requests)
+            health: list[dict[str, Any]] = []
+
+            def full() -> bool:
+                return _held_bytes(_health(worker)) >= limit_bytes
+
+            await until(full, within_s=30, what="the read-ahead is full")
+            watched_until = time.monotonic() + 4 * settings.session_timeout_s
+            while time.monotonic() < watched_until:
+                health.append(_health(worker))
+                await asyncio.sleep(0.1)
+            worker.check()
+            await until(traffic.all_committed, within_s=240, what="every request is committed")
+            generation = _health(worker)["kafka"]["generation"]
+            assert worker.stop() == 0, worker.tail()
+        books = await audit.read_books(settings, provider.admin("ledger")["requests"])
+    audit.check_outcomes(books, vector_of=expected_vector, dimensions=DIMENSIONS)
+    most = max(map(_held_bytes, health))
+    ages_s = [look["kafka"]["heartbeat_age_s"] for look in health]
+    tell(f"slow provider: read-ahead at most {most} of {limit_bytes} bytes, oldest heartbeat {max(ages_s):.1f} s")
+    assert limit_bytes <= most < limit_bytes + largest
+    assert {look["kafka"]["generation"] for look in health} == {generation}
+    assert all(look["kafka"]["leases_held"] for look in health)
+    assert max(ages_s) < settings.session_timeout_s - settings.lease_margin_s
+
+
+def _health(worker: Child) -> dict[str, Any]:
+    health = worker.get("/health/detailed")
+    assert health is not None, worker.tail()
+    return health
+
+
+def _held_bytes(health: dict[str, Any]) -> int:
+    held: int = health["work"]["read_ahead_bytes"]
+    return held
