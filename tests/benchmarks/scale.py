@@ -1,6 +1,6 @@
 """Chunks a second of 1, 2 and 4 workers over 8 partitions on one machine, and who takes its CPU.
 
-The requests come in one burst once every worker has joined; all texts are cached after the first 256. Broker, workers
+The requests come in one burst once every worker has joined; every text is cached after its first time. Broker, workers
 and this benchmark share the machine, so the figures say what is left of it rather than how far workers scale.
 Environment: BENCH_RECORDS. Left out: L2, several machines, workers that join under load.
 """

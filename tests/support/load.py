@@ -25,7 +25,7 @@ from tests.support.brokers import Broker, create_topic
 from tests.support.provider_server import ProviderProcess
 from tests.support.stack import Child, Stack, until
 
-TEXTS = 256
+TEXTS = 2_048
 WORDS_A_TEXT = 105
 FILL_BATCH_BYTES = 500_000
 LOOK_EVERY_S = 0.02
@@ -37,7 +37,10 @@ RELAXED = {"EMBEDDING_PRODUCER_IDEMPOTENT": "false", "EMBEDDING_REQUIRE_LOG_APPE
 
 
 def some_requests(count: int, dimensions: int) -> Iterator[bytes]:
-    """Values of requests of one chunk, about 600 bytes each: one tenant, a document each, the same few texts."""
+    """Values of requests of one chunk, about 600 bytes each: one tenant, a document each, the same texts over and over.
+
+    They are more than a window holds, so that equal texts seldom meet in one.
+    """
     phrase = "the stream of chunks is cut into windows and every window into few and full calls"
     words = phrase.split(" ")
     texts = [f"{i}: " + " ".join(words[(i + j) % len(words)] for j in range(WORDS_A_TEXT)) for i in range(TEXTS)]
