@@ -1,20 +1,21 @@
 """The wire format: domain objects to keyed Kafka messages and back, framed and in Avro.
 
 A record's bytes are capped before they are decoded and must be consumed to the end; only our own released schemas are
-decoded, whatever a record claims. Vectors are written and read at the speed of a copy, see `_vector_layout`.
+decoded, whatever a record claims. Vectors are written and read at the speed of a copy.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
-from typing import Final, NamedTuple, TypeVar, cast
+from typing import Any, Final, NamedTuple, TypeVar, cast
 
 from aiokafka.partitioner import murmur2
 
 from processor.accounts import TaskProgress, UsageTotal
-from processor.adapters.avro_records import WIRE_NAME, ResultWriter, read, write
+from processor.adapters.avro_outcomes import OutcomeWriter, encode_version
+from processor.adapters.avro_records import WIRE_NAME, read, write
 from processor.adapters.avro_requests import RequestReader
 from processor.adapters.registry import SchemaRegistry
 from processor.adapters.schemas import (
@@ -83,7 +84,7 @@ class Codec:
         self._registry = registry
         self._max_record_bytes = max_record_bytes
         self._headers: dict[str, bytes] = {}
-        self._results = ResultWriter()
+        self._outcomes = OutcomeWriter()
         self._released = released()
         self._requests = RequestReader()
         self._request_schema = current("EmbeddingRequest")
@@ -114,13 +115,14 @@ class Codec:
 
     def encode(self, destination: Destination) -> Encoded:
         """Key, value and headers of a message, as schemas/topics.yaml describes them."""
-        name, message = destination.name, destination.message
-        key = key_of(destination)
+        message, key = destination.message, key_of(destination)
         if isinstance(message, Result):
             headers = [("request_id", message.request_id.encode())]
-            if name == "sink":
-                headers.append(("source_version", message.source.version.encode()))
-            return Encoded(key, self._headers["EmbeddingResult"] + self._results.write(message), headers)
+            if destination.name == "sink":
+                headers.append(("source_version", encode_version(message.source)))
+            return Encoded(key, self._outcomes.result(self._headers["EmbeddingResult"], message), headers)
+        if isinstance(message, Usage):
+            return Encoded(key, self._outcomes.usage(self._headers["TokenUsage"], message))
         if isinstance(message, Tombstone):
             return Encoded(key, None, [("source_version", message.source_version.encode())])
         if isinstance(message, DeadLetter):
@@ -235,23 +237,21 @@ def key_of(destination: Destination) -> bytes | None:
     name, message = destination.name, destination.message
     if name == "replies":
         return None
-    match message:
-        case Result():
-            return (message.vector_id or "").encode() if name == "sink" else message.request.correlation_id.encode()
-        case Usage():
-            return message.payer_id.encode()
-        case ProviderCall():
-            return message.attempt_id.encode()
-        case Tombstone():
-            return message.vector_id.encode()
-        case UsageTotal():
-            return _composite_key(*message.key)
-        case TaskProgress():
-            return _composite_key(message.tenant_id, message.task_id)
-        case DocumentManifest():
-            return _composite_key(message.tenant_id, message.collection, message.document_id)
-        case DeadLetter():
-            return message.record.key
+    if name == "sink" and isinstance(message, Result):
+        return (message.vector_id or "").encode()
+    return _KEY_OF[type(message)](message)
+
+
+_KEY_OF: Final[Mapping[type, Callable[[Any], bytes | None]]] = {
+    Result: lambda result: result.request.correlation_id.encode(),
+    Usage: lambda usage: usage.payer_id.encode(),
+    ProviderCall: lambda call: call.attempt_id.encode(),
+    Tombstone: lambda tombstone: tombstone.vector_id.encode(),
+    UsageTotal: lambda total: _composite_key(*total.key),
+    TaskProgress: lambda progress: _composite_key(progress.tenant_id, progress.task_id),
+    DocumentManifest: lambda manifest: _composite_key(manifest.tenant_id, manifest.collection, manifest.document_id),
+    DeadLetter: lambda letter: letter.record.key,
+}
 
 
 def request_key(request: Request) -> bytes | None:

@@ -12,6 +12,8 @@ from hypothesis import Phase, find, settings
 from hypothesis import strategies as st
 from hypothesis.errors import NoSuchExample
 
+from processor.domain import ACTION_ALIASES, OPERATION_OF, TOKEN_TYPE_EMBEDDING, Amounts, Request, Result, Usage
+
 LONG = st.integers(-(2**63), 2**63 - 1)
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
 
@@ -95,3 +97,78 @@ def pinned(schema_text: str, fingerprint: bytes) -> dict[str, str]:
 
     plain = json.dumps(without_docs(json.loads(schema_text)), separators=(",", ":"), ensure_ascii=False)
     return {"fingerprint": fingerprint.hex(), "sha256_without_docs": hashlib.sha256(plain.encode()).hexdigest()}
+
+
+def result_fields(result: Result) -> dict[str, Any]:
+    """The fields of its EmbeddingResult, for fastavro to write; the vector as a list."""
+    request, error, vector = result.request, result.error, result.vector
+    action, reply_to = ACTION_ALIASES.get(request.action), request.reply_to
+    own: tuple[str, ...] = (
+        "request_id",
+        "first_chunk_index",
+        "chunk_index",
+        "length",
+        "chunk_id",
+        "chunk_metadata",
+        "status",
+    )
+    own += ("vector_id", "provider", "model", "vector_space", "dimensions", "token_count", "token_source", "cache")
+    own += ("truncated", "cost_nanos", "time_taken_ms", "completed_at_ms")
+    return {
+        **_echo(request),
+        **{name: getattr(result, name) for name in own},
+        "input_type": request.input_type,
+        "operation": None if action is None else OPERATION_OF.get(action),
+        "reply_type": None if reply_to is None else reply_to.reply_type,
+        "source_version": result.source.version,
+        "accepted_at_ms": result.source.append_ms,
+        "chunk_count": request.whole_count,
+        "error": None if error is None else {name: getattr(error, name) for name in error.__dataclass_fields__},
+        "vector": [] if vector is None else vector.tolist(),
+    }
+
+
+def usage_fields(usage: Usage) -> dict[str, Any]:
+    """The fields of its TokenUsage, for fastavro to write."""
+    own: tuple[str, ...] = (
+        "idempotency_key",
+        "request_id",
+        "payer_id",
+        "charged_at_ms",
+        "completed_at_ms",
+        "time_taken_ms",
+    )
+    own += ("operation", "provider", "model", "vector_space", "token_source", "texts", "characters", "failed_texts")
+    own += ("cached_texts", "price_nanos_per_million", "price_version")
+    return {
+        **_echo(usage.request),
+        **{name: getattr(usage, name) for name in own},
+        "first_chunk_index": usage.request.first_chunk_index,
+        "source_topic": usage.source.topic,
+        "source_partition": usage.source.partition,
+        "source_offset": usage.source.offset,
+        "token_type": TOKEN_TYPE_EMBEDDING,
+        "mean_characters": usage.characters / usage.texts if usage.texts else None,
+        "billed": _amounts(usage.billed),
+        "saved": _amounts(usage.saved),
+        "parts": [part._asdict() for part in usage.parts],
+    }
+
+
+def _echo(request: Request) -> dict[str, Any]:
+    names: tuple[str, ...] = (
+        "tenant_id",
+        "correlation_id",
+        "action",
+        "collection",
+        "document_id",
+        "task_id",
+        "task_total",
+        "agent_id",
+    )
+    names += ("agent_owner_id", "conversation_id", "run_id", "source_service", "requested_at_ms", "metadata")
+    return {name: getattr(request, name) for name in names}
+
+
+def _amounts(amounts: Amounts) -> dict[str, Any]:
+    return {name: getattr(amounts, name) for name in amounts.__dataclass_fields__}
