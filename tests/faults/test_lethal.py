@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from aiokafka import AIOKafkaConsumer, TopicPartition
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.structs import OffsetAndMetadata
 
@@ -52,6 +52,14 @@ async def _life(broker: Broker, topic: str, done: Callable[[list[dict[str, Any]]
     return said
 
 
+async def _commit(broker: Broker, place: TopicPartition, offset: int, suspicion: Suspicion) -> None:
+    async with AIOKafkaConsumer(
+        bootstrap_servers=broker.bootstrap_servers, group_id=place.topic, enable_auto_commit=False
+    ) as consumer:
+        consumer.assign([place])
+        await consumer.commit({place: OffsetAndMetadata(offset, str(suspicion))})
+
+
 def _worked(said: list[dict[str, Any]]) -> int:
     return sum(event["records"] for event in said if event["event"] == "run")
 
@@ -78,13 +86,8 @@ async def test_processes_killed_while_a_dependency_is_paused_make_nothing_lethal
 
 async def test_an_end_for_want_of_an_acknowledgement_is_not_held_against_the_record(kafka: Broker, topic: str) -> None:
     """A topic that takes nothing for an hour ends every process after its delivery timeout: nothing is counted."""
-    place = TopicPartition(topic, 0)
     before, after = Suspicion(OPEN, 3, 1), Suspicion(WAITING, 4, 1)
-    async with AIOKafkaConsumer(
-        bootstrap_servers=kafka.bootstrap_servers, group_id=topic, enable_auto_commit=False
-    ) as consumer:
-        consumer.assign([place])
-        await consumer.commit({place: OffsetAndMetadata(0, str(before))})
+    await _commit(kafka, TopicPartition(topic, 0), 0, before)
     said = await _life(kafka, topic, lambda said: False, undelivered_at=0)
     assert [event for event in said if event["event"] == "lethal"] == []
     admin = AIOKafkaAdminClient(bootstrap_servers=kafka.bootstrap_servers)
@@ -94,3 +97,15 @@ async def test_an_end_for_want_of_an_acknowledgement_is_not_held_against_the_rec
     finally:
         await admin.close()
     assert (known.offset, known.metadata) == (0, str(after))
+
+
+async def test_a_suspect_partition_without_a_record_holds_no_other_back(kafka: Broker, unique: str) -> None:
+    """Its log ends with the marker of a transaction: nothing is there that could run alone, whatever its end says."""
+    await create_topic(kafka.bootstrap_servers, unique, 2)
+    producer = AIOKafkaProducer(bootstrap_servers=kafka.bootstrap_servers, transactional_id=unique)
+    async with producer, producer.transaction():
+        for partition in range(2):
+            await producer.send_and_wait(unique, b"1", partition=partition)
+    await _commit(kafka, TopicPartition(unique, 0), 1, Suspicion(OPEN, 3, 1))
+    said = await _life(kafka, unique, lambda said: _worked(said) == 1)
+    assert _worked(said) == 1

@@ -160,8 +160,7 @@ class Consumer(driver.Consumer):
         if self.leases is not leases:
             return
         if not records:
-            end = self._thread._ensure_consumer().highwater(partition)
-            if end is not None and lease.watermark.next_offset >= end:
+            if await self._thread.run(self._thread.at_end(partition)):
                 lease.suspicion = Suspicion()  # nothing is there that could be suspected
             return
         offset = records[0].offset

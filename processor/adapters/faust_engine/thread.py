@@ -54,7 +54,10 @@ PRIVATE_NAMES: Mapping[str, Sequence[str]] = {
         "generation",
         "request_rejoin",
     ),
-    "aiokafka.consumer.subscription_state:SubscriptionState": ("reassignment_in_progress",),
+    "aiokafka.consumer.subscription_state:Assignment": ("state_value",),
+    "aiokafka.consumer.subscription_state:Subscription": ("assignment",),
+    "aiokafka.consumer.subscription_state:SubscriptionState": ("reassignment_in_progress", "subscription"),
+    "aiokafka.consumer.subscription_state:TopicPartitionState": ("has_valid_position", "position"),
     "aiokafka.record.default_records:_DefaultRecordBatchPy": ("_buffer", "_read_msg"),
     "aiokafka.record.memory_records:_MemoryRecordsPy": ("MAGIC_OFFSET", "_next_slice", "next_batch"),
 }
@@ -131,6 +134,10 @@ class ConsumerThread(driver.AIOKafkaConsumerThread):
         )
         return fetched
 
+    async def at_end(self, partition: TopicPartition) -> bool:
+        """`at_end`, in the consumer's thread."""
+        return at_end(self._ensure_consumer(), partition)
+
     async def commit_offsets(self, generation: int, offsets: Mapping[TopicPartition, tuple[int, str]]) -> bool:
         """Commit for that generation; False when it is over, which is not an error: the records come again."""
         consumer = self._ensure_consumer()
@@ -185,3 +192,14 @@ async def offsets_of(
         await consumer.beginning_offsets(partitions),
         await consumer.end_offsets(partitions),
     )
+
+
+def at_end(consumer: AIOKafkaConsumer, partition: TopicPartition) -> bool:
+    """Whether all there is of an assigned partition was fetched.
+
+    Told by the position, which passes over the control records that a transaction leaves at the end of a log; the
+    offset after the last record does not.
+    """
+    end = consumer.highwater(partition)
+    state = consumer._subscription.subscription.assignment.state_value(partition)
+    return end is not None and state.has_valid_position and state.position >= end
