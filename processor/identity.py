@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from uuid import UUID
 
 from processor.domain import ACTION_ALIASES, Request, VectorSpace
@@ -15,6 +16,18 @@ REQUEST_NAMESPACE = UUID("6f1d7a52-3c0e-5b1f-9a77-0f4c2b9f6e10")
 VECTOR_NAMESPACE = UUID("c2b8a4de-57a1-5f0d-8f3b-6d1e94a0b7c3")
 
 NULL = b"-"
+EMPTY_MAP = b"m0:"
+EMPTY_LIST = b"l0:"
+WHOLE = b"1:0-"
+"""Of a request that was not split: its first chunk index is 0, its chunk count null."""
+
+MAX_SENDERS = 1_024
+MAX_SENDER_BYTES = 2_048
+"""Of what is remembered of senders, since it is mostly the same from request to request."""
+
+_REQUESTS, _VECTORS = REQUEST_NAMESPACE.bytes, VECTOR_NAMESPACE.bytes
+_VARIANT = dict(zip("0123456789abcdef", "89ab" * 4, strict=True))
+"""The hex digit of a UUID that holds its variant, for each that a hash has there."""
 
 
 def encode_text(value: str | None) -> bytes:
@@ -47,13 +60,62 @@ def digest(request: Request) -> bytes:
     dimensions, input_type, use_cache, truncate, metadata, vector_spaces, first_chunk_index, chunk_count, chunks,
     chunk_ids. A chunk is its id, text and metadata; a bool is the text "true" or "false".
     """
+    return hashlib.sha256(_encode(request)).digest()
+
+
+def _encode(request: Request) -> bytes:
+    before, after = _sender(request)
+    whole = request.first_chunk_index == 0 and request.chunk_count is None
     parts = [
-        encode_text(ACTION_ALIASES.get(request.action, request.action)),
-        encode_text(request.tenant_id),
-        encode_text(request.agent_id),
-        encode_text(request.agent_owner_id),
-        encode_text(request.collection),
+        before,
         encode_text(request.document_id),
+        after,
+        WHOLE if whole else encode_int(request.first_chunk_index) + encode_int(request.chunk_count),
+        b"l%d:" % len(request.chunks),
+    ]
+    for chunk in request.chunks:
+        chunk_id, text = chunk.chunk_id.encode(), chunk.text.encode()
+        parts += (
+            b"%d:%b%d:" % (len(chunk_id), chunk_id, len(text)),
+            text,
+            encode_map(chunk.metadata) if chunk.metadata else EMPTY_MAP,
+        )
+    chunk_ids = request.chunk_ids
+    parts.append(encode_list([encode_text(chunk_id) for chunk_id in chunk_ids]) if chunk_ids else EMPTY_LIST)
+    return b"".join(parts)
+
+
+_senders: dict[tuple[object, ...], tuple[bytes, bytes]] = {}
+
+
+def _sender(request: Request) -> tuple[bytes, bytes]:
+    """The parts of a digest before and after the document, up to vector_spaces: mostly the same for one sender."""
+    key = (
+        request.tenant_id,
+        request.action,
+        request.agent_id,
+        request.agent_owner_id,
+        request.collection,
+        request.model,
+        request.dimensions,
+        request.input_type,
+        request.use_cache,
+        request.truncate,
+        tuple(request.metadata.items()) if request.metadata else None,
+        tuple(request.vector_spaces),
+    )
+    return _senders.get(key) or _new_sender(key, request)
+
+
+def _new_sender(key: tuple[object, ...], request: Request) -> tuple[bytes, bytes]:
+    before = (
+        ACTION_ALIASES.get(request.action, request.action),
+        request.tenant_id,
+        request.agent_id,
+        request.agent_owner_id,
+        request.collection,
+    )
+    after = (
         encode_text(request.model),
         encode_int(request.dimensions),
         encode_text(request.input_type),
@@ -61,39 +123,48 @@ def digest(request: Request) -> bytes:
         encode_text(request.truncate),
         encode_map(request.metadata),
         encode_list([encode_text(space) for space in request.vector_spaces]),
-        encode_int(request.first_chunk_index),
-        encode_int(request.chunk_count),
-        encode_list(
-            [
-                encode_text(chunk.chunk_id) + encode_text(chunk.text) + encode_map(chunk.metadata)
-                for chunk in request.chunks
-            ]
-        ),
-        encode_list([encode_text(chunk_id) for chunk_id in request.chunk_ids]),
-    ]
-    return hashlib.sha256(b"".join(parts)).digest()
+    )
+    parts = b"".join(map(encode_text, before)), b"".join(after)
+    if len(parts[0]) + len(parts[1]) <= MAX_SENDER_BYTES:
+        if len(_senders) >= MAX_SENDERS:
+            _senders.clear()
+        _senders[key] = parts
+    return parts
 
 
-def uuid5(namespace: UUID, name: bytes) -> str:
-    """UUID version 5 (RFC 9562, section 5.5) of raw bytes; the standard library takes only text before 3.12."""
-    raw = hashlib.sha1(namespace.bytes + name, usedforsecurity=False).digest()[:16]
-    return str(UUID(bytes=raw, version=5))
+def _uuid5(name: bytes) -> str:
+    """UUID version 5 (RFC 9562, section 5.5) of a namespace's bytes and a name, as text."""
+    text = hashlib.sha1(name, usedforsecurity=False).hexdigest()
+    return f"{text[:8]}-{text[8:12]}-5{text[13:16]}-{_VARIANT[text[16]]}{text[17:20]}-{text[20:32]}"
 
 
 def request_id(request: Request) -> str:
     """UUIDv5 of requester tenant, correlation id, digest and run id: the same request sent again is the same charge."""
-    name = (
-        encode_text(request.tenant_id)
-        + encode_text(request.correlation_id)
-        + encode_text(digest(request).hex())
-        + encode_text(request.run_id)
+    tenant_id, correlation_id = request.tenant_id.encode(), request.correlation_id.encode()
+    return _uuid5(
+        b"%b%d:%b%d:%b64:%b%b"
+        % (
+            _REQUESTS,
+            len(tenant_id),
+            tenant_id,
+            len(correlation_id),
+            correlation_id,
+            hashlib.sha256(_encode(request)).hexdigest().encode(),
+            encode_text(request.run_id),
+        )
     )
-    return uuid5(REQUEST_NAMESPACE, name)
 
 
 def vector_id(
     tenant_id: str, collection: str | None, document_id: str | None, chunk_id: str, space: VectorSpace | str
 ) -> str:
     """UUIDv5 under which a sink keeps this chunk's vector of this space."""
-    name = b"".join(map(encode_text, (tenant_id, collection, document_id, chunk_id, str(space))))
-    return uuid5(VECTOR_NAMESPACE, name)
+    before, after = _scope(tenant_id, collection, space)
+    chunk = chunk_id.encode()
+    return _uuid5(b"%b%b%d:%b%b" % (before, encode_text(document_id), len(chunk), chunk, after))
+
+
+@lru_cache(maxsize=MAX_SENDERS)
+def _scope(tenant_id: str, collection: str | None, space: VectorSpace | str) -> tuple[bytes, bytes]:
+    """The parts of a vector id before the document and after the chunk id."""
+    return _VECTORS + encode_text(tenant_id) + encode_text(collection), encode_text(str(space))

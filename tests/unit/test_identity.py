@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import replace
 from typing import Any
+from uuid import UUID
 
 import pytest
 from hypothesis import given
@@ -12,7 +14,7 @@ from hypothesis import strategies as st
 
 from processor import identity
 from processor.adapters.schemas import schema_directory
-from processor.domain import Chunk, ReplyTo, Request
+from processor.domain import ACTION_ALIASES, Chunk, ReplyTo, Request
 from tests.support.avro_data import TEXT
 from tests.support.builders import a_request
 
@@ -111,3 +113,74 @@ def test_the_encoding_can_be_told_apart(one: list[str | None], other: list[str |
     """Two lists of texts share an encoding only when they are equal."""
     encoded = [b"".join(map(identity.encode_text, parts)) for parts in (one, other)]
     assert (encoded[0] == encoded[1]) == (one == other)
+
+
+LABELS = st.dictionaries(TEXT, TEXT, max_size=2)
+REQUESTS = st.builds(
+    Request,
+    tenant_id=TEXT,
+    correlation_id=TEXT,
+    action=st.sampled_from(["generate", "embedding.generate", "?"]),
+    model=OPTIONAL,
+    dimensions=st.none() | st.integers(0, 2),
+    input_type=OPTIONAL,
+    use_cache=st.booleans(),
+    truncate=OPTIONAL,
+    collection=OPTIONAL,
+    document_id=OPTIONAL,
+    agent_id=OPTIONAL,
+    agent_owner_id=OPTIONAL,
+    run_id=OPTIONAL,
+    vector_spaces=st.lists(TEXT, max_size=2),
+    metadata=LABELS,
+    first_chunk_index=st.integers(0, 2),
+    chunk_count=st.none() | st.integers(0, 2),
+    chunks=st.lists(st.builds(Chunk, TEXT, TEXT, LABELS), max_size=2),
+    chunk_ids=st.lists(TEXT, max_size=2),
+)
+
+
+def plain_digest(request: Request) -> bytes:
+    """As the documentation spells it, part by part."""
+    texts = (
+        *(ACTION_ALIASES.get(request.action, request.action), request.tenant_id, request.agent_id),
+        *(request.agent_owner_id, request.collection, request.document_id, request.model),
+        None if request.dimensions is None else str(request.dimensions),
+        *(request.input_type, str(request.use_cache).lower(), request.truncate),
+    )
+    chunks = [
+        identity.encode_text(chunk.chunk_id) + identity.encode_text(chunk.text) + identity.encode_map(chunk.metadata)
+        for chunk in request.chunks
+    ]
+    parts = (
+        *map(identity.encode_text, texts),
+        identity.encode_map(request.metadata),
+        identity.encode_list([identity.encode_text(space) for space in request.vector_spaces]),
+        identity.encode_int(request.first_chunk_index),
+        identity.encode_int(request.chunk_count),
+        identity.encode_list(chunks),
+        identity.encode_list([identity.encode_text(chunk_id) for chunk_id in request.chunk_ids]),
+    )
+    return hashlib.sha256(b"".join(parts)).digest()
+
+
+@given(REQUESTS, REQUESTS, st.sampled_from(list(Request.__dataclass_fields__)))
+def test_what_is_remembered_of_a_sender_changes_no_identity(one: Request, other: Request, field: str) -> None:
+    """Digest and id are those of the parts one by one, also right after a request that differs in one field."""
+    for request in (one, replace(one, **{field: getattr(other, field)}), one):
+        digest = plain_digest(request)
+        assert identity.digest(request) == digest
+        parts = (request.tenant_id, request.correlation_id, digest.hex(), request.run_id)
+        name = identity.REQUEST_NAMESPACE.bytes + b"".join(map(identity.encode_text, parts))
+        assert identity.request_id(request) == str(UUID(bytes=hashlib.sha1(name).digest()[:16], version=5))
+
+
+def test_what_is_remembered_of_senders_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ever new senders push out the old ones, and those with long metadata are not kept."""
+    monkeypatch.setattr(identity, "MAX_SENDERS", 4)
+    requests = [a_request(tenant_id=f"t{number}") for number in range(20)]
+    requests.append(a_request(metadata={"k": "v" * identity.MAX_SENDER_BYTES}))
+    for request in requests:
+        assert identity.digest(request) == plain_digest(request)
+    assert len(identity._senders) <= 4
+    assert all(sum(map(len, parts)) <= identity.MAX_SENDER_BYTES for parts in identity._senders.values())
