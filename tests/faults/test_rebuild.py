@@ -42,11 +42,17 @@ async def once_the_group_is_empty(stack: Stack) -> subprocess.CompletedProcess[s
     return done
 
 
-async def make_again(settings: Settings) -> None:
-    """Delete the usage topic and create it as it was."""
-    admin = AIOKafkaAdminClient(bootstrap_servers=settings.bootstrap_servers)
+async def make_again(settings: Settings, topic: str = "token-usage") -> None:
+    """Delete a topic and create it as it was."""
+    name = settings.topic(topic)
+    await delete(settings.bootstrap_servers, name)
+    assert await topics.create(settings, partitions=PARTITIONS) == [name]
+
+
+async def delete(bootstrap_servers: str, name: str) -> None:
+    """Delete a topic; returns when the broker shows it no more."""
+    admin = AIOKafkaAdminClient(bootstrap_servers=bootstrap_servers)
     await admin.start()
-    name = settings.topic("token-usage")
     try:
         await admin.delete_topics([name])
 
@@ -56,7 +62,6 @@ async def make_again(settings: Settings) -> None:
         await until(gone, within_s=30, what="the topic is gone")
     finally:
         await admin.close()
-    assert await topics.create(settings, partitions=PARTITIONS) == [name]
 
 
 async def totals_are_those_of_the_log(settings: Settings) -> bool:

@@ -36,6 +36,8 @@ BATCH_BYTES = 128 * 1024
 """A batch of the producer. Well below any broker's limit: a batch over it stops an idempotent producer for good."""
 
 REQUEST_TIMEOUT_MS = 40_000
+METADATA_AGE_MS = 10_000
+"""Within this a topic that was made again, or has grown, is read; aiokafka's five minutes would be an outage."""
 FOREVER_MS = 2**31 - 1
 
 BLAMELESS = (DeliveryFailed, BrokerUnavailable, RegistryUnavailable, KafkaError)
@@ -253,6 +255,7 @@ class Engine:
             ],
             enable_auto_commit=False,
             auto_offset_reset="earliest",
+            metadata_max_age_ms=METADATA_AGE_MS,
             # Fetching waits for hours while a provider is out; that must not cost the membership.
             max_poll_interval_ms=FOREVER_MS,
             session_timeout_ms=_ms(settings.session_timeout_s),

@@ -8,14 +8,17 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Coroutine, Iterable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import structlog
 from aiokafka import AIOKafkaConsumer, TopicPartition
+from aiokafka.cluster import ClusterMetadata
 from aiokafka.errors import CommitFailedError, IllegalStateError
 from aiokafka.protocol.group import HeartbeatRequest, SyncGroupRequest
 from faust.transport.drivers import aiokafka as driver
 
-from processor.adapters.faust_engine.lease import Session
+from processor.adapters.faust_engine.lease import NO_GENERATION, Session
 
 if TYPE_CHECKING:
     from processor.adapters.faust_engine.consumer import Consumer
@@ -44,7 +47,7 @@ PRIVATE_NAMES: Mapping[str, Sequence[str]] = {
     "faust.transport.drivers.aiokafka:Consumer": ("RebalanceListener", "_new_consumer_thread", "_thread"),
     "faust.transport.drivers.aiokafka:ConsumerRebalanceListener": ("_thread",),
     "faust.transport.drivers.aiokafka:Producer": ("_new_producer", "_producer", "flush"),
-    "aiokafka:AIOKafkaConsumer": ("_coordinator", "_fetcher", "_subscription"),
+    "aiokafka:AIOKafkaConsumer": ("_client", "_coordinator", "_fetcher", "_subscription"),
     "aiokafka.consumer.fetcher": ("MemoryRecords",),
     "aiokafka.consumer.fetcher:Fetcher": ("error_future",),
     "aiokafka.consumer.group_coordinator:GroupCoordinator": (
@@ -66,6 +69,8 @@ PRIVATE_NAMES: Mapping[str, Sequence[str]] = {
 FETCH_WAIT_MS = 1000
 RECORDS_PER_FETCH = 500
 CODE_OF_REBALANCE = 27
+
+log = structlog.stdlib.get_logger(__name__)
 
 
 class Listener(driver.ConsumerRebalanceListener):
@@ -91,12 +96,30 @@ class ConsumerThread(driver.AIOKafkaConsumerThread):
 
     consumer: Consumer
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._deleted: set[tuple[int, str]] = set()
+        """(generation, topic)"""
+
     def _create_worker_consumer(self, transport: driver.Transport) -> AIOKafkaConsumer:  # noqa: ARG002
         return self.consumer.engine.new_consumer()
 
     async def on_start(self) -> None:
         await super().on_start()
-        watch(self.consumer.session, self._ensure_consumer())
+        consumer = self._ensure_consumer()
+        watch(self.consumer.session, consumer)
+        consumer._client.cluster.add_listener(partial(self._note_deleted, consumer))
+
+    def _note_deleted(self, consumer: AIOKafkaConsumer, cluster: ClusterMetadata) -> None:
+        """A topic that is deleted takes its log and its commits with it: what is finished of it is not committed any
+        more, else as many records of one made again under its name would be passed over."""
+        generation = consumer._coordinator.generation
+        deleted = {(generation, each.topic) for each in consumer.assignment()} - self._deleted
+        deleted -= {(generation, topic) for topic in cluster.topics()}
+        if deleted and generation != NO_GENERATION:
+            self._deleted |= deleted
+            log.error("topic was deleted under its reader", topics=sorted(topic for _, topic in deleted))
+            consumer._coordinator.request_rejoin()
 
     def run(self, work: Coroutine[Any, Any, T]) -> asyncio.Future[T]:
         """Run a coroutine in the consumer's thread; await the result from the main loop. Cancelling reaches it."""
@@ -143,8 +166,11 @@ class ConsumerThread(driver.AIOKafkaConsumerThread):
         consumer = self._ensure_consumer()
         if consumer._coordinator.generation != generation:
             return False
+        there = {each: known for each, known in offsets.items() if (generation, each.topic) not in self._deleted}
+        if not there:
+            return False
         try:
-            await consumer.commit(dict(offsets))
+            await consumer.commit(there)
         except (CommitFailedError, IllegalStateError):
             return False
         return True
