@@ -160,9 +160,10 @@ class Outbox(Protocol):
     async def send(self, messages: Sequence[Destination], *, leases: Sequence[Lease] = ()) -> None:
         """Returns when the broker has acknowledged every message; empty input does nothing.
 
-        Order is kept per destination partition, within and across calls. Each lease is checked right before
-        producing: LeaseLost if one is gone, and then nothing of this call was sent. DeliveryFailed on a delivery
-        that is not acknowledged within the deadline or refused; the process must end then.
+        Order is kept per destination partition, within and across calls. Each lease is checked right before each
+        batch is produced: LeaseLost if one is gone, and then nothing more of this call is sent; nothing at all if it
+        was gone from the beginning. What a cancelled call has not handed over yet is not sent either. DeliveryFailed
+        on a delivery that is not acknowledged within the deadline or refused; the process must end then.
         """
         ...
 

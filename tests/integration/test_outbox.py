@@ -159,17 +159,6 @@ async def test_a_dead_letter_with_neither_key_nor_value_is_delivered(kafka: Brok
         assert dict(record.headers)["source_offset"] == b"7"
 
 
-async def test_whoever_waits_for_its_turn_is_not_late(kafka: Broker, unique: str) -> None:
-    """The deadline of a delivery begins when it is handed over: a long line before a slow broker ends nothing."""
-    async with posting(kafka, unique, delivery_timeout_s=1) as posted:
-        async with posted.outbox._turn:
-            sending = asyncio.create_task(posted.outbox.send([result("corr-1", "c0")]))
-            await asyncio.sleep(1.2)
-        assert posted.outbox.sending == 0
-        await sending
-        assert len(await posted.values("results")) == 1
-
-
 async def test_after_a_failed_delivery_nothing_more_is_sent(kafka: Broker, unique: str) -> None:
     """A topic that does not exist can't be delivered to in time; from then on every call fails at once."""
     async with posting(kafka, unique, delivery_timeout_s=1) as posted:
