@@ -20,9 +20,18 @@ def estimated_tokens(text: str) -> int:
 class _Queue:
     """Folds of one function that wait for a window, oldest first. `texts` counts the works that wait with them."""
 
+    function: EmbeddingFunction
     folds: dict[bytes, Fold] = field(default_factory=dict)
     texts: int = 0
     tokens: int = 0
+
+    @property
+    def oldest(self) -> float:
+        return next(iter(self.folds.values())).waiting_since
+
+    def due_at(self, policy: Policy) -> float:
+        full = self.texts >= policy.window_max_texts or self.tokens >= policy.window_max_tokens
+        return float("-inf") if full else self.oldest + policy.window_max_wait_s
 
 
 class Batcher:
@@ -30,7 +39,7 @@ class Batcher:
 
     def __init__(self, policy: Policy) -> None:
         self._policy = policy
-        self._queues: dict[EmbeddingFunction, _Queue] = {}
+        self._queues: dict[str, _Queue] = {}
         self._folds: dict[bytes, Fold] = {}
 
     def __len__(self) -> int:
@@ -44,46 +53,38 @@ class Batcher:
             fold.works.append(work)
             work.fold = fold
             if not fold.in_window:
-                self._queues[function].texts += 1
+                self._queues[function.name].texts += 1
             return
         fold = work.fold = Fold(key, function, [work], now, estimated_tokens(work.chunk.text))
         self._folds[key] = fold
-        queue = self._queues.get(function)
+        queue = self._queues.get(function.name)
         if queue is None:
-            queue = self._queues[function] = _Queue()
+            queue = self._queues[function.name] = _Queue(function)
         queue.folds[key] = fold
         queue.texts += 1
         queue.tokens += fold.size_tokens
 
     def take(self, now: float, *, flush: bool = False) -> Window | None:
         """The due window whose oldest fold waited longest, or None. Folds that nobody wants any more are let go."""
-        for function in sorted(self._queues, key=self._oldest):
-            if flush or self._due_at(function) <= now:
-                window = self._close(function)
+        for queue in sorted(self._queues.values(), key=lambda queue: queue.oldest):
+            if flush or queue.due_at(self._policy) <= now:
+                window = self._close(queue)
                 if window.folds:
                     return window
         return None
 
     def due_at(self) -> float | None:
         """When the next window is due on the monotonic clock; None when nothing is queued."""
-        return min(map(self._due_at, self._queues), default=None)
+        return min((queue.due_at(self._policy) for queue in self._queues.values()), default=None)
 
     def settled(self, fold: Fold) -> None:
         """The fold has its outcome: an equal text that comes later starts anew (and finds the cache)."""
         self._folds.pop(fold.key, None)
 
-    def _oldest(self, function: EmbeddingFunction) -> float:
-        return next(iter(self._queues[function].folds.values())).waiting_since
-
-    def _due_at(self, function: EmbeddingFunction) -> float:
-        queue, policy = self._queues[function], self._policy
-        full = queue.texts >= policy.window_max_texts or queue.tokens >= policy.window_max_tokens
-        return float("-inf") if full else self._oldest(function) + policy.window_max_wait_s
-
-    def _close(self, function: EmbeddingFunction) -> Window:
+    def _close(self, queue: _Queue) -> Window:
         """Whole folds, the oldest first, up to the limits; a fold of more works than a window may hold goes alone."""
-        queue, policy = self._queues[function], self._policy
-        window = Window(function, [])
+        policy = self._policy
+        window = Window(queue.function, [])
         passed: list[Fold] = []
         texts = tokens = 0
         for fold in queue.folds.values():
@@ -105,7 +106,7 @@ class Batcher:
             if not fold.in_window:
                 self.settled(fold)
         if not queue.folds:
-            del self._queues[function]
+            del self._queues[queue.function.name]
         return window
 
 

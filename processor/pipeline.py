@@ -44,8 +44,8 @@ from processor.ports import (
     Undecodable,
     VectorCache,
 )
-from processor.results import chunk_result, plain_result, request_result, settle, tombstones, write
-from processor.usage import charge, cost_at
+from processor.results import chunk_result, messages, plain_result, request_result, settle, tombstones
+from processor.usage import charge, cost_of
 from processor.work import Fold, Instant, Job, Known, Outcome, Parcel, Plan, Policy, Ticket, Window, Work
 
 LETHAL = Undecodable(DlqClass.LETHAL, "ended_its_processes")
@@ -155,6 +155,8 @@ class Pipeline:
             known.append(self._whole(job, plan))
         else:
             job.plan = plan
+            if plan.function is not None:
+                job.price = plan.function.model.price_at(record.source.append_ms)
             if plan.operation is None:
                 known += self._plain_action(job, plan, decoded)
         return job
@@ -305,7 +307,7 @@ class Pipeline:
                 token_count=kept,
                 token_source=counts.source,
                 truncated=fault is None and tokens > kept,
-                cost_nanos=cost_at(kept, model, job.source.append_ms),
+                cost_nanos=cost_of(kept, job),
             )
             parcels.append(Known(job, outcome=lambda _, result=result: result))  # type: ignore[misc]
         return parcels
@@ -314,23 +316,20 @@ class Pipeline:
 
     def _write(self, parcels: Sequence[Parcel]) -> list[list[Destination]]:
         """The messages of each outcome; a request's usage follows its last one (U4)."""
-        provider, now = self.route.provider.name, Instant.of(self.ports.clock)
+        policy, provider, now = self.policy, self.route.provider.name, Instant.of(self.ports.clock)
         written = []
         for parcel in parcels:
-            messages: list[Destination] = []
+            sent: list[Destination] = []
             if isinstance(parcel, Work):
-                write(chunk_result(parcel, provider, now), self.policy, messages)
+                sent = messages(chunk_result(parcel, provider, now), policy)
             elif isinstance(parcel, Known):
                 outcome = parcel.outcome(now)
-                if isinstance(outcome, Result):
-                    write(outcome, self.policy, messages)
-                else:
-                    messages.append(outcome)
+                sent = messages(outcome, policy) if isinstance(outcome, Result) else [outcome]
             ticket = parcel.ticket
             ticket.unsent -= 1
             if ticket.unsent == 0 and isinstance(ticket, Job) and counts_as_usage(ticket.request):
-                messages.append(Destination("usage", charge(ticket, provider, now)))
-            written.append(messages)
+                sent.append(Destination("usage", charge(ticket, provider, now)))
+            written.append(sent)
         return written
 
     def _acknowledge(self, parcels: Sequence[Parcel]) -> None:

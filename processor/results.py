@@ -16,7 +16,7 @@ from processor.domain import (
 )
 from processor.identity import vector_id
 from processor.ports import Destination
-from processor.usage import cost_at
+from processor.usage import cost_of
 from processor.work import Fold, Instant, Job, Outcome, Policy, Work
 
 
@@ -66,7 +66,7 @@ def chunk_result(work: Work, provider: str, now: Instant) -> Result:
         model=function.model.name,
         vector_space=function.space_name,
         cache=outcome.level,
-        cost_nanos=cost_at(entry.tokens if entry is not None else 0, function.model, job.source.append_ms),
+        cost_nanos=cost_of(entry.tokens if entry is not None else 0, job),
         time_taken_ms=job.taken_ms(now),
         completed_at_ms=now.ms,
         error=outcome.fault,
@@ -115,10 +115,10 @@ def plain_result(job: Job, index: int, chunk_id: str, status: Status, now: Insta
     )
 
 
-def write(result: Result, policy: Policy, messages: list[Destination]) -> None:
-    """Add the result, its copy for the sink view when it belongs there, and that for whoever awaits a reply."""
+def messages(result: Result, policy: Policy) -> list[Destination]:
+    """The result, its copy for the sink view when it belongs there, and that for whoever awaits a reply."""
     request = result.request
-    messages.append(Destination("results", result))
+    sent = [Destination("results", result)]
     in_sink_view = (
         policy.sink_view
         and request.document_id is not None
@@ -126,10 +126,11 @@ def write(result: Result, policy: Policy, messages: list[Destination]) -> None:
         and ACTION_ALIASES.get(request.action) is not Action.GENERATE_QUERY
     )
     if in_sink_view:
-        messages.append(Destination("sink", result))
+        sent.append(Destination("sink", result))
     reply = request.reply_to
     if reply is not None and 0 <= reply.partition < policy.reply_partitions.get(reply.topic, 0):
-        messages.append(Destination("replies", result, topic=reply.topic, partition=reply.partition))
+        sent.append(Destination("replies", result, topic=reply.topic, partition=reply.partition))
+    return sent
 
 
 def tombstones(job: Job, chunk_id: str) -> Iterable[Destination]:

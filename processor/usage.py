@@ -9,7 +9,6 @@ from processor.domain import (
     OPERATION_OF,
     Amounts,
     CacheLevel,
-    ModelSpec,
     Part,
     TokenSource,
     Usage,
@@ -28,10 +27,9 @@ def cost_nanos(tokens: int, nanos_per_million: int | None) -> int | None:
     return whole + (rest * 2 > MILLION or (rest * 2 == MILLION and whole % 2 == 1))
 
 
-def cost_at(tokens: int, model: ModelSpec, at_ms: int) -> int | None:
-    """The cost at the price in force at that time; None when the model had none."""
-    price = model.price_at(at_ms)
-    return cost_nanos(tokens, price.nanos_per_million if price is not None else None)
+def cost_of(tokens: int, job: Job) -> int | None:
+    """The cost at the price of the job's model; None when it had none."""
+    return cost_nanos(tokens, job.price.nanos_per_million if job.price is not None else None)
 
 
 def charge(job: Job, provider: str, now: Instant) -> Usage:
@@ -40,7 +38,7 @@ def charge(job: Job, provider: str, now: Instant) -> Usage:
     The time of the charge is the append time of the source record, so no client's clock can move a bill.
     """
     request, function = job.request, job.plan.function if job.plan is not None else None
-    price = function.model.price_at(job.source.append_ms) if function is not None else None
+    price = job.price
     nanos = price.nanos_per_million if price is not None else None
     texts, tokens, characters, cached = [0, 0], [0, 0], [0, 0], 0  # saved, billed
     parts: dict[str, int] = {}

@@ -3,7 +3,7 @@
     Ticket  one source record, whatever it holds; Job: one that is a request
     Work    one chunk of a job                    Fold: works of one cache key, embedded once
     Window  folds that go through steps 3 to 8 together
-    Parcel  one outcome on its way out: a Work, or what was Known without one
+    Parcel  one outcome on its way out: a Work, or one that was Known without
 
 A worker makes one or more of each for every record, so none of them is frozen: that costs four times the time.
 """
@@ -24,6 +24,7 @@ from processor.domain import (
     Item,
     Lane,
     Operation,
+    Price,
     Request,
     Result,
     Source,
@@ -117,11 +118,15 @@ class Ticket:
 
 @dataclass(slots=True, eq=False, kw_only=True)
 class Job(Ticket):
-    """An accepted request in work. `plan` is None when the request was refused as a whole."""
+    """An accepted request in work. `plan` is None when the request was refused as a whole.
+
+    `price` is that of its model when the record was appended, None when there was none.
+    """
 
     request: Request
     request_id: str
     plan: Plan | None = None
+    price: Price | None = None
     works: list[Work] = field(default_factory=list, repr=False)
 
     def close(self) -> None:
