@@ -5,6 +5,7 @@ One worker process serves one route (a provider and its models) on one lane; see
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
@@ -39,6 +40,10 @@ from processor.work import Policy
 
 WORKER_TOPICS = ("results", "replies", "sink", "usage", "calls", "documents", "dlq")
 AGGREGATOR_TOPICS = ("usage", "calls", "documents", "totals", "progress", "late", "sink", "dlq")
+
+GC_THRESHOLDS = (50_000, 20, 50)
+"""Records in work are many objects that die young and in no circle: with Python's 700 a third of the time is looking
+for circles (`docs/architecture.md`)."""
 
 log = structlog.get_logger("embedding-processor")
 
@@ -85,9 +90,17 @@ class Process:
     async def _start(self) -> None:
         """The port first, so that a start that waits or fails can be watched; then what the work relies on."""
         await self.http.start()
+        for name, loaded in self.engine.runtime()["extensions"].items():
+            self.metrics.gauge("extension_loaded").labels(name).set(loaded)
         for finding in await topics.verify(self.settings, self._used_topics):
             log.warning("topic", topic=finding.topic, what=finding.what, fix=finding.fix)
         await self.codec.start(topics.subjects(self.settings))
+
+    async def _started(self) -> None:
+        """What is there by now stays for good: the collector need not look at it, nor come so often."""
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(*GC_THRESHOLDS)
 
     async def _stop(self) -> None:
         await self.http.stop()
@@ -95,7 +108,14 @@ class Process:
 
     async def _health(self) -> Mapping[str, Any]:
         engine = self.engine.status()
-        return {"ready": engine["state"] in {"consuming", "standby"}, "kafka": engine}
+        return {
+            "ready": engine["state"] in {"consuming", "standby"},
+            "kafka": engine,
+            "runtime": {
+                **self.engine.runtime(),
+                "gc": {"thresholds": gc.get_threshold(), "frozen_objects": gc.get_freeze_count()},
+            },
+        }
 
 
 class WorkerProcess(Process):
@@ -152,6 +172,7 @@ class WorkerProcess(Process):
             handler=self.worker,
             isolates=True,
             on_starting=[self._start],
+            on_started=[self._started],
             on_stopping=[self._stop],
         )
         self.metrics.gauge("read_ahead_bytes").set_function(lambda: self.worker.held_bytes)
@@ -210,6 +231,7 @@ class AggregatorProcess(Process):
             handler=self.aggregator,
             single_owner=True,
             on_starting=[self._start],
+            on_started=[self._started],
             on_stopping=[self._stop],
         )
         ledger = self.metrics.gauge("ledger_tokens")

@@ -40,6 +40,7 @@ METRICS = (
     Metric("read_ahead_bytes", "gauge", (), "Bytes of records admitted and not yet finished, 1,000 added a text."),
     Metric("queued_texts", "gauge", (), "Distinct texts waiting for a window."),
     Metric("provider_paused", "gauge", (), "1 while the provider's stream is paused; /health/detailed says why."),
+    Metric("extension_loaded", "gauge", ("name",), "1 if a compiled part of faust or aiokafka is in use; 0 is slow."),
     Metric("usage_events", "counter", ("outcome",), "Usage events folded: charged, duplicate or late."),
     Metric("stale_vectors_deleted", "counter", (), "Tombstones written for what a newer manifest left out."),
     Metric("aggregator_pruned_keys", "counter", (), "Keys dropped from the store: no copy of them can come."),

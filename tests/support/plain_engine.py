@@ -19,7 +19,7 @@ from aiokafka.errors import CommitFailedError, IllegalStateError, KafkaError
 from processor.adapters.faust_engine import Engine
 from processor.adapters.faust_engine.consumer import COMMIT_TIMEOUT_S, IDLE_S, REQUESTS_TIMEOUT_S, RETRY_S
 from processor.adapters.faust_engine.lease import NO_GENERATION, PartitionLease, Session, due, starts_of
-from processor.adapters.faust_engine.thread import FETCH_WAIT_MS, RECORDS_PER_FETCH, offsets_of, watch
+from processor.adapters.faust_engine.thread import FETCH_WAIT_MS, RECORDS_PER_FETCH, at_end, offsets_of, watch
 from processor.adapters.faust_engine.tolerant import read_any_header_name
 from processor.suspicion import Suspicion
 
@@ -55,6 +55,7 @@ class Member(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka is no
         self.consumer = engine.new_consumer()
         self.session = Session(timeout_s=engine.settings.session_timeout_s, margin_s=engine.settings.lease_margin_s)
         self.leases: Leases | None = None
+        self.thread_loop = asyncio.get_running_loop()
         self._topics = topics
         self._generation: int | None = None
         self._revocations = 0
@@ -190,8 +191,7 @@ class Member(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka is no
     async def _run_alone(self, partition: TopicPartition, lease: PartitionLease, leases: Leases) -> None:
         """One record of a suspect partition; that it runs alone is committed before it is handed on."""
         records = (await self._fetched([partition], 1)).get(partition)
-        end = self.consumer.highwater(partition)
-        if not records and end is not None and lease.watermark.next_offset >= end:
+        if not records and self.leases is leases and at_end(self.consumer, partition):
             lease.suspicion = Suspicion()  # nothing is there that could be suspected
         if not records or self.leases is not leases or not self._continues(lease, partition, records[0].offset):
             return

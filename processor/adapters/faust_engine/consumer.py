@@ -388,6 +388,11 @@ class Consumer(driver.Consumer):
 
     # --- looking ---------------------------------------------------------------------------------------
 
+    @property
+    def thread_loop(self) -> asyncio.AbstractEventLoop:
+        """The loop of the consumer's thread."""
+        return self._thread.thread_loop
+
     def status(self) -> dict[str, object]:
         """For health: who holds what, and how far it is."""
         leases = self.leases

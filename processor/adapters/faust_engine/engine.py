@@ -23,6 +23,7 @@ from aiokafka.coordinator.assignors.roundrobin import RoundRobinPartitionAssigno
 from aiokafka.errors import KafkaError
 from faust.serializers.schemas import Schema
 
+from processor.adapters.faust_engine import extensions
 from processor.adapters.faust_engine.assignor import SingleOwnerAssignor
 from processor.adapters.faust_engine.consumer import COMMIT_TIMEOUT_S, Consumer, Transport
 from processor.adapters.kafka import connection, unavailable
@@ -128,7 +129,11 @@ class Engine:
 
     async def _main(self) -> int:
         loop = asyncio.get_running_loop()
-        log.info("starting", group=self._app_id, topics=self._topics, loop=type(loop).__module__)
+        log.info("starting", group=self._app_id, topics=self._topics, loop=_kind(loop))
+        if slow := [name for name, there in extensions.loaded().items() if not there]:
+            log.warning(
+                "compiled extensions are not loaded: records cost several times more", of=slow, fix=extensions.FIX
+            )
         if not self.settings.producer_idempotent:
             log.warning("the producer is not idempotent: for the embedded broker alone")
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -179,6 +184,7 @@ class Engine:
             for task in (starting, ended):
                 task.cancel()
             await asyncio.wait({starting, ended})
+        log.info("joined", **self.runtime()["loops"])
         for hook in self._on_started:
             await hook()
 
@@ -240,6 +246,14 @@ class Engine:
         if self._stopping or self._consumer is None:
             return {"state": "stopping" if self._stopping else "starting"}
         return self._consumer.status()
+
+    def runtime(self) -> dict[str, dict[str, Any]]:
+        """For health: kinds of the loops that run it, and which compiled extensions are loaded."""
+        loops = {"main": self._loop, "consumer": None if self._consumer is None else self._consumer.thread_loop}
+        return {
+            "loops": {name: _kind(loop) for name, loop in loops.items() if loop is not None},
+            "extensions": dict(extensions.loaded()),
+        }
 
     def new_consumer(self) -> AIOKafkaConsumer:
         """Called in the consumer's thread."""
@@ -311,6 +325,11 @@ class Engine:
 
 def _ms(seconds: float) -> int:
     return int(seconds * 1000)
+
+
+def _kind(loop: asyncio.AbstractEventLoop) -> str:
+    """uvloop, or asyncio and what of it."""
+    return type(loop).__module__
 
 
 def _end_process(error: BaseException | None) -> None:

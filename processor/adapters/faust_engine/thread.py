@@ -34,6 +34,8 @@ PRIVATE_NAMES: Mapping[str, Sequence[str]] = {
         "_new_transport",
     ),
     "faust.serializers.schemas:Schema": ("compile",),
+    "faust.streams": ("_CStreamIterator",),
+    "faust.transport.conductor": ("ConductorHandler",),
     "faust.transport.consumer:Consumer": (
         "_drain_messages",
         "force_commit",
@@ -61,8 +63,11 @@ PRIVATE_NAMES: Mapping[str, Sequence[str]] = {
     "aiokafka.consumer.subscription_state:Subscription": ("assignment",),
     "aiokafka.consumer.subscription_state:SubscriptionState": ("reassignment_in_progress", "subscription"),
     "aiokafka.consumer.subscription_state:TopicPartitionState": ("has_valid_position", "position"),
+    "aiokafka.record.default_records": ("DefaultRecordBatch", "_DefaultRecordBatchPy"),
     "aiokafka.record.default_records:_DefaultRecordBatchPy": ("_buffer", "_read_msg"),
+    "aiokafka.record.memory_records": ("MemoryRecords", "_MemoryRecordsPy"),
     "aiokafka.record.memory_records:_MemoryRecordsPy": ("MAGIC_OFFSET", "_next_slice", "next_batch"),
+    "aiokafka.record.util": ("calc_crc32c", "calc_crc32c_py"),
 }
 """What a new version of faust or aiokafka may change under us; tests/contract/test_faust_private_names.py looks."""
 
