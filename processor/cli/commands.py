@@ -64,11 +64,21 @@ def worker(
         Lane | None,
         typer.Option(help="bulk takes embedding-requests, interactive takes embedding-queries [EMBEDDING_LANE]."),
     ] = None,
+    processes: Annotated[
+        int, typer.Option(min=1, help="Workers on this machine; their ports count up from EMBEDDING_HTTP_PORT.")
+    ] = 1,
 ) -> None:
-    """Run a worker until SIGTERM or Ctrl-C: it consumes requests and writes results, usage and the ledger."""
-    from processor.app import run_worker
+    """Run a worker until SIGTERM or Ctrl-C: it consumes requests and writes results, usage and the ledger.
 
-    raise typer.Exit(run_worker(load() if lane is None else load(lane=lane)))
+    With --processes, as many of them, each in a process of its own; when one ends, all end.
+    """
+    from processor.app import run_worker
+    from processor.cli.processes import run_processes
+
+    loaded = load() if lane is None else load(lane=lane)
+    if processes > 1:
+        raise typer.Exit(run_processes(processes, loaded, "worker", "--lane", loaded.lane))
+    raise typer.Exit(run_worker(loaded))
 
 
 @app.command()
