@@ -132,13 +132,20 @@ _optional_double = Struct("<cd").pack
 
 
 class Echo:
-    """The stretches that results and usage repeat of a request, of the fields that a sender seldom changes."""
+    """What results and usage events repeat of a request.
+
+    Remembers what a sender seldom changes, and the whole of the last request, whose records are written together.
+    """
 
     def __init__(self) -> None:
-        self._known: dict[tuple[Any, ...], tuple[bytes, bytes, bytes, bytes, bytes]] = {}
+        self._senders: dict[tuple[Any, ...], tuple[bytes, bytes, bytes, bytes, bytes]] = {}
+        self._request: Request | None = None
+        self._last = b"", b""
 
-    def of(self, request: Request) -> tuple[bytes, bytes, bytes, bytes, bytes]:
-        """tenant_id; action to collection; task_id to source_service; metadata; input_type to reply_type."""
+    def of(self, request: Request) -> tuple[bytes, bytes]:
+        """The fields tenant_id to metadata, in the order of both schemas; and input_type to reply_type of a result."""
+        if request is self._request:
+            return self._last
         reply_to = request.reply_to
         key = (
             request.tenant_id,
@@ -155,9 +162,25 @@ class Echo:
             request.input_type,
             None if reply_to is None else reply_to.reply_type,
         )
-        return self._known.get(key) or self._new(key, request)
+        tenant_id, action, task, metadata, words = self._senders.get(key) or self._new(key, request)
+        correlation_id = request.correlation_id.encode()
+        echo = b"".join(
+            (
+                tenant_id,
+                LONGS[len(correlation_id)],
+                correlation_id,
+                action,
+                encode_optional_text(request.document_id),
+                task,
+                LONGS[request.requested_at_ms],
+                metadata,
+            )
+        )
+        self._request, self._last = request, (echo, words)
+        return self._last
 
     def _new(self, key: tuple[Any, ...], request: Request) -> tuple[bytes, bytes, bytes, bytes, bytes]:
+        """tenant_id; action to collection; task_id to source_service; metadata; input_type to reply_type."""
         action, reply_to = ACTION_ALIASES.get(request.action), request.reply_to
         stretches = (
             encode_text(request.tenant_id),
@@ -183,9 +206,9 @@ class Echo:
             ),
         )
         if sum(map(len, stretches)) <= MAX_SENDER_BYTES:
-            if len(self._known) >= MAX_SENDERS:
-                self._known.clear()
-            self._known[key] = stretches
+            if len(self._senders) >= MAX_SENDERS:
+                self._senders.clear()
+            self._senders[key] = stretches
         return stretches
 
 
@@ -258,22 +281,15 @@ class OutcomeWriter:
     def _shared_part(self, header: bytes, result: Result) -> bytes:
         """The fields before first_chunk_index, which all results of one request have in common."""
         request, source = result.request, result.source
-        tenant_id, action, task, metadata, words = self._echo.of(request)
-        request_id, correlation_id = result.request_id.encode(), request.correlation_id.encode()
+        echo, words = self._echo.of(request)
+        request_id = result.request_id.encode()
         version = encode_version(source)
         return b"".join(
             (
                 header,
                 LONGS[len(request_id)],
                 request_id,
-                tenant_id,
-                LONGS[len(correlation_id)],
-                correlation_id,
-                action,
-                encode_optional_text(request.document_id),
-                task,
-                LONGS[request.requested_at_ms],
-                metadata,
+                echo,
                 words,
                 LONGS[len(version)],
                 version,
@@ -285,23 +301,15 @@ class OutcomeWriter:
     def usage(self, header: bytes, usage: Usage) -> bytes:
         """The value of the record; `mean_characters` is null without texts."""
         request, source, billed, saved = usage.request, usage.source, usage.billed, usage.saved
-        tenant_id, action, task, metadata, _ = self._echo.of(request)
+        echo, _ = self._echo.of(request)
         request_id = encode_text(usage.request_id)
-        correlation_id = request.correlation_id.encode()
         return b"".join(
             (
                 header,
                 request_id,  # the idempotency key
                 request_id,
                 TEXTS[usage.payer_id],
-                tenant_id,
-                LONGS[len(correlation_id)],
-                correlation_id,
-                action,
-                encode_optional_text(request.document_id),
-                task,
-                LONGS[request.requested_at_ms],
-                metadata,
+                echo,
                 LONGS[request.first_chunk_index],
                 TEXTS[source.topic],
                 LONGS[source.partition],

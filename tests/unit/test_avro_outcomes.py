@@ -34,7 +34,7 @@ from tests.support.builders import NOW_MS, a_request, a_result, a_source, a_usag
 WRITER = OutcomeWriter()
 """Shared by all tests of this file, as one is by all records of a worker: what it remembers must harm no other."""
 
-PLAIN = a_result()
+PLAIN, PLAIN_USAGE = a_result(), a_usage()
 RESULT, USAGE = current("EmbeddingResult").parsed, current("TokenUsage").parsed
 
 COUNT = st.sampled_from([0, 1, 3, 63, 64, 8_191, 8_192, 2**31, 2**63 - 1]) | st.integers(0, 2**62)
@@ -145,6 +145,8 @@ def test_requests_that_differ_in_one_field_are_not_mixed_up(one: Request, other:
     """What is remembered of a sender depends on every field that is repeated from the request."""
     for request in (one, replace(one, **{field: getattr(other, field)}), one):
         assert_as_fastavro_writes(replace(PLAIN, request=request))
+        usage = replace(PLAIN_USAGE, request=request)
+        assert WRITER.usage(b"", usage) == encode(USAGE, usage_fields(usage))
 
 
 @pytest.mark.parametrize(
@@ -198,7 +200,7 @@ def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         assert_as_fastavro_writes(replace(PLAIN, request=request, model=f"m{number}", token_count=number))
     long = "x" * avro_outcomes.MAX_SENDER_BYTES
     assert_as_fastavro_writes(replace(PLAIN, request=a_request(metadata={"k": long}), model=long))
-    assert len(WRITER._echo._known) <= 4
+    assert len(WRITER._echo._senders) <= 4
     for memory in (avro_outcomes.TEXTS, avro_outcomes.LONGS):
         assert len(memory) <= 300
         assert max(map(len, memory.values())) <= avro_outcomes.MAX_REMEMBERED_BYTES
