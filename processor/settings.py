@@ -64,9 +64,11 @@ class Settings(BaseSettings):
     topic_prefix: str = Field("", description="Put before the name of every topic.")
     group_id: str = Field("embedding-processor", description="Consumer group of the workers; the lane is appended.")
     aggregator_group_id: str = Field("embedding-aggregator", description="Consumer group of the aggregator.")
-    group_instance_id: str | None = Field(None, description="Static membership id, unique per process.")
+    group_instance_id: str | None = Field(None, description="Static membership id, unique per process; seldom pays.")
     session_timeout_s: float = Field(30.0, gt=1, description="Group session: a silent worker is replaced after this.")
-    heartbeat_interval_s: float = Field(3.0, gt=0, description="Time between heartbeats to the group.")
+    heartbeat_interval_s: float = Field(
+        1.0, gt=0, description="Time between heartbeats to the group; a rebalance is noticed by the next one."
+    )
     lease_margin_s: float = Field(
         2.0, ge=0, description="A worker stops sending this long before its session may have run out."
     )

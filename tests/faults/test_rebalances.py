@@ -18,8 +18,12 @@ from pathlib import Path
 import pytest
 
 from processor.adapters import topics
+from processor.adapters.faust_engine import Engine
+from processor.errors import SettingsError
 from tests.support import audit
-from tests.support.brokers import Broker
+from tests.support.brokers import Broker, create_topic
+from tests.support.engines import Handler, engine_settings, produce, running
+from tests.support.engines import until as until_true
 from tests.support.provider_server import ProviderProcess, expected_vector
 from tests.support.stack import Child, Stack, until
 from tests.support.traffic import Traffic, check_samples, small_requests
@@ -162,6 +166,26 @@ async def test_a_worker_frozen_past_its_session_and_woken_loses_nothing(fleet: F
                 frozen.process.send_signal(signal.SIGCONT)
     books, copies = await fleet.finish()
     tell(f"{len(books.requests)} records, {FREEZES} freezes past the session: {copies} copies")
+
+
+async def test_two_processes_under_one_instance_id_do_not_fight(kafka: Broker, unique: str) -> None:
+    """The first one ends with a word about the setting; the other one has its partitions and keeps them."""
+    await create_topic(kafka.bootstrap_servers, unique, partitions=2)
+    settings = engine_settings(kafka.bootstrap_servers, group_instance_id="worker-0")
+    first, second = Handler(), Handler()
+    engine = Engine(settings, app_id=unique, topics=[unique], handler=first)
+    await engine.start()
+    try:
+        await until_true(lambda: engine.status()["state"] == "consuming", "the first works")
+        async with running(settings, unique, second) as twin:
+            with pytest.raises(SettingsError, match="EMBEDDING_GROUP_INSTANCE_ID"):
+                await engine.wait()
+            await produce(kafka.bootstrap_servers, unique, 2, 100)
+            await until_true(lambda: len(second.finished) == 100, "the second works")
+            assert twin.status()["leases_held"]
+    finally:
+        await engine.stop()
+    assert not first.finished
 
 
 def _held(worker: Child) -> int:

@@ -27,7 +27,7 @@ from processor.adapters.faust_engine import extensions
 from processor.adapters.faust_engine.assignor import SingleOwnerAssignor
 from processor.adapters.faust_engine.consumer import COMMIT_TIMEOUT_S, Consumer, Transport
 from processor.adapters.kafka import connection, unavailable
-from processor.errors import BrokerUnavailable, DeliveryFailed, ProcessorError, RegistryUnavailable
+from processor.errors import BrokerUnavailable, DeliveryFailed, ProcessorError, RegistryUnavailable, SettingsError
 from processor.ports import Run, RunHandler
 from processor.settings import Settings
 
@@ -213,6 +213,14 @@ class Engine:
                 self._abandon()
             elif self._loop is not None:
                 self._loop.call_soon_threadsafe(self._abandon)
+
+    def replaced(self) -> None:
+        """Another process has joined under our static membership id: it has our partitions now, and this one ends."""
+        self.crash(
+            SettingsError(
+                "EMBEDDING_GROUP_INSTANCE_ID: another process joined under it: give each its own, or unset it"
+            )
+        )
 
     async def _excuse(self) -> None:
         """An outage that ends the process again and again must not look like a record that does."""

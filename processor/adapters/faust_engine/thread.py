@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -15,6 +15,7 @@ import structlog
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.cluster import ClusterMetadata
 from aiokafka.errors import CommitFailedError, IllegalStateError
+from aiokafka.protocol.commit import OffsetCommitRequest
 from aiokafka.protocol.group import HeartbeatRequest, SyncGroupRequest
 from faust.transport.drivers import aiokafka as driver
 
@@ -49,7 +50,7 @@ PRIVATE_NAMES: Mapping[str, Sequence[str]] = {
     "faust.transport.drivers.aiokafka:Consumer": ("RebalanceListener", "_new_consumer_thread", "_thread"),
     "faust.transport.drivers.aiokafka:ConsumerRebalanceListener": ("_thread",),
     "faust.transport.drivers.aiokafka:Producer": ("_new_producer", "_producer", "flush"),
-    "aiokafka:AIOKafkaConsumer": ("_client", "_coordinator", "_fetcher", "_subscription"),
+    "aiokafka:AIOKafkaConsumer": ("_client", "_coordinator", "_fetcher", "_group_instance_id", "_subscription"),
     "aiokafka.consumer.fetcher": ("MemoryRecords",),
     "aiokafka.consumer.fetcher:Fetcher": ("error_future",),
     "aiokafka.consumer.group_coordinator:GroupCoordinator": (
@@ -73,6 +74,7 @@ PRIVATE_NAMES: Mapping[str, Sequence[str]] = {
 
 FETCH_WAIT_MS = 1000
 RECORDS_PER_FETCH = 500
+CODE_OF_UNKNOWN_MEMBER = 25
 CODE_OF_REBALANCE = 27
 
 log = structlog.stdlib.get_logger(__name__)
@@ -112,7 +114,7 @@ class ConsumerThread(driver.AIOKafkaConsumerThread):
     async def on_start(self) -> None:
         await super().on_start()
         consumer = self._ensure_consumer()
-        watch(self.consumer.session, consumer)
+        watch(self.consumer.session, consumer, replaced=self.consumer.engine.replaced)
         consumer._client.cluster.add_listener(partial(self._note_deleted, consumer))
 
     def _note_deleted(self, consumer: AIOKafkaConsumer, cluster: ClusterMetadata) -> None:
@@ -191,13 +193,15 @@ class ConsumerThread(driver.AIOKafkaConsumerThread):
         self._ensure_consumer()._coordinator.request_rejoin()
 
 
-def watch(session: Session, consumer: AIOKafkaConsumer) -> None:
+def watch(session: Session, consumer: AIOKafkaConsumer, *, replaced: Callable[[], None] = lambda: None) -> None:
     """Note when each heartbeat and join was sent, and tell the session once the broker has acknowledged it.
 
     A heartbeat answered with "rebalance in progress" counts: the broker renewed the session all the same, and
-    our partitions are nobody else's until we give them up.
+    our partitions are nobody else's until we give them up. `replaced` is called when another process has joined under
+    our `group.instance.id`: brokers tell it by forgetting our member id within its session, since aiokafka sends no
+    instance id with heartbeats. To join again would throw the other one out, and so on for ever.
     """
-    coordinator = consumer._coordinator
+    coordinator, static = consumer._coordinator, consumer._group_instance_id is not None
     session.generation = lambda: int(coordinator.generation)
     send = coordinator._send_req
 
@@ -207,9 +211,18 @@ def watch(session: Session, consumer: AIOKafkaConsumer) -> None:
         renews = {0, CODE_OF_REBALANCE} if isinstance(request, HeartbeatRequest) else {0}
         if isinstance(request, HeartbeatRequest | SyncGroupRequest) and response.error_code in renews:
             session.acknowledged(sent_at)
+        if static and session.lasts(session.generation()) and _forgotten(request, response):
+            replaced()
         return response
 
     coordinator._send_req = send_and_note
+
+
+def _forgotten(request: Any, response: Any) -> bool:
+    """Whether the group does not know the member that asks."""
+    if isinstance(request, OffsetCommitRequest):
+        return any(code == CODE_OF_UNKNOWN_MEMBER for _, partitions in response.topics for _, code in partitions)
+    return isinstance(request, HeartbeatRequest) and response.error_code == CODE_OF_UNKNOWN_MEMBER
 
 
 async def offsets_of(
