@@ -12,6 +12,7 @@ from processor.ports import Lease, Run
 from processor.work import Fail, Job, Parcel, Policy, Ticket
 
 RECORDS_A_TURN = 64
+BYTES_A_TURN = 64 * 1024
 
 
 class Worker:
@@ -56,10 +57,12 @@ class Worker:
     async def on_run(self, run: Run) -> None:
         """Steps 1 and 2 for each record of a fetched run; waits while the read-ahead is full.
 
-        Everybody else gets a turn every `RECORDS_A_TURN` records: a run can hold a thousand.
+        Everybody else gets a turn every `RECORDS_A_TURN` records or `BYTES_A_TURN` bytes of them: a run can hold a
+        thousand, and one of them thousands of texts.
         """
         known: list[Parcel] = []
-        for number, record in enumerate(run.records, 1):
+        turn_bytes = 0
+        for record in run.records:
             while self._held_bytes >= self._read_ahead_bytes and not self._is_over(run.lease):
                 self._hand_on(known)
                 known = []
@@ -68,9 +71,11 @@ class Worker:
             if self._is_over(run.lease):
                 break
             await self.pipeline.admit(record, run, self._opened, known)
-            if number % RECORDS_A_TURN == 0:
+            turn_bytes += max(len(record.value or b""), BYTES_A_TURN // RECORDS_A_TURN)
+            if turn_bytes >= BYTES_A_TURN:
                 self._hand_on(known)
                 known = []
+                turn_bytes = 0
                 await asyncio.sleep(0)
         self._hand_on(known)
 
