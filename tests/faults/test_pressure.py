@@ -19,11 +19,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from aiokafka import AIOKafkaProducer
+from faust.transport import consumer as faust_consumer
 
 from processor.adapters import topics
+from processor.adapters.faust_engine.thread import RECORDS_PER_FETCH
 from processor.errors import EmbeddedUnavailable
+from processor.ports import Run
 from tests.support import audit
 from tests.support.brokers import Broker
+from tests.support.engines import Handler, create_topic, engine_settings, running
+from tests.support.engines import until as until_here
 from tests.support.kafka import ApacheKafka
 from tests.support.provider_server import ProviderProcess, expected_vector
 from tests.support.stack import Child, Stack, until
@@ -250,6 +256,42 @@ async def test_a_slow_provider_is_backpressure(kafka: Broker, unique: str, tmp_p
     assert {look["kafka"]["generation"] for look in health} == {generation}
     assert all(look["kafka"]["leases_held"] for look in health)
     assert max(ages_s) < settings.session_timeout_s - settings.lease_margin_s
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("records, size_bytes", [(60, 900_000), (40_000, 10)], ids=["large_records", "tiny_records"])
+async def test_runs_in_flight_are_bounded_and_buffers_are_never_full(
+    records: int, size_bytes: int, kafka: Broker, unique: str, monkeypatch: pytest.MonkeyPatch, tell: Tell
+) -> None:
+    """One run is in hand and at most one a partition waits, of one fetch: Faust never waits its second for room."""
+    waited: list[str] = []
+    monkeypatch.setattr(faust_consumer.Consumer, "_wait_next_records", lambda *_: waited.append("a second"))
+    await create_topic(kafka.bootstrap_servers, unique, PARTITIONS)
+    async with AIOKafkaProducer(bootstrap_servers=kafka.bootstrap_servers, max_request_size=1_000_000) as producer:
+        sent = [await producer.send(unique, bytes(size_bytes), partition=i % PARTITIONS) for i in range(records)]
+        await asyncio.gather(*sent)
+    most_runs = most_records = 0
+
+    async def on_run(run: Run) -> None:
+        """Slow enough that the next fetch waits behind it."""
+        nonlocal most_runs, most_records
+        consumer = engine._consumer
+        assert consumer is not None
+        for _ in range(10):
+            await asyncio.sleep(0.002)
+            most_runs = max(most_runs, 1 + len(consumer._queued))
+            most_records = max(most_records, sum(len(lease.watermark) for lease in (consumer.leases or {}).values()))
+        await handler.finish_all(run)
+
+    handler = Handler(on_run)
+    async with running(engine_settings(kafka.bootstrap_servers), unique, handler) as engine:
+        await until_here(lambda: len(handler.finished) == records, "every record", within_s=120)
+    most_bytes = most_records * size_bytes
+    tell(f"{size_bytes:,} B a record: at most {most_runs} runs, {most_records} records, {most_bytes:,} B in flight")
+    assert not waited
+    assert 1 < most_runs <= 1 + PARTITIONS
+    assert most_records <= 2 * RECORDS_PER_FETCH
+    assert most_bytes <= (1 + PARTITIONS) * MEBIBYTE
 
 
 def _health(worker: Child) -> dict[str, Any]:
