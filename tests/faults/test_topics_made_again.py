@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AsyncExitStack
 from pathlib import Path
 
 import pytest
@@ -65,21 +66,31 @@ async def _answered(stack: Stack, wave: Sequence[Request]) -> None:
 
 
 @pytest.mark.faults
+@pytest.mark.parametrize("stopped", [False, True], ids=["running", "stopped"])
 @pytest.mark.parametrize("records", [40, 4_000], ids=["shorter", "longer"])
-async def test_requests_made_again_under_an_engine_are_read_from_their_beginning(
-    records: int, kafka: Broker, unique: str
+async def test_requests_made_again_are_read_from_their_beginning(
+    records: int, stopped: bool, kafka: Broker, unique: str
 ) -> None:
-    """All of the new log is worked on and committed, whether it is shorter than the old one or longer."""
+    """All of the new log is worked on and committed, be it shorter than the old one or longer, be there a reader or
+    none when the old one goes."""
     servers = kafka.bootstrap_servers
     await create_topic(servers, unique, PARTITIONS)
     await produce(servers, unique, PARTITIONS, 400)
     handler = Handler()
-    async with group_of(servers, unique) as group:
-        async with running(engine_settings(servers), unique, handler):
-            await until(lambda: len(handler.finished) == 400, "the old log")
-            await delete(servers, unique)
-            handler.finished.clear()
-            await create_topic(servers, unique, PARTITIONS)
-            await produce(servers, unique, PARTITIONS, records)
-            await until(lambda: len(handler.finished) == records, "the new log")
+    settings = engine_settings(servers)
+    async with AsyncExitStack() as first, AsyncExitStack() as second, group_of(servers, unique) as group:
+        await first.enter_async_context(running(settings, unique, handler))
+        await until(lambda: len(handler.finished) == 400, "the old log")
+        if stopped:
+            await first.aclose()
+            assert await group.committed() == dict.fromkeys(range(PARTITIONS), 100)
+        await delete(servers, unique)
+        handler.finished.clear()
+        await create_topic(servers, unique, PARTITIONS)
+        await produce(servers, unique, PARTITIONS, records)
+        if stopped:
+            await second.enter_async_context(running(settings, unique, handler))
+        await until(lambda: len(handler.finished) == records, "the new log")
+        await first.aclose()
+        await second.aclose()
         assert await group.committed() == dict.fromkeys(range(PARTITIONS), records // PARTITIONS)
