@@ -16,6 +16,8 @@ import numpy as np
 from fastavro import parse_schema, schemaless_reader, schemaless_writer
 
 from processor.accounts import BucketKey, TaskProgress, UsageSums, UsageTotal
+from processor.adapters.avro_outcomes import FLOAT32
+from processor.adapters.avro_requests import read_long
 from processor.adapters.schemas import Schema, current
 from processor.domain import (
     Amounts,
@@ -211,13 +213,19 @@ def _read_result(value: bytes, start: int, writer: Schema) -> ReceivedResult | U
         stream = BytesIO(value)
         stream.seek(start)
         fields = cast(Fields, schemaless_reader(stream, _result_head(), None))
-        count = cast(int, schemaless_reader(stream, "long", None))
-        items = stream.tell()
-        if count > 0 and len(value) == items + 4 * count + 1 and value[-1] == 0:
-            vector = np.frombuffer(value, "<f4", count, items).astype(np.float32)
+        vector = read_vector(value, stream.tell())
+        if vector is not None:
             return _received(fields, vector)
     read = _read_fields(value, start, writer)
     return read if isinstance(read, Undecodable) else _received(read, np.array(read["vector"], np.float32))
+
+
+def read_vector(value: bytes, start: int) -> Vector | None:
+    """The array of floats that begins at `start` and fills `value`, as float32; None unless it is one plain block."""
+    count, items = read_long(value, start)
+    if count < 1 or len(value) != items + 4 * count + 1 or value[-1]:
+        return None
+    return np.frombuffer(value, FLOAT32, count, items).astype(np.float32)
 
 
 def _received(fields: Fields, vector: Vector) -> ReceivedResult:

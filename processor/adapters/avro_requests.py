@@ -77,9 +77,9 @@ class RequestReader:
             at += 4
         else:
             deadline_ms, at = _optional_long(value, at)
-            first_chunk_index, at = _long(value, at)
+            first_chunk_index, at = read_long(value, at)
             chunk_count, at = _optional_long(value, at)
-            count, at = _long(value, at)
+            count, at = read_long(value, at)
             if count < 1:
                 return None
 
@@ -162,7 +162,7 @@ class RequestReader:
         return found
 
     def _time(self, value: bytes, at: int) -> tuple[int, int]:
-        time_ms, end = _long(value, at)
+        time_ms, end = read_long(value, at)
         if end == at + TIME_BYTES:
             if len(self._times) >= MAX_TIMES:
                 self._times.clear()
@@ -174,7 +174,7 @@ _new = object.__new__
 """A request is filled slot by slot: its __init__ takes three times as long for keywords (measured)."""
 
 
-def _long(value: bytes, at: int) -> tuple[int, int]:
+def read_long(value: bytes, at: int) -> tuple[int, int]:
     """The integer that begins there and where it ends. IndexError past the end, ValueError over 64 bits."""
     bits = value[at]
     if bits > 127:
@@ -193,7 +193,7 @@ def _long(value: bytes, at: int) -> tuple[int, int]:
 def _optional_long(value: bytes, at: int) -> tuple[int | None, int]:
     branch = value[at]
     if branch == 2:
-        return _long(value, at + 1)
+        return read_long(value, at + 1)
     if branch:
         raise ValueError("an unusual branch")
     return None, at + 1
@@ -201,7 +201,7 @@ def _optional_long(value: bytes, at: int) -> tuple[int | None, int]:
 
 def _text(value: bytes, at: int) -> tuple[str, int]:
     """The string that begins there and where it would end. UnicodeDecodeError (a ValueError) when it isn't UTF-8."""
-    length, at = _long(value, at)
+    length, at = read_long(value, at)
     if length < 0:
         raise ValueError("a negative length")
     return str(value[at : at + length], "utf-8"), at + length
@@ -209,7 +209,7 @@ def _text(value: bytes, at: int) -> tuple[str, int]:
 
 def _map(value: bytes, at: int, entries: dict[str, str]) -> int:
     """Read a map of one block; where it ends."""
-    count, at = _long(value, at)
+    count, at = read_long(value, at)
     if count < 1:
         raise ValueError("an unusual block")
     for _ in range(count):
