@@ -69,7 +69,7 @@ class Member(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka is no
     async def start(self) -> None:
         await self.producer.start()
         await self.consumer.start()
-        watch(self.session, self.consumer)
+        watch(self.session, self.consumer, replaced=self.engine.replaced)
         self.consumer.subscribe(self._topics, listener=self)
         self._tasks = [asyncio.create_task(self._read()), asyncio.create_task(self._commit_by_time())]
         for task in self._tasks:

@@ -1,6 +1,6 @@
 """The consumer's thread: what runs beside the main loop, inside aiokafka's group protocol.
 
-Everything private of faust and aiokafka that the engine relies on is listed here, in `PRIVATE_NAMES`.
+What is private of faust and aiokafka and used here is listed in `processor/adapters/private_names.py`.
 """
 
 from __future__ import annotations
@@ -25,52 +25,6 @@ if TYPE_CHECKING:
     from processor.adapters.faust_engine.consumer import Consumer
 
 T = TypeVar("T")
-
-PRIVATE_NAMES: Mapping[str, Sequence[str]] = {
-    "faust.app.base:App": (
-        "_consumer",
-        "_crash",
-        "_create_directories",
-        "_new_producer_transport",
-        "_new_transport",
-    ),
-    "faust.serializers.schemas:Schema": ("compile",),
-    "faust.streams": ("_CStreamIterator",),
-    "faust.transport.conductor": ("ConductorHandler",),
-    "faust.transport.consumer:Consumer": (
-        "_drain_messages",
-        "force_commit",
-        "perform_seek",
-        "resume_flow",
-        "stop_flow",
-        "verify_all_partitions_active",
-        "wait_empty",
-    ),
-    "faust.transport.drivers.aiokafka:AIOKafkaConsumerThread": ("_create_worker_consumer", "_ensure_consumer"),
-    "faust.transport.drivers.aiokafka:Consumer": ("RebalanceListener", "_new_consumer_thread", "_thread"),
-    "faust.transport.drivers.aiokafka:ConsumerRebalanceListener": ("_thread",),
-    "faust.transport.drivers.aiokafka:Producer": ("_new_producer", "_producer", "flush"),
-    "aiokafka:AIOKafkaConsumer": ("_client", "_coordinator", "_fetcher", "_group_instance_id", "_subscription"),
-    "aiokafka.consumer.fetcher": ("MemoryRecords",),
-    "aiokafka.consumer.fetcher:Fetcher": ("error_future",),
-    "aiokafka.consumer.group_coordinator:GroupCoordinator": (
-        "_send_req",
-        "check_errors",
-        "fetch_committed_offsets",
-        "generation",
-        "request_rejoin",
-    ),
-    "aiokafka.consumer.subscription_state:Assignment": ("state_value",),
-    "aiokafka.consumer.subscription_state:Subscription": ("assignment",),
-    "aiokafka.consumer.subscription_state:SubscriptionState": ("reassignment_in_progress", "subscription"),
-    "aiokafka.consumer.subscription_state:TopicPartitionState": ("has_valid_position", "position"),
-    "aiokafka.record.default_records": ("DefaultRecordBatch", "_DefaultRecordBatchPy"),
-    "aiokafka.record.default_records:_DefaultRecordBatchPy": ("_buffer", "_read_msg"),
-    "aiokafka.record.memory_records": ("MemoryRecords", "_MemoryRecordsPy"),
-    "aiokafka.record.memory_records:_MemoryRecordsPy": ("MAGIC_OFFSET", "_next_slice", "next_batch"),
-    "aiokafka.record.util": ("calc_crc32c", "calc_crc32c_py"),
-}
-"""What a new version of faust or aiokafka may change under us; tests/contract/test_faust_private_names.py looks."""
 
 FETCH_WAIT_MS = 1000
 RECORDS_PER_FETCH = 500
