@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -9,9 +10,11 @@ from pathlib import Path
 import pytest
 
 from processor.adapters import topics
+from processor.cli.totals import read_totals
 from processor.domain import Request
 from processor.identity import request_id
-from tests.faults.test_aggregator_kills import PARTITIONS
+from tests.faults.test_aggregator_kills import PARTITIONS, settled, some_traffic
+from tests.faults.test_aggregator_kills import produce as send_usage
 from tests.faults.test_pressure import CHUNKS, provider_of, supervised
 from tests.faults.test_rebuild import delete, make_again
 from tests.support import audit
@@ -63,6 +66,26 @@ async def _answered(stack: Stack, wave: Sequence[Request]) -> None:
     books = await audit.read_books(stack.settings(), [])
     found = {(result.request_id, result.chunk_index) for _, result in books.results}
     assert found >= {(request_id(request), i) for request in wave for i in range(CHUNKS)}
+
+
+@pytest.mark.faults
+async def test_usage_made_again_under_an_aggregator_stops_it(kafka: Broker, unique: str, tmp_path: Path) -> None:
+    """It doesn't fold the new log into totals of the old one, and names the command that mends it."""
+    dice = random.Random(6)
+    with Stack(tmp_path, unique, kafka.bootstrap_servers) as stack:
+        settings = stack.settings()
+        await topics.create(settings, partitions=PARTITIONS)
+        child = stack.spawn("aggregator")
+        await until_async(child.ready, within_s=30, what="the aggregator is ready")
+        await send_usage(settings, some_traffic(100, dice), over_s=0)
+        await settled(settings, child)
+        totals = await read_totals(settings)
+        await make_again(settings)
+        await send_usage(settings, some_traffic(300, dice), over_s=0)
+        await until_async(lambda: child.process.poll() is not None, within_s=30, what="the aggregator refuses")
+        assert child.process.returncode == 1
+        assert "embedding-processor usage rebuild" in child.tail()
+        assert await read_totals(settings) == totals
 
 
 @pytest.mark.faults
