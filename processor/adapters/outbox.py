@@ -190,21 +190,21 @@ class KafkaOutbox:
 
     def _pack(self, messages: Sequence[Destination]) -> Mapping[str, Sequence[Packed]]:
         """Encode, check the size, sort by topic."""
-        encode, max_bytes = self._codec.encode, self._max_record_bytes
+        encode, names, max_bytes = self._codec.encode, self._topics, self._max_record_bytes
         size_of = DefaultRecordBatchBuilder.estimate_size_in_bytes
         packed: defaultdict[str, list[Packed]] = defaultdict(list)
         for message in messages:
-            topic = message.topic or self._topics[message.name]
+            name, _, topic, partition = message
             key, value, given = encode(message)
-            headers = given if isinstance(given, list) else list(given)
+            headers = given if type(given) is list else list(given)
             if key is None and value is None:
                 key = b""  # aiokafka takes no record that has neither
-            size = size_of(key, value, headers)
-            if size > max_bytes:
+            if size_of(key, value, headers) > max_bytes:
                 raise RecordTooLarge(
-                    f"a message for {topic} has {size} bytes: EMBEDDING_MAX_RECORD_BYTES is {max_bytes}"
+                    f"a message for {topic or names[name]} has {size_of(key, value, headers)} bytes: "
+                    f"EMBEDDING_MAX_RECORD_BYTES is {max_bytes}"
                 )
-            packed[topic].append((key, value, headers, message.partition))
+            packed[topic or names[name]].append((key, value, headers, partition))
         return packed
 
     async def _count_partitions(self, topic: str) -> int:
