@@ -129,7 +129,9 @@ class Settings(BaseSettings):
     truncate: Truncate = Field(Truncate.ERROR, description="Policy for over-long texts when a request names none.")
     shutdown_timeout_s: float = Field(25.0, gt=0, description="A watchdog ends a shutdown that takes longer.")
     http_host: str = Field("127.0.0.1", description="Address of the internal port: metrics, health, models.")
-    http_port: int = Field(8080, ge=0, le=65535, description="Internal port; 0 picks a free one.")
+    http_port: int = Field(
+        8080, ge=0, le=65535, description="Internal port; 0 picks a free one. --processes counts up from it."
+    )
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
         "INFO",
         description="DEBUG, INFO, WARNING or ERROR.",
