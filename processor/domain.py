@@ -198,6 +198,8 @@ class Request:
     """An `EmbeddingRequest` as sent; `action` keeps the sender's spelling (see `ACTION_ALIASES`).
 
     `chunk_count` is that of the whole document when the client split it, else None (= the length of this request).
+    `sender` is the same object in requests that agree in every field but correlation and document id, times, split and
+    chunks: a cheap key for what is remembered of them. None: nobody compared them; `replace` gives None.
     """
 
     tenant_id: str
@@ -226,6 +228,7 @@ class Request:
     chunk_count: int | None = None
     chunks: Sequence[Chunk] = field(default=(), repr=False)
     chunk_ids: Sequence[str] = field(default=(), repr=False)
+    sender: object | None = field(default=None, init=False, repr=False, compare=False)
 
     @property
     def payer_id(self) -> str:

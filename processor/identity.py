@@ -22,8 +22,7 @@ WHOLE = b"1:0-"
 """Of a request that was not split: its first chunk index is 0, its chunk count null."""
 
 MAX_SENDERS = 1_024
-MAX_SENDER_BYTES = 2_048
-"""Of what is remembered of senders, since it is mostly the same from request to request."""
+"""Of how many senders something is remembered, see `Request.sender`."""
 
 _REQUESTS, _VECTORS = REQUEST_NAMESPACE.bytes, VECTOR_NAMESPACE.bytes
 _VARIANT = dict(zip("0123456789abcdef", "89ab" * 4, strict=True))
@@ -64,7 +63,7 @@ def digest(request: Request) -> bytes:
 
 
 def _encode(request: Request) -> bytes:
-    before, after = _sender(request)
+    before, after = _senders.get(request.sender) or _sender(request)
     whole = request.first_chunk_index == 0 and request.chunk_count is None
     parts = [
         before,
@@ -85,29 +84,11 @@ def _encode(request: Request) -> bytes:
     return b"".join(parts)
 
 
-_senders: dict[tuple[object, ...], tuple[bytes, bytes]] = {}
+_senders: dict[object, tuple[bytes, bytes]] = {}
 
 
 def _sender(request: Request) -> tuple[bytes, bytes]:
-    """The parts of a digest before and after the document, up to vector_spaces: mostly the same for one sender."""
-    key = (
-        request.tenant_id,
-        request.action,
-        request.agent_id,
-        request.agent_owner_id,
-        request.collection,
-        request.model,
-        request.dimensions,
-        request.input_type,
-        request.use_cache,
-        request.truncate,
-        tuple(request.metadata.items()) if request.metadata else None,
-        tuple(request.vector_spaces),
-    )
-    return _senders.get(key) or _new_sender(key, request)
-
-
-def _new_sender(key: tuple[object, ...], request: Request) -> tuple[bytes, bytes]:
+    """The parts of a digest before and after the document, up to vector_spaces."""
     before = (
         ACTION_ALIASES.get(request.action, request.action),
         request.tenant_id,
@@ -125,10 +106,10 @@ def _new_sender(key: tuple[object, ...], request: Request) -> tuple[bytes, bytes
         encode_list([encode_text(space) for space in request.vector_spaces]),
     )
     parts = b"".join(map(encode_text, before)), b"".join(after)
-    if len(parts[0]) + len(parts[1]) <= MAX_SENDER_BYTES:
+    if request.sender is not None:
         if len(_senders) >= MAX_SENDERS:
             _senders.clear()
-        _senders[key] = parts
+        _senders[request.sender] = parts
     return parts
 
 

@@ -29,7 +29,7 @@ MAX_REMEMBERED_BYTES = 256
 """Of one memory of this module: how many pieces, and the longest that is kept."""
 
 MAX_SENDERS = 1_024
-MAX_SENDER_BYTES = 2_048
+"""Of how many senders something is remembered, see `Request.sender`."""
 
 NULL: Final = b"\x00"
 EMPTY: Final = b"\x00"
@@ -138,7 +138,7 @@ class Echo:
     """
 
     def __init__(self) -> None:
-        self._senders: dict[tuple[Any, ...], tuple[bytes, bytes, bytes, bytes, bytes]] = {}
+        self._senders: dict[object, tuple[bytes, bytes, bytes, bytes, bytes]] = {}
         self._request: Request | None = None
         self._last = b"", b""
 
@@ -146,23 +146,8 @@ class Echo:
         """The fields tenant_id to metadata, in the order of both schemas; and input_type to reply_type of a result."""
         if request is self._request:
             return self._last
-        reply_to = request.reply_to
-        key = (
-            request.tenant_id,
-            request.action,
-            request.collection,
-            request.task_id,
-            request.task_total,
-            request.agent_id,
-            request.agent_owner_id,
-            request.conversation_id,
-            request.run_id,
-            request.source_service,
-            tuple(request.metadata.items()) if request.metadata else None,
-            request.input_type,
-            None if reply_to is None else reply_to.reply_type,
-        )
-        tenant_id, action, task, metadata, words = self._senders.get(key) or self._new(key, request)
+        stretches = self._senders.get(request.sender) or self._new(request)
+        tenant_id, action, task, metadata, words = stretches
         correlation_id = request.correlation_id.encode()
         echo = b"".join(
             (
@@ -179,7 +164,7 @@ class Echo:
         self._request, self._last = request, (echo, words)
         return self._last
 
-    def _new(self, key: tuple[Any, ...], request: Request) -> tuple[bytes, bytes, bytes, bytes, bytes]:
+    def _new(self, request: Request) -> tuple[bytes, bytes, bytes, bytes, bytes]:
         """tenant_id; action to collection; task_id to source_service; metadata; input_type to reply_type."""
         action, reply_to = ACTION_ALIASES.get(request.action), request.reply_to
         stretches = (
@@ -205,10 +190,10 @@ class Echo:
                 )
             ),
         )
-        if sum(map(len, stretches)) <= MAX_SENDER_BYTES:
+        if request.sender is not None:
             if len(self._senders) >= MAX_SENDERS:
                 self._senders.clear()
-            self._senders[key] = stretches
+            self._senders[request.sender] = stretches
         return stretches
 
 

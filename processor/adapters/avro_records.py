@@ -77,7 +77,7 @@ def read(kind: type[T], value: bytes, start: int, writer: Schema) -> T | Undecod
 
 
 def _request_fields(request: Request) -> Fields:
-    fields = {name: getattr(request, name) for name in Request.__dataclass_fields__}
+    fields = _plain_fields(request)
     fields["chunks"] = [
         {"chunk_id": chunk.chunk_id, "text": chunk.text, "metadata": chunk.metadata} for chunk in request.chunks
     ]

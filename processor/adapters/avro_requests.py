@@ -131,6 +131,7 @@ class RequestReader:
             request.run_id,
             request.vector_spaces,
             request.metadata,
+            request.sender,
         ) = self._tails.get(tail) or self._tail(tail)
         request.correlation_id = correlation_id
         request.document_id = document_id
@@ -143,7 +144,7 @@ class RequestReader:
         return request
 
     def _tail(self, tail: bytes) -> tuple[Any, ...]:
-        """Its fields in the order of the schema, by the general reader. ValueError if they are wrong or too many."""
+        """Its fields in the order of the schema, by the general reader, and the `sender`. ValueError on wrong bytes."""
         stream = BytesIO(tail)
         try:
             fields = cast("dict[str, Any]", schemaless_reader(stream, self._tail_schema, None))
@@ -154,12 +155,12 @@ class RequestReader:
         if fields["reply_to"] is not None:
             fields["reply_to"] = ReplyTo(**fields["reply_to"])
         fields["vector_spaces"] = tuple(fields["vector_spaces"])
-        found = tuple(fields.values())
-        if len(tail) <= MAX_TAIL_BYTES:
-            if len(self._tails) >= MAX_TAILS:
-                self._tails.clear()
-            self._tails[tail] = found
-        return found
+        if len(tail) > MAX_TAIL_BYTES:
+            return (*fields.values(), None)
+        if len(self._tails) >= MAX_TAILS:
+            self._tails.clear()
+        self._tails[tail] = (*fields.values(), object())
+        return self._tails[tail]
 
     def _time(self, value: bytes, at: int) -> tuple[int, int]:
         time_ms, end = read_long(value, at)

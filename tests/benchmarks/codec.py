@@ -21,7 +21,7 @@ from fastavro import parse_schema, schemaless_reader, schemaless_writer
 from processor.adapters.avro import Codec
 from processor.adapters.avro_records import read_vector
 from processor.adapters.schemas import SINGLE_OBJECT_HEADER_BYTES, current
-from processor.domain import ReceivedResult, Result
+from processor.domain import ReceivedResult, Request, Result
 from processor.identity import request_id, vector_id
 from processor.ports import Destination
 from tests.support.avro_data import result_fields
@@ -74,7 +74,7 @@ def stages(codec: Codec) -> dict[str, Work]:
     """What the codec does for a record of one chunk of 600 bytes, at d=8."""
     results = some_results(8)
     records = cycle([a_record(result.request, result.source) for result in results])
-    requests = cycle([result.request for result in results])
+    requests = cycle(some_requests())
     chunks = cycle([f"c{number}" for number in range(RECORDS)])
     usages = cycle([Destination("usage", a_usage(result.request, source=result.source)) for result in results])
     space = str(SPACE)
@@ -87,17 +87,28 @@ def stages(codec: Codec) -> dict[str, Work]:
     }
 
 
+def some_requests() -> list[Request]:
+    """As a worker reads them, made at a rate of ten a millisecond."""
+    requests = [
+        a_request([TEXT], correlation_id=f"corr-{number}", requested_at_ms=NOW_MS + number // 10)
+        for number in range(RECORDS)
+    ]
+    codec = Codec()
+    decoded = [codec.decode_now(a_record(request)) for request in requests]
+    return [request for request in decoded if isinstance(request, Request)]
+
+
 def some_results(dimensions: int) -> list[Result]:
-    """Each of a request of its own; they came at a rate of ten a millisecond."""
+    """Each of a request of its own."""
     vector = a_vector(dimensions)
     return [
         a_result(
-            a_request([TEXT], correlation_id=f"corr-{number}", requested_at_ms=NOW_MS + number // 10),
+            request,
             source=a_source(100_000 + number, append_ms=NOW_MS + number // 50),
             dimensions=dimensions,
             vector=vector,
         )
-        for number in range(RECORDS)
+        for number, request in enumerate(some_requests())
     ]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
@@ -11,8 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from processor.adapters import avro_outcomes
+from processor.adapters.avro import encode_request
 from processor.adapters.avro_outcomes import OutcomeWriter, encode_long
-from processor.adapters.schemas import current
+from processor.adapters.avro_requests import RequestReader
+from processor.adapters.schemas import SINGLE_OBJECT_HEADER_BYTES, current
 from processor.domain import (
     Amounts,
     CacheLevel,
@@ -29,12 +31,13 @@ from processor.domain import (
     Usage,
 )
 from tests.support.avro_data import LONG, TEXT, encode, result_fields, usage_fields
-from tests.support.builders import NOW_MS, a_request, a_result, a_source, a_usage, a_vector
+from tests.support.builders import NOW_MS, a_request, a_result, a_source, a_usage, a_vector, some_chunks
 
 WRITER = OutcomeWriter()
 """Shared by all tests of this file, as one is by all records of a worker: what it remembers must harm no other."""
 
 PLAIN, PLAIN_USAGE = a_result(), a_usage()
+READER = RequestReader()
 RESULT, USAGE = current("EmbeddingResult").parsed, current("TokenUsage").parsed
 
 COUNT = st.sampled_from([0, 1, 3, 63, 64, 8_191, 8_192, 2**31, 2**63 - 1]) | st.integers(0, 2**62)
@@ -63,6 +66,7 @@ REQUEST = st.builds(
     metadata=LABELS,
     first_chunk_index=COUNT,
     chunk_count=st.none() | COUNT,
+    chunks=st.just(some_chunks(["x"])),
 )
 VECTOR = st.none() | st.builds(a_vector, st.integers(0, 70) | st.sampled_from([384, 1536, 2048]), st.integers(0, 3))
 RESULTS = st.builds(
@@ -139,11 +143,18 @@ def test_any_usage_event_is_written_as_fastavro_writes_it(usage: Usage) -> None:
     assert WRITER.usage(b"head", usage) == expected
 
 
+def sent(request: Request) -> Request:
+    """As a worker reads it, which knows its sender."""
+    found = READER.read(encode_request(request), SINGLE_OBJECT_HEADER_BYTES)
+    assert found is not None
+    return found
+
+
 @settings(max_examples=100, deadline=None)
-@given(REQUEST, REQUEST, st.sampled_from([field for field in Request.__dataclass_fields__ if field != "chunks"]))
+@given(REQUEST, REQUEST, st.sampled_from([field.name for field in fields(Request) if field.init]))
 def test_requests_that_differ_in_one_field_are_not_mixed_up(one: Request, other: Request, field: str) -> None:
     """What is remembered of a sender depends on every field that is repeated from the request."""
-    for request in (one, replace(one, **{field: getattr(other, field)}), one):
+    for request in map(sent, (one, replace(one, **{field: getattr(other, field)}), one)):
         assert_as_fastavro_writes(replace(PLAIN, request=request))
         usage = replace(PLAIN_USAGE, request=request)
         assert WRITER.usage(b"", usage) == encode(USAGE, usage_fields(usage))
@@ -196,11 +207,11 @@ def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(avro_outcomes, "MAX_SENDERS", 4)
     monkeypatch.setattr(avro_outcomes, "MAX_REMEMBERED", 300)
     for number in range(600):
-        request = a_request(tenant_id=f"t{number}", metadata={"k": "v"})
+        request = sent(a_request(tenant_id=f"t{number}", metadata={"k": "v"}))
         assert_as_fastavro_writes(replace(PLAIN, request=request, model=f"m{number}", token_count=number))
-    long = "x" * avro_outcomes.MAX_SENDER_BYTES
-    assert_as_fastavro_writes(replace(PLAIN, request=a_request(metadata={"k": long}), model=long))
-    assert len(WRITER._echo._senders) <= 4
+    assert_as_fastavro_writes(replace(PLAIN, model="x" * avro_outcomes.MAX_REMEMBERED_BYTES))
+    assert 0 < len(WRITER._echo._senders) <= 4
+    assert None not in WRITER._echo._senders
     for memory in (avro_outcomes.TEXTS, avro_outcomes.LONGS):
         assert len(memory) <= 300
         assert max(map(len, memory.values())) <= avro_outcomes.MAX_REMEMBERED_BYTES

@@ -178,6 +178,8 @@ def test_what_a_sender_repeats_is_the_same_object() -> None:
     assert other is not None
     assert one.tenant_id is other.tenant_id
     assert one.metadata is other.metadata
+    assert one.sender is other.sender is not None
+    assert replace(one, tenant_id="other").sender is None
     assert (one.correlation_id, other.correlation_id) == ("x", "y")
 
 
@@ -191,7 +193,9 @@ def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         request = replace(base, tenant_id=f"t{number}", requested_at_ms=NOW_MS + number)
         assert reader.read(encode_request(request), START) == request
     long_tail = replace(base, metadata={"k": "v" * avro_requests.MAX_TAIL_BYTES})
-    assert reader.read(encode_request(long_tail), START) == long_tail
+    long_read = reader.read(encode_request(long_tail), START)
+    assert long_read == long_tail
+    assert long_read.sender is None
     assert len(reader._tails) <= 4
     assert len(reader._times) <= 4
     assert max(map(len, reader._tails)) <= avro_requests.MAX_TAIL_BYTES
