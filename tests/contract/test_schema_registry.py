@@ -144,6 +144,23 @@ async def test_an_id_is_asked_for_once(own: Codec, server: RegistryServer) -> No
     assert server.requests == [f"GET /schemas/ids/{ours}", f"GET /schemas/ids/{foreign}"]
 
 
+async def test_a_request_is_decoded_at_once_when_its_schema_is_known(own: Codec, server: RegistryServer) -> None:
+    """An unknown id has to be asked for first; after that no record waits, whether it is a request or not."""
+    ours, foreign = server.put(current("EmbeddingRequest").text), server.put(FOREIGN["recursive"])
+    assert own.decode_now(a_record(of_id(ours))) is None
+    assert own.decode_now(a_record(of_id(foreign))) is None
+    await own.decode(a_record(of_id(ours)))
+    await own.decode(a_record(of_id(foreign)))
+    asked = len(server.requests)
+    for _ in range(3):
+        assert own.decode_now(a_record(of_id(ours))) == a_request()
+        malformed = own.decode_now(a_record(of_id(ours) + b"\0"))
+        assert malformed == Undecodable(DlqClass.UNDECODABLE, "trailing_bytes")
+        unknown = own.decode_now(a_record(of_id(foreign)))
+        assert unknown == Undecodable(DlqClass.UNKNOWN_SCHEMA, "unknown_schema")
+    assert len(server.requests) == asked
+
+
 @pytest.mark.parametrize("status", [401, 403, 404, 429, 500, 503])
 async def test_a_registry_in_trouble_makes_no_dead_letters(own: Codec, server: RegistryServer, status: int) -> None:
     """An answer that settles nothing is an outage of ours, and the record is tried again when it is over."""
