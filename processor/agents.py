@@ -11,8 +11,8 @@ from processor.pipeline import Pipeline, Ports
 from processor.ports import Lease, Run
 from processor.work import Fail, Job, Parcel, Policy, Ticket
 
-RECORDS_A_TURN = 64
-BYTES_A_TURN = 64 * 1024
+BYTES_A_TURN = 400_000
+"""Of records and of what they become: a few hundred texts, which take a few milliseconds to admit."""
 
 
 class Worker:
@@ -57,8 +57,8 @@ class Worker:
     async def on_run(self, run: Run) -> None:
         """Steps 1 and 2 for each record of a fetched run; waits while the read-ahead is full.
 
-        Everybody else gets a turn every `RECORDS_A_TURN` records or `BYTES_A_TURN` bytes of them: a run can hold a
-        thousand, and one of them thousands of texts.
+        Everybody else gets a turn every `BYTES_A_TURN`: a run can hold a thousand records, and one of them thousands
+        of texts.
         """
         known: list[Parcel] = []
         turn_bytes = 0
@@ -70,8 +70,9 @@ class Worker:
                 await self._room.wait()
             if self._is_over(run.lease):
                 break
+            before = self._held_bytes
             await self.pipeline.admit(record, run, self._opened, known)
-            turn_bytes += max(len(record.value or b""), BYTES_A_TURN // RECORDS_A_TURN)
+            turn_bytes += self._held_bytes - before
             if turn_bytes >= BYTES_A_TURN:
                 self._hand_on(known)
                 known = []

@@ -120,6 +120,7 @@ class Pipeline:
 
     async def deliver(self, parcels: Sequence[Parcel], receipts: Sequence[Awaitable[None]] = ()) -> None:
         """Steps 7 and 8."""
+        self._count(parcels)
         async for sent in self._emitter.emit(parcels, receipts):  # 7. every delivery awaited
             self._acknowledge(sent)  # 8. in offset order: the lease keeps the watermark
 
@@ -194,7 +195,7 @@ class Pipeline:
     # Step 2
 
     def _group(self, ticket: Ticket, known: list[Parcel]) -> None:
-        """Enter the record into its document's order and queue its texts; empty ones fail right here."""
+        """Enter the record into its document's order and place its texts; empty ones fail right here."""
         if not isinstance(ticket, Job) or ticket.plan is None:
             return
         job, plan, request = ticket, ticket.plan, ticket.request
@@ -216,14 +217,19 @@ class Pipeline:
                 work.outcome = Outcome(fault=EMPTY_TEXT)
                 known.append(work)
             else:
-                self._queue(work, plan.function, job.started)
+                self._place(work, plan.function, job.started, known)
 
-    def _queue(self, work: Work, function: EmbeddingFunction, now: float) -> None:
-        """Put a work into the fold of its cache key."""
+    def _place(self, work: Work, function: EmbeddingFunction, now: float, known: list[Parcel]) -> None:
+        """What this process remembers needs no window; else the work goes into the fold of its cache key."""
         request = work.job.request
         own = None if request.use_cache else work.item
         key = cache_key(self._cache_secret, request.tenant_id, function, work.chunk.text, own)
-        self.batcher.add(work, key, function, now)
+        found = self.ports.cache.peek(key, function.dimensions)
+        if found is None:
+            self.batcher.add(work, key, function, now)
+        else:
+            work.outcome = Outcome(found.level, found.entry, work.item == found.entry.leader)
+            known.append(work)
 
     # Between 6 and 7
 
@@ -240,29 +246,32 @@ class Pipeline:
                 if work.outcome is not None:
                     parcels.append(work)
                 elif work.ticket.live:
-                    self._queue(work, fold.function, now)
+                    self._place(work, fold.function, now, parcels)
         return parcels
 
-    def _observe(self, window: Window, misses: Sequence[Fold], calls: int, took_s: float) -> None:
-        """One rich line a window, and its texts by cache level and outcome."""
+    def _count(self, parcels: Sequence[Parcel]) -> None:
+        """Texts by cache level and outcome."""
         tally: dict[tuple[CacheLevel, ErrorCode | None], int] = {}
-        for fold in window.folds:
-            for work in fold.works:
-                if (outcome := work.outcome) is not None:
-                    label = (outcome.level, None if outcome.fault is None else outcome.fault.code)
-                    tally[label] = tally.get(label, 0) + 1
+        for parcel in parcels:
+            if isinstance(parcel, Work) and (outcome := parcel.outcome) is not None:
+                label = (outcome.level, None if outcome.fault is None else outcome.fault.code)
+                tally[label] = tally.get(label, 0) + 1
         for (level, code), texts in tally.items():
             self.ports.events.count("texts", texts, {"cache": level.value, "outcome": code.value if code else "ok"})
+
+    def _observe(self, window: Window, misses: Sequence[Fold], calls: int, took_s: float) -> None:
+        """One rich line a window."""
+        texts = sum(len(fold.works) for fold in window.folds)
         self.ports.events.observe("window_seconds", took_s, {})
-        self.ports.events.observe("window_texts", sum(tally.values()), {})
+        self.ports.events.observe("window_texts", texts, {})
         self.ports.events.window(
             {
                 "space": window.function.space_name,
-                "texts": sum(tally.values()),
+                "texts": texts,
                 "folds": len(window.folds),
                 "misses": len(misses),
                 "calls": calls,
-                "errors": sum(texts for (_, code), texts in tally.items() if code is not None),
+                "errors": sum(len(fold.works) for fold in window.folds if fold.entry is None),
                 "billed_tokens": sum(fold.entry.tokens for fold in misses if fold.entry is not None),
                 "took_ms": round(took_s * 1000),
             }

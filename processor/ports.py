@@ -187,6 +187,10 @@ class VectorCache(Protocol):
     without. An adapter of a shared store alone raises CacheUnavailable.
     """
 
+    def peek(self, key: bytes, dimensions: int) -> Found | None:
+        """What this process itself remembers, without waiting for anybody."""
+        ...
+
     async def get_many(self, keys: Sequence[bytes], dimensions: int) -> Mapping[bytes, Found]:
         """Known keys only; an entry that fails its check is counted, deleted and left out."""
         ...

@@ -35,10 +35,11 @@ def settle(fold: Fold) -> bool:
             if work.outcome is None:
                 work.outcome = failed
         return True
-    saved = Outcome(CacheLevel.COALESCED if fold.level is CacheLevel.MISS else fold.level, entry)
+    follower = CacheLevel.COALESCED if fold.level is CacheLevel.MISS else fold.level
     for work in fold.works:
         if work.outcome is None:
-            work.outcome = Outcome(fold.level, entry, billed=True) if work.item == entry.leader else saved
+            billed = work.item == entry.leader
+            work.outcome = Outcome(fold.level if billed else follower, entry, billed)
     return True
 
 

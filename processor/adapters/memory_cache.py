@@ -43,20 +43,21 @@ class MemoryCache:
     def __len__(self) -> int:
         return len(self._kept)
 
-    async def get_many(self, keys: Sequence[bytes], dimensions: int) -> Mapping[bytes, Found]:
-        now = self._monotonic()
-        found = {}
-        kept_by_key = self._kept
-        for key in keys:
-            kept = kept_by_key.get(key)
-            if kept is None:
-                continue
-            if kept.expires_at <= now:
-                self._drop(key)
-            elif kept.found.entry.vector.size == dimensions:
-                kept_by_key.move_to_end(key)
-                found[key] = kept.found
+    def peek(self, key: bytes, dimensions: int) -> Found | None:
+        kept = self._kept.get(key)
+        if kept is None:
+            return None
+        found, expires_at = kept
+        if expires_at <= self._monotonic():
+            self._drop(key)
+            return None
+        if found.entry.vector.size != dimensions:
+            return None
+        self._kept.move_to_end(key)
         return found
+
+    async def get_many(self, keys: Sequence[bytes], dimensions: int) -> Mapping[bytes, Found]:
+        return {key: found for key in keys if (found := self.peek(key, dimensions)) is not None}
 
     async def put_many(self, entries: Mapping[bytes, Entry]) -> None:
         now = self._monotonic()

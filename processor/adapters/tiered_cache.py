@@ -34,6 +34,9 @@ class TieredCache:
         self._reads = _Breaker(monotonic)
         self._writes = _Breaker(monotonic)
 
+    def peek(self, key: bytes, dimensions: int) -> Found | None:
+        return self._l1.peek(key, dimensions)
+
     async def get_many(self, keys: Sequence[bytes], dimensions: int) -> Mapping[bytes, Found]:
         keys = list(dict.fromkeys(keys))
         found = dict(await self._l1.get_many(keys, dimensions))

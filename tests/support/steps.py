@@ -168,6 +168,9 @@ class MemoryCache:
     def __init__(self) -> None:
         self.entries: dict[bytes, Entry] = {}
 
+    def peek(self, key: bytes, dimensions: int) -> Found | None:
+        return None
+
     async def get_many(self, keys: Sequence[bytes], dimensions: int) -> Mapping[bytes, Found]:
         return {
             key: Found(entry, CacheLevel.L2)

@@ -79,6 +79,9 @@ class Flaky:
         self.calls = 0
         self.go = asyncio.Event()
 
+    def peek(self, key: bytes, dimensions: int) -> Found | None:
+        return None
+
     async def get_many(self, keys: Sequence[bytes], dimensions: int) -> Mapping[bytes, Found]:
         self.calls += 1
         await self.go.wait()

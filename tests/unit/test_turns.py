@@ -1,4 +1,4 @@
-"""How long admitting a run keeps the event loop from everybody else: in records and bytes, not by the clock."""
+"""How long admitting a run keeps the event loop from everybody else: in bytes of work, not by the clock."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ import asyncio
 
 import pytest
 
-from processor.agents import BYTES_A_TURN, RECORDS_A_TURN
+from processor.agents import BYTES_A_TURN
+from processor.pipeline import BYTES_IN_WORK
 from tests.support.builders import a_request
 from tests.support.steps import Bench
 
 
 @pytest.mark.parametrize(
-    "records, text_characters, most_a_turn",
-    [(10 * RECORDS_A_TURN, 10, RECORDS_A_TURN), (50, BYTES_A_TURN // 8, 8), (10, 2 * BYTES_A_TURN, 1)],
-    ids=["small", "middling", "large"],
+    "records, texts, text_characters",
+    [(1_000, 1, 10), (50, 1, BYTES_A_TURN // 8), (10, 1, 2 * BYTES_A_TURN), (40, 100, 10)],
+    ids=["small", "middling", "large", "of many texts"],
 )
-async def test_admitting_a_run_gives_everybody_else_a_turn(
-    records: int, text_characters: int, most_a_turn: int
-) -> None:
-    """After so many small records, or so many bytes, whichever is first: heartbeats and deliveries go on."""
+async def test_admitting_a_run_gives_everybody_else_a_turn(records: int, texts: int, text_characters: int) -> None:
+    """After a few hundred texts or as much of larger ones: heartbeats and deliveries go on."""
+    most_a_turn = -(-BYTES_A_TURN // (texts * (BYTES_IN_WORK + text_characters)))
     admitted: list[int] = []
 
     async def watch() -> None:
@@ -31,7 +31,9 @@ async def test_admitting_a_run_gives_everybody_else_a_turn(
         bench.worker._read_ahead_bytes = 1 << 40
         bench.provider.gate = asyncio.Event()  # nothing is finished meanwhile
         watching = asyncio.create_task(watch())
-        await bench.publish(*(a_request([f"{i} " + "x" * text_characters]) for i in range(records)))
+        await bench.publish(
+            *(a_request([f"{i} {j} " + "x" * text_characters for j in range(texts)]) for i in range(records))
+        )
         admitted.append(len(bench.worker._tickets))
         watching.cancel()
     assert admitted[-1] == records

@@ -19,7 +19,7 @@ from faust.types import TP, ConsumerMessage
 from mode.types import ServiceT
 
 from processor.adapters.faust_engine.lease import NO_GENERATION, PartitionLease, Session, due, starts_of
-from processor.adapters.faust_engine.thread import RECORDS_PER_FETCH, ConsumerThread, Listener
+from processor.adapters.faust_engine.thread import FETCH_BYTES, RECORDS_PER_FETCH, ConsumerThread, Listener
 from processor.adapters.faust_engine.tolerant import read_any_header_name
 from processor.ports import Run
 from processor.suspicion import Suspicion
@@ -64,6 +64,9 @@ class Consumer(driver.Consumer):
         self._queued: set[int] = set()
         self._in_hand: tuple[PartitionLease, asyncio.Task[None]] | None = None
         self._abandoned: Mapping[TopicPartition, PartitionLease] = {}
+        self._records_a_fetch = max(1, FETCH_BYTES // settings.max_record_bytes)
+        """So many as the largest of the last fetch fit into FETCH_BYTES: what a record takes unpacked is not known
+        before."""
 
     def _new_consumer_thread(self) -> ConsumerThread:
         return ConsumerThread(self, loop=self.loop, beacon=self.beacon)
@@ -140,7 +143,12 @@ class Consumer(driver.Consumer):
         return await self.engine.handler.positions([(each.topic, each.partition) for each in partitions])
 
     async def _fetch(self, leases: Mapping[TopicPartition, PartitionLease]) -> None:
-        fetched = await self._fetched(leases)
+        fetched = await self._fetched(leases, self._records_a_fetch)
+        if fetched:
+            largest_bytes = max(
+                each.serialized_key_size + each.serialized_value_size for run in fetched.values() for each in run
+            )
+            self._records_a_fetch = max(1, min(RECORDS_PER_FETCH, FETCH_BYTES // max(1, largest_bytes)))
         for partition, records in fetched.items():
             # After a rebalance what is left of the fetch is dropped: the next generation seeks before it reads.
             if self.leases is not leases or not self.flow_active:

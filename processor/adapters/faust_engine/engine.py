@@ -299,7 +299,7 @@ class Engine:
             enable_idempotence=settings.producer_idempotent,
             linger_ms=settings.linger_ms,
             compression_type=settings.producer_compression,
-            max_batch_size=BATCH_BYTES,
+            max_batch_size=min(BATCH_BYTES, settings.max_record_bytes),
             max_request_size=settings.max_record_bytes,
             request_timeout_ms=REQUEST_TIMEOUT_MS,
         )
