@@ -128,6 +128,7 @@ class Bench:
             )
             figures[f"{kind}_{size}_cpu_us"] = round(statistics.median(rate.cpu_us(kind) for rate in rates[kind]), 1)
             figures[f"{kind}_{size}_cpu_share"] = shares(rates[kind], kind)
+            figures[f"{kind}_{size}_others_cpu_share"] = share(statistics.median(rate.others for rate in rates[kind]))
             if self.broker.pid is not None:
                 figures[f"{kind}_{size}_broker_cpu_share"] = shares(rates[kind], "broker")
         return figures | {f"worker_sink_view_{size}_records_per_s": round(with_sink.records_per_s)}

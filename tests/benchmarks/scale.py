@@ -72,5 +72,6 @@ async def measure(course: Course, values: list[bytes], count: int) -> dict[str, 
         "records_per_s": round(rate.records_per_s),
         "workers_cpu_share": share(of_workers),
         "broker_cpu_share": None if broker is None else share(broker),
-        "left_cpu_share": None if broker is None else round(1 - share(of_workers + broker), 2),
+        "others_cpu_share": share(rate.others),
+        "left_cpu_share": share(rate.cores["idle"]),
     }

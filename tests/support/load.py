@@ -80,7 +80,7 @@ async def fill(producer: AIOKafkaProducer, topic: str, values: Iterable[bytes], 
 
 @dataclass(frozen=True, slots=True)
 class Rate:
-    """`cores` is how much of a core each watched process took meanwhile, by name."""
+    """`cores` is how much of a core each watched process took meanwhile, by name; `idle` is what nobody took."""
 
     records_per_s: float
     cores: Mapping[str, float]
@@ -88,6 +88,11 @@ class Rate:
     def cpu_us(self, name: str) -> float:
         """CPU time of that process, microseconds a record."""
         return self.cores[name] / self.records_per_s * 1e6
+
+    @property
+    def others(self) -> float:
+        """Cores that processes took which are not watched: with many of them the rate is not to be trusted."""
+        return max(0.0, (os.cpu_count() or 1) - sum(self.cores.values()))
 
 
 class Course:
@@ -182,7 +187,7 @@ class Course:
                 assert first is not None
                 assert first[1] < records / 2, "too few records to measure: raise BENCH_RECORDS"
                 seconds, spent = now - first[0], _cpu(pids)
-                cores = {name: (spent[name] - first[2][name]) / seconds for name in pids}
+                cores = {name: (spent[name] - first[2][name]) / seconds for name in spent}
                 return Rate((done - first[1]) / seconds, cores)
             check()
             assert now < deadline, f"not within {within_s:.0f} s: {records} results; there are {done}"
@@ -202,7 +207,9 @@ def cpu_s(pid: int) -> float:
 
 
 def _cpu(pids: Mapping[str, int]) -> dict[str, float]:
-    return {name: cpu_s(pid) for name, pid in pids.items()}
+    fields = Path("/proc/stat").read_text(encoding="utf-8").split("\n", 1)[0].split()
+    idle_s = (int(fields[4]) + int(fields[5])) / os.sysconf("SC_CLK_TCK")
+    return {name: cpu_s(pid) for name, pid in pids.items()} | {"idle": idle_s}
 
 
 def resident_mb(pid: int, *, peak: bool = False) -> float:
