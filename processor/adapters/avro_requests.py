@@ -52,7 +52,7 @@ class RequestReader:
             correlation_id, at = _text(value, at)
         else:
             end = at + 1 + (length >> 1)
-            correlation_id, at = str(value[at + 1 : end], "utf-8"), end
+            correlation_id, at = value[at + 1 : end].decode(), end
 
         document_id = None
         if value[at] == 2:
@@ -61,7 +61,7 @@ class RequestReader:
                 document_id, at = _text(value, at + 1)
             else:
                 end = at + 2 + (length >> 1)
-                document_id, at = str(value[at + 2 : end], "utf-8"), end
+                document_id, at = value[at + 2 : end].decode(), end
         elif value[at]:
             return None
         else:
@@ -90,7 +90,7 @@ class RequestReader:
                 chunk_id, at = _text(value, at)
             else:
                 end = at + 1 + (length >> 1)
-                chunk_id, at = str(value[at + 1 : end], "utf-8"), end
+                chunk_id, at = value[at + 1 : end].decode(), end
             length = value[at]
             if length > 127:
                 length += (value[at + 1] - 1) << 7
@@ -98,7 +98,7 @@ class RequestReader:
                     text, at = _text(value, at)
                 else:
                     end = at + 2 + (length >> 1)
-                    text, at = str(value[at + 2 : end], "utf-8"), end
+                    text, at = value[at + 2 : end].decode(), end
             else:
                 text, at = _text(value, at)
             metadata: dict[str, str] = {}
@@ -205,7 +205,7 @@ def _text(value: bytes, at: int) -> tuple[str, int]:
     length, at = read_long(value, at)
     if length < 0:
         raise ValueError("a negative length")
-    return str(value[at : at + length], "utf-8"), at + length
+    return value[at : at + length].decode(), at + length
 
 
 def _map(value: bytes, at: int, entries: dict[str, str]) -> int:
