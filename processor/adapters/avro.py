@@ -155,6 +155,9 @@ class Codec:
 
     async def decode(self, record: Record) -> Request | Undecodable:
         """The same, its schema fetched if need be."""
+        found = self.decode_now(record)
+        if found is not None:
+            return found
         request = await self.read(Request, record.value)
         return request if isinstance(request, Undecodable) else _identified(request)
 
