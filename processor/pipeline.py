@@ -51,6 +51,7 @@ from processor.work import Fold, Instant, Job, Known, Outcome, Parcel, Plan, Pol
 LETHAL = Undecodable(DlqClass.LETHAL, "ended_its_processes")
 BYTES_IN_WORK = 1_000
 """What a text, an outcome or a tombstone takes beside its record's bytes while it is worked on; measured: 945."""
+FLOAT_BYTES = 4
 BY_REFERENCE = frozenset({DlqClass.TOO_LARGE, DlqClass.LETHAL})
 
 
@@ -94,7 +95,7 @@ class Pipeline:
         decoded = LETHAL if run.lethal else self.ports.decoder.decode_now(record) or await self._fetched(record)
         outcomes: list[Parcel] = []
         ticket = self._check(record, decoded, run.lease, outcomes)  # 1. bad input becomes a value
-        ticket.size_bytes += BYTES_IN_WORK * _in_work(ticket, outcomes)
+        ticket.size_bytes += _bytes_in_work(ticket, outcomes)
         opened(ticket)
         if ticket.live:
             self._group(ticket, outcomes)  # 2. equal texts are embedded once
@@ -352,9 +353,14 @@ class Pipeline:
                 self._finished(ticket)
 
 
-def _in_work(ticket: Ticket, known: Sequence[Parcel]) -> int:
-    """How many texts, outcomes and tombstones a record becomes: many, for one of tiny chunks."""
-    texts = len(ticket.request.chunks) if isinstance(ticket, Job) and ticket.plan is not None else 0
+def _bytes_in_work(ticket: Ticket, known: Sequence[Parcel]) -> int:
+    """What a record becomes: texts, vectors on their way out, outcomes, tombstones. Many, for one of tiny chunks."""
+    each = texts = 0
+    if isinstance(ticket, Job) and ticket.plan is not None:
+        texts = len(ticket.request.chunks)
+        each = BYTES_IN_WORK + (
+            FLOAT_BYTES * ticket.plan.function.dimensions if ticket.plan.function is not None else 0
+        )
     if not known:
-        return texts
-    return texts + sum(1 + len(parcel.before) for parcel in known if isinstance(parcel, Known))
+        return texts * each
+    return texts * each + BYTES_IN_WORK * sum(1 + len(parcel.before) for parcel in known if isinstance(parcel, Known))
