@@ -1,7 +1,7 @@
 """The nouns of the processor: requests, items, outcomes, usage, provider calls, and the words of their open sets.
 
-Nothing here does I/O or reads a clock, and nothing is changed once it is made. Anything that holds a customer's text
-or a vector leaves it out of its `repr`, so a stray log line can't leak it.
+Nothing here does I/O or reads a clock, and nothing is changed once it was handed on. Anything that holds a customer's
+text or a vector leaves it out of its `repr`, so a stray log line can't leak it.
 """
 
 from __future__ import annotations
