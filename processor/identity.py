@@ -43,9 +43,10 @@ def encode_int(value: int | None) -> bytes:
 
 def encode_map(value: Mapping[str, str]) -> bytes:
     """`m<entries>:` and then key and value by key bytes."""
-    pairs = sorted((key.encode(), entry) for key, entry in value.items())
-    body = b"".join(b"%d:%b%b" % (len(key), key, encode_text(entry)) for key, entry in pairs)
-    return b"m%d:%b" % (len(pairs), body)
+    parts = [b"m%d:" % len(value)]
+    for key in sorted(value):  # by code points, which is the order of their UTF-8
+        parts += (encode_text(key), encode_text(value[key]))
+    return b"".join(parts)
 
 
 def encode_list(values: Sequence[bytes]) -> bytes:

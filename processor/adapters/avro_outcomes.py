@@ -109,8 +109,11 @@ OPTIONAL_TEXTS: Final = Memory(encode_optional_text)
 def encode_map(entries: Mapping[str, str]) -> bytes:
     if not entries:
         return EMPTY
-    pairs = b"".join(encode_text(key) + encode_text(value) for key, value in entries.items())
-    return LONGS[len(entries)] + pairs + EMPTY
+    parts = [LONGS[len(entries)]]
+    for key, value in entries.items():
+        parts += (TEXTS[key], encode_text(value))
+    parts.append(EMPTY)
+    return b"".join(parts)
 
 
 def encode_error(error: Fault) -> bytes:

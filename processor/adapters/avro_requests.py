@@ -205,7 +205,8 @@ def _text(value: bytes, at: int) -> tuple[str, int]:
     length, at = read_long(value, at)
     if length < 0:
         raise ValueError("a negative length")
-    return value[at : at + length].decode(), at + length
+    end = at + length
+    return value[at:end].decode(), end
 
 
 def _map(value: bytes, at: int, entries: dict[str, str]) -> int:
@@ -214,8 +215,18 @@ def _map(value: bytes, at: int, entries: dict[str, str]) -> int:
     if count < 1:
         raise ValueError("an unusual block")
     for _ in range(count):
-        key, at = _text(value, at)
-        entries[key], at = _text(value, at)
+        length = value[at]
+        if length > 127 or length & 1:
+            key, at = _text(value, at)
+        else:
+            end = at + 1 + (length >> 1)
+            key, at = value[at + 1 : end].decode(), end
+        length = value[at]
+        if length > 127 or length & 1:
+            entries[key], at = _text(value, at)
+        else:
+            end = at + 1 + (length >> 1)
+            entries[key], at = value[at + 1 : end].decode(), end
     if value[at]:
         raise ValueError("another block")
     return at + 1

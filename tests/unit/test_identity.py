@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import Any
 from uuid import UUID
@@ -142,6 +143,11 @@ REQUESTS = st.builds(
 )
 
 
+def plain_map(entries: Mapping[str, str]) -> bytes:
+    pairs = sorted((key.encode(), value.encode()) for key, value in entries.items())
+    return b"m%d:" % len(pairs) + b"".join(b"%d:%b%d:%b" % (len(k), k, len(v), v) for k, v in pairs)
+
+
 def plain_digest(request: Request) -> bytes:
     """As the documentation spells it, part by part."""
     texts = (
@@ -151,12 +157,12 @@ def plain_digest(request: Request) -> bytes:
         *(request.input_type, str(request.use_cache).lower(), request.truncate),
     )
     chunks = [
-        identity.encode_text(chunk.chunk_id) + identity.encode_text(chunk.text) + identity.encode_map(chunk.metadata)
+        identity.encode_text(chunk.chunk_id) + identity.encode_text(chunk.text) + plain_map(chunk.metadata)
         for chunk in request.chunks
     ]
     parts = (
         *map(identity.encode_text, texts),
-        identity.encode_map(request.metadata),
+        plain_map(request.metadata),
         identity.encode_list([identity.encode_text(space) for space in request.vector_spaces]),
         identity.encode_int(request.first_chunk_index),
         identity.encode_int(request.chunk_count),
@@ -194,3 +200,10 @@ def test_what_is_remembered_of_senders_is_bounded(monkeypatch: pytest.MonkeyPatc
         assert identity.digest(sent(request)) == identity.digest(request) == plain_digest(request)
     assert 0 < len(identity._senders) <= 4
     assert None not in identity._senders
+
+
+@given(st.dictionaries(TEXT | st.sampled_from(["\uffff", "\U00010000", "~", "\x7f", "\x80"]), TEXT, max_size=4))
+def test_a_map_is_in_the_order_of_its_keys_bytes(entries: dict[str, str]) -> None:
+    """Whatever the order of the map and however many bytes its keys' characters take."""
+    assert identity.encode_map(entries) == plain_map(entries)
+    assert identity.encode_map(dict(reversed(entries.items()))) == plain_map(entries)
