@@ -1,4 +1,8 @@
-"""Whether faust and aiokafka run their compiled parts: without a word they fall back to Python, far slower."""
+"""Whether faust and aiokafka run their compiled parts: without a word they fall back to Python.
+
+Without aiokafka's a record costs four times the CPU (234 us instead of 60, d=8, medians of three rounds). Without
+faust's it costs the same as long as faust sees runs instead of records.
+"""
 
 from __future__ import annotations
 
