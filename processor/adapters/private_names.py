@@ -54,14 +54,27 @@ PRIVATE_NAMES: Mapping[str, Relied] = {
         ("_client", "_coordinator", "_fetcher", "_group_instance_id", "_subscription"),
         "thread: the way to what is below",
     ),
+    "aiokafka.client": Relied(("ConnectionGroup",), "thread.leave_a_join"),
+    "aiokafka.client:AIOKafkaClient": Relied(("_conns",), "thread.leave_a_join: what waits for the group is ended"),
     "aiokafka.cluster": Relied(("ClusterMetadata",), "assignor.SingleOwnerAssignor, thread.ConsumerThread"),
     "aiokafka.consumer": Relied(("fetcher",), "tolerant: where the parser is exchanged"),
     "aiokafka.consumer.fetcher": Relied(("MemoryRecords",), "tolerant.read_any_header_name"),
     "aiokafka.consumer.fetcher:Fetcher": Relied(("error_future",), "thread.ConsumerThread.check"),
     "aiokafka.consumer.group_coordinator:GroupCoordinator": Relied(
-        ("_send_req", "check_errors", "fetch_committed_offsets", "generation", "request_rejoin"),
+        (
+            "_closing",
+            "_send_req",
+            "check_errors",
+            "coordinator_id",
+            "fetch_committed_offsets",
+            "generation",
+            "group_id",
+            "member_id",
+            "request_rejoin",
+            "reset_generation",
+        ),
         "thread.watch (what renews the session: without it no lease is ever held), thread.offsets_of, commits by "
-        "generation",
+        "generation, thread.leave_a_join (a stop that waits for nobody)",
     ),
     "aiokafka.consumer.subscription_state:Assignment": Relied(("state_value",), "thread.at_end"),
     "aiokafka.consumer.subscription_state:Subscription": Relied(("assignment",), "thread.at_end"),
@@ -81,7 +94,8 @@ PRIVATE_NAMES: Mapping[str, Relied] = {
     "aiokafka.producer.message_accumulator": Relied(("BatchBuilder",), "outbox: batches of our own"),
     "aiokafka.protocol.commit": Relied(("OffsetCommitRequest",), "thread.watch: who else commits under our name"),
     "aiokafka.protocol.group": Relied(
-        ("HeartbeatRequest", "SyncGroupRequest"), "thread.watch: which requests renew the session"
+        ("HeartbeatRequest", "LeaveGroupRequest", "SyncGroupRequest"),
+        "thread.watch: which requests renew the session; thread.leave_a_join",
     ),
     "aiokafka.record": Relied(("default_records", "memory_records", "util"), "extensions.loaded"),
     "aiokafka.record.default_records": Relied(

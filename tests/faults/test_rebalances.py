@@ -168,6 +168,19 @@ async def test_a_worker_frozen_past_its_session_and_woken_loses_nothing(fleet: F
     tell(f"{len(books.requests)} records, {FREEZES} freezes past the session: {copies} copies")
 
 
+async def test_a_stop_does_not_wait_for_a_join(fleet: Fleet) -> None:
+    """A newcomer and a worker wait for one that was killed, until its session is over: a stop meanwhile is at once."""
+    fleet.stack.environment["EMBEDDING_SESSION_TIMEOUT_S"] = "60"
+    killed, stopped = await fleet.come(), await fleet.come()
+    fleet.kill(killed)
+    newcomer = fleet.stack.spawn("worker")
+    await until(lambda: not stopped.ready(), within_s=60, what="a rebalance begins")
+    started = time.monotonic()
+    await fleet.go(stopped)
+    assert time.monotonic() - started < 10
+    newcomer.kill()
+
+
 async def test_two_processes_under_one_instance_id_do_not_fight(kafka: Broker, unique: str) -> None:
     """The first one ends with a word about the setting; the other one has its partitions and keeps them."""
     await create_topic(kafka.bootstrap_servers, unique, partitions=2)

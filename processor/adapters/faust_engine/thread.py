@@ -8,15 +8,17 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import structlog
 from aiokafka import AIOKafkaConsumer, TopicPartition
+from aiokafka.client import ConnectionGroup
 from aiokafka.cluster import ClusterMetadata
-from aiokafka.errors import CommitFailedError, IllegalStateError
+from aiokafka.errors import CommitFailedError, IllegalStateError, KafkaError
 from aiokafka.protocol.commit import OffsetCommitRequest
-from aiokafka.protocol.group import HeartbeatRequest, SyncGroupRequest
+from aiokafka.protocol.group import HeartbeatRequest, LeaveGroupRequest, SyncGroupRequest
 from faust.transport.drivers import aiokafka as driver
 
 from processor.adapters.faust_engine.lease import NO_GENERATION, Session
@@ -72,6 +74,14 @@ class ConsumerThread(driver.AIOKafkaConsumerThread):
         consumer = self._ensure_consumer()
         watch(self.consumer.session, consumer, replaced=self.consumer.engine.replaced)
         consumer._client.cluster.add_listener(partial(self._note_deleted, consumer))
+
+    async def on_thread_stop(self) -> None:
+        leaving = asyncio.create_task(leave_a_join(self._consumer))
+        try:
+            await super().on_thread_stop()
+        finally:
+            leaving.cancel()
+            await asyncio.wait({leaving})
 
     def _note_deleted(self, consumer: AIOKafkaConsumer, cluster: ClusterMetadata) -> None:
         """A topic that is deleted takes its log and its commits with it: what is finished of it is not committed any
@@ -179,6 +189,27 @@ def _forgotten(request: Any, response: Any) -> bool:
     if isinstance(request, OffsetCommitRequest):
         return any(code == CODE_OF_UNKNOWN_MEMBER for _, partitions in response.topics for _, code in partitions)
     return isinstance(request, HeartbeatRequest) and response.error_code == CODE_OF_UNKNOWN_MEMBER
+
+
+async def leave_a_join(consumer: AIOKafkaConsumer | None) -> None:
+    """Once the consumer is being stopped, leave the group although it still waits to be let in.
+
+    A join is answered when every member has joined or its session is over: behind one that was killed, a stop would
+    wait for half a minute. Its connection answers nothing else meanwhile, so another one is used, and what waits on
+    that one fails by being closed: brokers may leave a member that left without an answer for ever.
+    """
+    if consumer is None or (coordinator := consumer._coordinator) is None:
+        return  # it never started
+    await asyncio.wait({coordinator._closing})
+    node, joining = coordinator.coordinator_id, consumer._subscription.reassignment_in_progress
+    if node is None or not joining or not coordinator.member_id or consumer._group_instance_id is not None:
+        return
+    request = LeaveGroupRequest(coordinator.group_id, coordinator.member_id)
+    with suppress(KafkaError):  # the join is waited for instead
+        await consumer._client.send(node, request, group=ConnectionGroup.DEFAULT)
+        coordinator.reset_generation()
+        if (waiting := consumer._client._conns.get((node, ConnectionGroup.COORDINATION))) is not None:
+            waiting.close()
 
 
 async def offsets_of(
