@@ -5,19 +5,16 @@ What is hot is read and written elsewhere: requests in `avro_requests`, results 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from enum import StrEnum
-from functools import lru_cache
 from io import BytesIO
 from typing import Any, Final, TypeVar, cast
 
 import numpy as np
-from fastavro import parse_schema, schemaless_reader, schemaless_writer
+from fastavro import schemaless_reader, schemaless_writer
 
 from processor.accounts import BucketKey, TaskProgress, UsageSums, UsageTotal
-from processor.adapters.avro_outcomes import FLOAT32
-from processor.adapters.avro_requests import read_long
+from processor.adapters.avro_results import read_result
 from processor.adapters.schemas import Schema, current
 from processor.domain import (
     Amounts,
@@ -39,7 +36,6 @@ from processor.domain import (
     Source,
     TokenSource,
     Usage,
-    Vector,
 )
 from processor.ports import Undecodable
 
@@ -208,38 +204,19 @@ def _manifest(fields: Fields) -> DocumentManifest:
 
 
 def _read_result(value: bytes, start: int, writer: Schema) -> ReceivedResult | Undecodable:
-    """Reads the vector as it lies there when it is one block, as ours are; otherwise as any Avro reader does."""
-    if writer is current(writer.name):
-        stream = BytesIO(value)
-        stream.seek(start)
-        fields = cast(Fields, schemaless_reader(stream, _result_head(), None))
-        vector = read_vector(value, stream.tell())
-        if vector is not None:
-            return _received(fields, vector)
-    read = _read_fields(value, start, writer)
-    return read if isinstance(read, Undecodable) else _received(read, np.array(read["vector"], np.float32))
+    """In the fast way when it is a plain one of the current schema; otherwise as any Avro reader does."""
+    result = read_result(value, start) if writer is current(writer.name) else None
+    if result is not None:
+        return result
+    fields = _read_fields(value, start, writer)
+    return fields if isinstance(fields, Undecodable) else _received(fields)
 
 
-def read_vector(value: bytes, start: int) -> Vector | None:
-    """The array of floats that begins at `start` and fills `value`, as float32; None unless it is one plain block."""
-    count, items = read_long(value, start)
-    if count < 1 or len(value) != items + 4 * count + 1 or value[-1]:
-        return None
-    return np.frombuffer(value, FLOAT32, count, items).astype(np.float32)
-
-
-def _received(fields: Fields, vector: Vector) -> ReceivedResult:
-    error = fields["error"]
+def _received(fields: Fields) -> ReceivedResult:
+    error, vector = fields["error"], np.array(fields["vector"], np.float32)
     fields["error"] = None if error is None else Fault(**error | {"code": _word(ErrorCode, error["code"])})
     fields["vector"] = vector if len(vector) else None
     return ReceivedResult(**fields)
-
-
-@lru_cache(maxsize=1)
-def _result_head() -> Any:
-    """The result's schema without its last field, the vector."""
-    schema = json.loads(current("EmbeddingResult").text)
-    return parse_schema(schema | {"fields": schema["fields"][:-1]})
 
 
 def _word(kind: type[Word], text: str) -> Word:

@@ -12,6 +12,7 @@ from typing import Any, Final, cast
 
 from fastavro import parse_schema, schemaless_reader
 
+from processor.adapters.avro_bytes import read_long, read_map, read_optional_long, read_text
 from processor.adapters.schemas import current
 from processor.domain import Chunk, ReplyTo, Request
 
@@ -49,7 +50,7 @@ class RequestReader:
     def _read(self, value: bytes, at: int) -> Request | None:
         length = value[at]
         if length > 127 or length & 1:
-            correlation_id, at = _text(value, at)
+            correlation_id, at = read_text(value, at)
         else:
             end = at + 1 + (length >> 1)
             correlation_id, at = value[at + 1 : end].decode(), end
@@ -58,7 +59,7 @@ class RequestReader:
         if value[at] == 2:
             length = value[at + 1]
             if length > 127 or length & 1:
-                document_id, at = _text(value, at + 1)
+                document_id, at = read_text(value, at + 1)
             else:
                 end = at + 2 + (length >> 1)
                 document_id, at = value[at + 2 : end].decode(), end
@@ -76,9 +77,9 @@ class RequestReader:
             deadline_ms, first_chunk_index, chunk_count, count = None, 0, None, 1
             at += 4
         else:
-            deadline_ms, at = _optional_long(value, at)
+            deadline_ms, at = read_optional_long(value, at)
             first_chunk_index, at = read_long(value, at)
-            chunk_count, at = _optional_long(value, at)
+            chunk_count, at = read_optional_long(value, at)
             count, at = read_long(value, at)
             if count < 1:
                 return None
@@ -87,7 +88,7 @@ class RequestReader:
         for _ in range(count):
             length = value[at]
             if length > 127 or length & 1:
-                chunk_id, at = _text(value, at)
+                chunk_id, at = read_text(value, at)
             else:
                 end = at + 1 + (length >> 1)
                 chunk_id, at = value[at + 1 : end].decode(), end
@@ -95,15 +96,15 @@ class RequestReader:
             if length > 127:
                 length += (value[at + 1] - 1) << 7
                 if length > 0x3FFF or length & 1:
-                    text, at = _text(value, at)
+                    text, at = read_text(value, at)
                 else:
                     end = at + 2 + (length >> 1)
                     text, at = value[at + 2 : end].decode(), end
             else:
-                text, at = _text(value, at)
+                text, at = read_text(value, at)
             metadata: dict[str, str] = {}
             if value[at]:
-                at = _map(value, at, metadata)
+                metadata, at = read_map(value, at)
             else:
                 at += 1
             chunks.append(Chunk(chunk_id, text, metadata))
@@ -173,60 +174,3 @@ class RequestReader:
 
 _new = object.__new__
 """A request is filled slot by slot: its __init__ takes three times as long for keywords (measured)."""
-
-
-def read_long(value: bytes, at: int) -> tuple[int, int]:
-    """The integer that begins there and where it ends. IndexError past the end, ValueError over 64 bits."""
-    bits = value[at]
-    if bits > 127:
-        bits &= 127
-        for shift in range(7, 70, 7):
-            at += 1
-            byte = value[at]
-            bits |= (byte & 127) << shift
-            if byte < 128:
-                break
-        if byte > 127 or bits >> 64:
-            raise ValueError("a long integer")
-    return (bits >> 1) ^ -(bits & 1), at + 1
-
-
-def _optional_long(value: bytes, at: int) -> tuple[int | None, int]:
-    branch = value[at]
-    if branch == 2:
-        return read_long(value, at + 1)
-    if branch:
-        raise ValueError("an unusual branch")
-    return None, at + 1
-
-
-def _text(value: bytes, at: int) -> tuple[str, int]:
-    """The string that begins there and where it would end. UnicodeDecodeError (a ValueError) when it isn't UTF-8."""
-    length, at = read_long(value, at)
-    if length < 0:
-        raise ValueError("a negative length")
-    end = at + length
-    return value[at:end].decode(), end
-
-
-def _map(value: bytes, at: int, entries: dict[str, str]) -> int:
-    """Read a map of one block; where it ends."""
-    count, at = read_long(value, at)
-    if count < 1:
-        raise ValueError("an unusual block")
-    for _ in range(count):
-        length = value[at]
-        if length > 127 or length & 1:
-            key, at = _text(value, at)
-        else:
-            end = at + 1 + (length >> 1)
-            key, at = value[at + 1 : end].decode(), end
-        length = value[at]
-        if length > 127 or length & 1:
-            entries[key], at = _text(value, at)
-        else:
-            end = at + 1 + (length >> 1)
-            entries[key], at = value[at + 1 : end].decode(), end
-    if value[at]:
-        raise ValueError("another block")
-    return at + 1
