@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import ssl
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any, TypeVar
 
 import structlog
+from aiokafka import AIOKafkaProducer
 from aiokafka.errors import UnknownError
 
 from processor.errors import BrokerUnavailable, SettingsError
@@ -17,6 +19,9 @@ T = TypeVar("T")
 
 FIRST_BACK_OFF_S = 0.5
 LONGEST_BACK_OFF_S = 5.0
+
+METADATA_POLL_S = 0.1
+"""Between two looks for the leader of a partition that has none."""
 
 log = structlog.stdlib.get_logger(__name__)
 
@@ -64,6 +69,33 @@ async def answered(settings: Settings, ask: Callable[[], Awaitable[T]]) -> T:
             log.warning("waiting for the brokers", why=str(error), at_most_s=round(left_s))
         await asyncio.sleep(min(back_off_s, left_s))
         back_off_s = min(2 * back_off_s, LONGEST_BACK_OFF_S)
+
+
+def unhurried(producer: AIOKafkaProducer) -> AIOKafkaProducer:
+    """The producer, with a pause after each look at the metadata that it asks for.
+
+    While it holds a batch for a partition without a leader (its topic was deleted, its brokers are away) aiokafka asks
+    for the metadata again as soon as it has it: a thousand times a second, until the batch is given up.
+    """
+    client, loop = producer.client, asyncio.get_running_loop()
+    look = client.force_metadata_update
+    paused: asyncio.Future[bool] = loop.create_future()
+    paused.set_result(True)
+
+    def look_and_pause() -> asyncio.Future[bool]:
+        nonlocal paused
+        if paused.done():
+            paused = loop.create_future()
+            look().add_done_callback(partial(_pause, paused))
+        return asyncio.shield(paused)
+
+    client.force_metadata_update = look_and_pause
+    return producer
+
+
+def _pause(paused: asyncio.Future[bool], looked: asyncio.Future[bool]) -> None:
+    found = not looked.cancelled() and looked.result()
+    paused.get_loop().call_later(METADATA_POLL_S, paused.set_result, found)
 
 
 def _sasl(settings: Settings) -> dict[str, Any]:

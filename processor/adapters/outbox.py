@@ -19,14 +19,12 @@ from aiokafka.producer.message_accumulator import BatchBuilder
 from aiokafka.record.default_records import DefaultRecordBatchBuilder
 
 from processor.adapters.avro import Encoded
+from processor.adapters.kafka import METADATA_POLL_S
 from processor.adapters.murmur2 import partitions_of
 from processor.adapters.topics import topics
 from processor.errors import DeliveryFailed, LeaseLost, RecordTooLarge
 from processor.ports import Destination, Lease
 from processor.settings import Settings
-
-METADATA_POLL_S = 0.1
-"""Between two looks for the leader of a partition that has none."""
 
 NO_LEADER = (None, -1)
 
@@ -252,7 +250,7 @@ class KafkaOutbox:
                 continue
             leader = leader_of(line.partition)
             if leader in NO_LEADER:
-                # Not handed over: aiokafka would ask for the leader again and again without a pause.
+                # Not handed over: a batch that the producer has can't be taken back from it.
                 line.deadline = line.deadline or deadline
                 continue
             line.deadline = None

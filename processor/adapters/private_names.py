@@ -54,9 +54,15 @@ PRIVATE_NAMES: Mapping[str, Relied] = {
         ("_client", "_coordinator", "_fetcher", "_group_instance_id", "_subscription"),
         "thread: the way to what is below",
     ),
+    "aiokafka:AIOKafkaProducer": Relied(("client",), "outbox: who leads a partition; kafka.unhurried"),
     "aiokafka.client": Relied(("ConnectionGroup",), "thread.leave_a_join"),
-    "aiokafka.client:AIOKafkaClient": Relied(("_conns",), "thread.leave_a_join: what waits for the group is ended"),
+    "aiokafka.client:AIOKafkaClient": Relied(
+        ("_conns", "cluster", "force_metadata_update"),
+        "thread.leave_a_join: what waits for the group is ended; outbox: who leads a partition; kafka.unhurried: how "
+        "often it is asked",
+    ),
     "aiokafka.cluster": Relied(("ClusterMetadata",), "assignor.SingleOwnerAssignor, thread.ConsumerThread"),
+    "aiokafka.cluster:ClusterMetadata": Relied(("leader_for_partition",), "outbox: one request in flight a broker"),
     "aiokafka.consumer": Relied(("fetcher",), "tolerant: where the parser is exchanged"),
     "aiokafka.consumer.fetcher": Relied(("MemoryRecords",), "tolerant.read_any_header_name"),
     "aiokafka.consumer.fetcher:Fetcher": Relied(("error_future",), "thread.ConsumerThread.check"),

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+import os
+import signal
+import time
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
+from aiokafka.admin import AIOKafkaAdminClient
 
 from processor.adapters import topics
 from processor.adapters.avro import Codec, partition_of
-from processor.adapters.faust_engine import Engine
+from processor.adapters.faust_engine import Engine, engine
 from processor.adapters.outbox import KafkaOutbox
 from processor.domain import DeadLetter, DlqClass, ReceivedResult
 from processor.errors import DeliveryFailed, LeaseLost, RecordTooLarge
 from processor.ports import Destination
 from processor.settings import Settings
-from tests.support.brokers import Broker
+from tests.support.brokers import Broker, limit_topic
 from tests.support.builders import a_call, a_record, a_request, a_result
 from tests.support.engines import Handler, engine_settings
 
@@ -43,12 +48,24 @@ class ALease:
         raise AssertionError("an outbox finishes nothing")
 
 
+@dataclass
+class LeaseFor(ALease):
+    """A lease that is lost once it was looked at so many times."""
+
+    looks: int = 0
+
+    def held(self) -> bool:
+        self.looks -= 1
+        return self.looks >= 0
+
+
 class Posted:
     """An outbox and a look at what it sent."""
 
-    def __init__(self, settings: Settings, outbox: KafkaOutbox) -> None:
+    def __init__(self, settings: Settings, outbox: KafkaOutbox, producer: AIOKafkaProducer) -> None:
         self.settings = settings
         self.outbox = outbox
+        self.producer = producer
 
     async def log(self, name: str) -> Mapping[int, list[Any]]:
         """All records of a topic by partition, in offset order."""
@@ -67,6 +84,11 @@ class Posted:
     async def values(self, name: str) -> list[bytes | None]:
         return [record.value for records in (await self.log(name)).values() for record in records]
 
+    async def chunks(self) -> list[str | None]:
+        """Chunk ids of the results, partition by partition in offset order."""
+        received = [await Codec().read(ReceivedResult, value) for value in await self.values("results")]
+        return [each.chunk_id for each in received if isinstance(each, ReceivedResult)]
+
 
 @asynccontextmanager
 async def posting(broker: Broker, unique: str, **overrides: Any) -> AsyncIterator[Posted]:
@@ -76,7 +98,7 @@ async def posting(broker: Broker, unique: str, **overrides: Any) -> AsyncIterato
     producer: AIOKafkaProducer = Engine(settings, app_id=unique, topics=[], handler=Handler()).new_producer()
     await producer.start()
     try:
-        yield Posted(settings, KafkaOutbox(settings, Codec.from_settings(settings), lambda: producer))
+        yield Posted(settings, KafkaOutbox(settings, Codec.from_settings(settings), lambda: producer), producer)
     finally:
         await producer.stop()
 
@@ -100,8 +122,7 @@ async def test_a_message_lands_in_the_partition_of_its_key(kafka: Broker, unique
 
 
 async def test_order_is_kept_within_and_across_calls(kafka: Broker, unique: str) -> None:
-    """Calls that wait for room in the producer's buffer don't overtake one another."""
-    codec = Codec()
+    """Calls whose messages wait for a batch in flight don't overtake one another."""
     async with posting(kafka, unique) as posted:
         big = a_request(metadata={"pad": "x" * 7_000})
         calls = [
@@ -111,12 +132,21 @@ async def test_order_is_kept_within_and_across_calls(kafka: Broker, unique: str)
         sending = []
         for call in calls:
             sending.append(asyncio.create_task(posted.outbox.send(call)))
-            await asyncio.sleep(0.0005)  # so that some arrive when room was just made and others still wait for it
+            await asyncio.sleep(0.0005)  # so that some find a batch in flight, and others do not
         await asyncio.gather(*sending)
-        records = [record for records in (await posted.log("results")).values() for record in records]
-    received = [await codec.read(ReceivedResult, record.value) for record in records]
-    order = [each.chunk_id for each in received if isinstance(each, ReceivedResult)]
+        order = await posted.chunks()
     assert order == [f"{call}.{part}" for call in range(60) for part in range(10)]
+
+
+async def test_whoever_waits_for_a_topic_s_partitions_is_not_overtaken(kafka: Broker, unique: str) -> None:
+    """A call with a message for a topic that is yet unknown comes before the next call, in every partition."""
+    async with posting(kafka, unique) as posted:
+        await posted.outbox.send([result("corr-1", "first")])
+        async with asyncio.TaskGroup() as group:
+            waits = [Destination("calls", a_call()), result("corr-1", "second")]
+            group.create_task(posted.outbox.send(waits))
+            group.create_task(posted.outbox.send([result("corr-1", "third")]))
+        assert await posted.chunks() == ["first", "second", "third"]
 
 
 async def test_without_its_lease_nothing_is_sent(kafka: Broker, unique: str) -> None:
@@ -170,3 +200,148 @@ async def test_after_a_failed_delivery_nothing_more_is_sent(kafka: Broker, uniqu
         with pytest.raises(DeliveryFailed, match="an earlier delivery failed"):
             await posted.outbox.post(Destination("calls", a_call()))
         assert await posted.values("results") == []
+
+
+@contextmanager
+def frozen(broker: Broker) -> Iterator[None]:
+    """The broker takes what is sent to it and answers nothing."""
+    if broker.pid is None:
+        pytest.skip("this broker is no child of ours: it can't be frozen")
+    os.kill(broker.pid, signal.SIGSTOP)
+    try:
+        threads = list(Path(f"/proc/{broker.pid}/task").iterdir())
+        while not all(") T " in (thread / "stat").read_text() for thread in threads):
+            time.sleep(0.001)  # a thread that is not stopped yet may still answer
+        yield
+    finally:
+        os.kill(broker.pid, signal.SIGCONT)
+
+
+async def until_sending(posted: Posted, calls: int) -> None:
+    """Until so many calls wait for the broker, and the first has been handed over."""
+    async with asyncio.timeout(5):
+        while posted.outbox.sending < calls:
+            await asyncio.sleep(0)
+        for _ in range(10):
+            await asyncio.sleep(0)
+
+
+async def test_a_lease_is_looked_at_right_before_the_request(kafka: Broker, unique: str) -> None:
+    """What waits for a broker that answers nothing is not sent when its lease is lost meanwhile; the rest is."""
+    held, lost = ALease(), ALease()
+    async with posting(kafka, unique) as posted, asyncio.TaskGroup() as group:
+        await posted.outbox.send([result("corr-1", "first")])
+        with frozen(kafka):
+            group.create_task(posted.outbox.send([result("corr-1", "in flight")], leases=[held]))
+            await until_sending(posted, 1)
+            group.create_task(posted.outbox.send([result("corr-2", "held")], leases=[held]))
+            late = asyncio.create_task(posted.outbox.send([result("corr-1", "late")], leases=[lost]))
+            await until_sending(posted, 3)
+            lost.is_held = False
+        with pytest.raises(LeaseLost):
+            await late
+        await posted.outbox.send([result("corr-1", "last")])
+        assert sorted(filter(None, await posted.chunks())) == ["first", "held", "in flight", "last"]
+
+
+async def test_a_lease_lost_in_the_middle_ends_the_call_and_sending_it_again_keeps_the_order(
+    kafka: Broker, unique: str
+) -> None:
+    """What the broker has is the beginning of the call, and then all of it: copies, and nothing before its turn."""
+    big = a_request(metadata={"pad": "x" * 60_000})
+    call = [Destination("results", a_result(big, chunk_id=str(part))) for part in range(20)]
+    async with posting(kafka, unique) as posted:
+        with pytest.raises(LeaseLost):
+            await posted.outbox.send(call, leases=[LeaseFor(looks=4)])
+        await posted.outbox.send(call, leases=[ALease()])
+        order = await posted.chunks()
+    copies = len(order) - len(call)
+    assert 0 < copies < len(call)
+    assert order == [str(part) for part in [*range(copies), *range(20)]]
+
+
+async def test_whoever_is_cancelled_leaves_the_way_free(kafka: Broker, unique: str) -> None:
+    """What it had not handed over is not sent, what others send after it is, and a posted receipt goes all the same."""
+    async with posting(kafka, unique) as posted:
+        await posted.outbox.send([result("corr-1", "first"), Destination("calls", a_call())])
+        with frozen(kafka):
+            flying = asyncio.create_task(posted.outbox.send([result("corr-1", "in flight")]))
+            await until_sending(posted, 1)
+            queued = asyncio.create_task(posted.outbox.send([result("corr-1", "queued")]))
+            receipt = asyncio.ensure_future(await posted.outbox.post(Destination("calls", a_call())))
+            await until_sending(posted, 3)
+            for each in (flying, queued, receipt):
+                each.cancel()
+            await asyncio.wait({flying, queued})
+        async with asyncio.timeout(20):
+            await posted.outbox.send([result("corr-1", "last")])
+            assert await posted.chunks() == ["first", "in flight", "last"]
+            assert len(await posted.values("calls")) == 2
+
+
+async def test_the_producer_holds_one_batch_a_partition(
+    kafka: Broker, unique: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the broker answers nothing, what many calls send waits here, and then goes out together."""
+    async with posting(kafka, unique) as posted:
+        await posted.outbox.send([result("corr-1", "first")])
+        batches: list[Any] = []
+        create = posted.producer.create_batch
+
+        def create_and_note() -> Any:
+            batches.append(create())
+            return batches[-1]
+
+        monkeypatch.setattr(posted.producer, "create_batch", create_and_note)
+        async with asyncio.TaskGroup() as group:
+            with frozen(kafka):
+                for call in range(50):
+                    group.create_task(posted.outbox.send([result("corr-1", str(call))]))
+                    await until_sending(posted, call + 1)
+                assert [batch.record_count() for batch in batches] == [1]
+        assert [batch.record_count() for batch in batches] == [1, 49]
+
+
+async def test_a_broker_that_answers_nothing_fails_a_delivery_in_time(kafka: Broker, unique: str) -> None:
+    """What is in flight and what stands in line behind it fail together."""
+    async with posting(kafka, unique, delivery_timeout_s=1) as posted:
+        await posted.outbox.send([result("corr-1", "first")])
+        with frozen(kafka):
+            started = time.monotonic()
+            sending = [asyncio.create_task(posted.outbox.send([result("corr-1", str(n))])) for n in range(3)]
+            outcomes = await asyncio.gather(*sending, return_exceptions=True)
+            assert [type(outcome) for outcome in outcomes] == [DeliveryFailed] * 3
+            assert 1 <= time.monotonic() - started < 3
+            assert posted.outbox.sending == 0
+
+
+async def test_batches_are_no_larger_than_a_record_may_be(kafka: Broker, unique: str) -> None:
+    """A topic that takes no more than that takes whatever number of small records we send at once."""
+    async with posting(kafka, unique, max_record_bytes=60_000, max_request_bytes=1_000) as posted:
+        topic = posted.settings.topic(topics.topics()["results"].name)
+        await limit_topic(kafka.bootstrap_servers, topic, 60_000)
+        await posted.outbox.send([result("corr-1", str(n)) for n in range(1_000)])
+        assert await posted.chunks() == [str(n) for n in range(1_000)]
+
+
+async def test_a_topic_that_is_gone_fails_a_delivery_in_time_and_is_not_asked_for_in_a_hot_loop(
+    kafka: Broker, unique: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Deleted while it is used: the deadline ends it, and the time until then is not spent at full speed."""
+    monkeypatch.setattr(engine, "REQUEST_TIMEOUT_MS", 4_000)  # a stopping producer waits so long for its batches
+    async with posting(kafka, unique, delivery_timeout_s=3) as posted:
+        await posted.outbox.send([result("corr-1", "first")])
+        topic = posted.settings.topic(topics.topics()["results"].name)
+        admin = AIOKafkaAdminClient(bootstrap_servers=posted.settings.bootstrap_servers)
+        await admin.start()
+        try:
+            await admin.delete_topics([topic])
+            while topic in await admin.list_topics():
+                await asyncio.sleep(0.05)
+        finally:
+            await admin.close()
+        started, busy = time.monotonic(), time.thread_time()
+        with pytest.raises(DeliveryFailed):
+            await posted.outbox.send([result("corr-1", "nowhere")])
+        assert time.monotonic() - started < 6
+        assert time.thread_time() - busy < 0.5

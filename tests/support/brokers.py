@@ -12,6 +12,7 @@ from typing import Literal, get_args
 from urllib.parse import urlsplit
 
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
+from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 
 from processor.adapters.embedded import (
     ChildServer,
@@ -210,5 +211,16 @@ async def create_topic(
     try:
         answer = await admin.create_topics([NewTopic(name, partitions, 1, topic_configs=dict(configs or {}))])
         assert [error[1] for error in answer.topic_errors] == [0], answer
+    finally:
+        await admin.close()
+
+
+async def limit_topic(bootstrap_servers: str, name: str, max_message_bytes: int) -> None:
+    """Set `max.message.bytes` of a topic, which may be in use."""
+    configs = {"max.message.bytes": str(max_message_bytes)}
+    admin = AIOKafkaAdminClient(bootstrap_servers=bootstrap_servers)
+    await admin.start()
+    try:
+        await admin.alter_configs([ConfigResource(ConfigResourceType.TOPIC, name, configs)])
     finally:
         await admin.close()

@@ -26,7 +26,7 @@ from faust.serializers.schemas import Schema
 from processor.adapters.faust_engine import extensions
 from processor.adapters.faust_engine.assignor import SingleOwnerAssignor
 from processor.adapters.faust_engine.consumer import COMMIT_TIMEOUT_S, Consumer, Transport
-from processor.adapters.kafka import connection, unavailable
+from processor.adapters.kafka import connection, unavailable, unhurried
 from processor.errors import BrokerUnavailable, DeliveryFailed, ProcessorError, RegistryUnavailable, SettingsError
 from processor.ports import Run, RunHandler
 from processor.settings import Settings
@@ -292,16 +292,18 @@ class Engine:
     def new_producer(self) -> AIOKafkaProducer:
         """acks=all, idempotent; the settings that the embedded broker relaxes are named at start."""
         settings = self.settings
-        return AIOKafkaProducer(
-            **connection(settings),
-            client_id=self._app_id,
-            acks="all",
-            enable_idempotence=settings.producer_idempotent,
-            linger_ms=settings.linger_ms,
-            compression_type=settings.producer_compression,
-            max_batch_size=min(BATCH_BYTES, settings.max_record_bytes),
-            max_request_size=settings.max_record_bytes,
-            request_timeout_ms=REQUEST_TIMEOUT_MS,
+        return unhurried(
+            AIOKafkaProducer(
+                **connection(settings),
+                client_id=self._app_id,
+                acks="all",
+                enable_idempotence=settings.producer_idempotent,
+                linger_ms=settings.linger_ms,
+                compression_type=settings.producer_compression,
+                max_batch_size=min(BATCH_BYTES, settings.max_record_bytes),
+                max_request_size=settings.max_record_bytes,
+                request_timeout_ms=REQUEST_TIMEOUT_MS,
+            )
         )
 
     def _new_app(self) -> App:
