@@ -11,7 +11,7 @@ from processor.pipeline import Pipeline, Ports
 from processor.ports import Lease, Run
 from processor.work import Fail, Job, Parcel, Policy, Ticket
 
-BYTES_A_TURN = 400_000
+BYTES_A_TURN = 1_000_000
 """Of records and of what they become: a few hundred texts, which take a few milliseconds to admit."""
 
 

@@ -37,7 +37,12 @@ METRICS = (
     Metric("cache_faults", "counter", ("kind",), "Shared-cache faults: unavailable, corrupt, not stored."),
     Metric("window_seconds", "histogram", (), "Time of one window from look-up to acknowledgement."),
     Metric("window_texts", "histogram", (), "Texts of one window.", TEXTS),
-    Metric("read_ahead_bytes", "gauge", (), "Bytes of records admitted and not yet finished, 1,000 added a text."),
+    Metric(
+        "read_ahead_bytes",
+        "gauge",
+        (),
+        "Bytes of records admitted and not yet finished, 4,000 and its vector added a text.",
+    ),
     Metric("queued_texts", "gauge", (), "Distinct texts waiting for a window."),
     Metric("provider_paused", "gauge", (), "1 while the provider's stream is paused; /health/detailed says why."),
     Metric("extension_loaded", "gauge", ("name",), "1 if a compiled part of faust or aiokafka is in use; 0 is slow."),

@@ -121,7 +121,7 @@ class Settings(BaseSettings):
     read_ahead_bytes: int = Field(
         64 * 1024 * 1024,
         gt=0,
-        description="Bytes of fetched records not yet finished, 1,000 added a text; then reading waits.",
+        description="Bytes of fetched records not yet finished, 4,000 and its vector added a text; then reading waits.",
     )
     max_request_bytes: int = Field(
         900_000, gt=0, description="Largest request that is served, bytes; the client splits what is larger."
