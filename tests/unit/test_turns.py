@@ -14,7 +14,7 @@ from tests.support.steps import Bench
 
 @pytest.mark.parametrize(
     "records, texts, text_characters",
-    [(1_000, 1, 10), (50, 1, BYTES_A_TURN // 8), (10, 1, 2 * BYTES_A_TURN), (40, 100, 10)],
+    [(1_000, 1, 10), (50, 1, BYTES_A_TURN // 8), (10, 1, 800_000), (40, 100, 10)],
     ids=["small", "middling", "large", "of many texts"],
 )
 async def test_admitting_a_run_gives_everybody_else_a_turn(records: int, texts: int, text_characters: int) -> None:
