@@ -1,4 +1,4 @@
-"""The engine when its broker dies under it."""
+"""The engine when its broker dies under it, or cuts its log."""
 
 from __future__ import annotations
 
@@ -6,8 +6,12 @@ import asyncio
 from collections.abc import Iterator
 
 import pytest
+from aiokafka import AIOKafkaProducer, TopicPartition
+from aiokafka.admin import AIOKafkaAdminClient, RecordsToDelete
+from structlog.testing import capture_logs
 
 from processor.errors import EmbeddedUnavailable
+from processor.ports import Run
 from tests.support.brokers import Broker
 from tests.support.engines import Handler, create_topic, engine_settings, group_of, produce, running, until
 from tests.support.kafka import ApacheKafka
@@ -42,3 +46,35 @@ async def test_a_broker_that_dies_and_returns_costs_nothing(own_kafka: ApacheKaf
         assert engine.status()["state"] == "consuming"
     async with group_of(own_kafka.bootstrap_servers, unique) as group:
         assert await group.committed() == dict.fromkeys(range(PARTITIONS), 1_000)
+
+
+async def test_records_deleted_unread_are_told(kafka: Broker, unique: str) -> None:
+    """Retention that overtakes a reader loses requests: reading goes on behind the hole, and the log says so loudly."""
+    await create_topic(kafka.bootstrap_servers, unique, 1)
+    go = asyncio.Event()
+
+    async def wait(run: Run) -> None:
+        await go.wait()
+        await handler.finish_all(run)
+
+    handler = Handler(wait)
+    place, ends = TopicPartition(unique, 0), 200
+    admin = AIOKafkaAdminClient(bootstrap_servers=kafka.bootstrap_servers)
+    await admin.start()
+    try:
+        with capture_logs() as told:
+            async with running(engine_settings(kafka.bootstrap_servers), unique, handler):
+                async with AIOKafkaProducer(bootstrap_servers=kafka.bootstrap_servers) as producer:
+                    for _ in range(ends):  # more than is read ahead
+                        await producer.send_and_wait(unique, bytes(100_000), partition=0)
+                await until(lambda: bool(handler.runs), "a run")
+                await admin.delete_records({place: RecordsToDelete(before_offset=ends - 10)})
+                go.set()
+                await until(lambda: (0, ends - 1) in handler.finished, "the last record")
+    finally:
+        await admin.close()
+    assert (0, ends - 11) not in handler.finished
+    assert {(0, offset) for offset in range(ends - 10, ends)} <= handler.finished
+    assert [each["log_level"] for each in told if each["event"].startswith("records were deleted unread")] == ["error"]
+    async with group_of(kafka.bootstrap_servers, unique) as group:
+        assert await group.committed() == {0: ends}

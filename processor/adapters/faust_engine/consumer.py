@@ -233,8 +233,11 @@ class Consumer(driver.Consumer):
             return False
         lease.sought_to = None
         if offset > expected:
-            log.info("offsets are not in the log: passed over", **numbers)
-            return True
+            if await self._thread.run(self._thread.first_offset(partition)) > expected:
+                log.error("records were deleted unread: retention is too short", **numbers)
+            else:
+                log.info("offsets are not in the log: passed over", **numbers)
+            return self.leases is not None and self.leases.get(partition) is lease
         log.error("log became shorter: taking the partitions over again", **numbers)
         await self._thread.run(self._thread.rejoin())
         await self._idle(IDLE_S)

@@ -130,6 +130,15 @@ class ConsumerThread(driver.AIOKafkaConsumerThread):
         )
         return fetched
 
+    async def first_offset(self, partition: TopicPartition) -> int:
+        """Of what is retained; 0 when the broker does not say."""
+        try:
+            async with asyncio.timeout(FETCH_WAIT_MS / 1000):
+                first: int = (await self._ensure_consumer().beginning_offsets([partition]))[partition]
+                return first
+        except (KafkaError, TimeoutError):
+            return 0
+
     async def at_end(self, partition: TopicPartition) -> bool:
         """`at_end`, in the consumer's thread."""
         return at_end(self._ensure_consumer(), partition)
