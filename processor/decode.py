@@ -47,7 +47,7 @@ class Checker:
     def __init__(self, policy: Policy, catalogue: Catalogue) -> None:
         self._policy = policy
         self._catalogue = catalogue
-        self._plans: dict[tuple[object, ...], Plan] = {}
+        self._plans: dict[object, Plan] = {}
 
     def check(self, request: Request, size_bytes: int) -> Plan | Fault:
         """`size_bytes` is that of the record's value, which no field of it can exceed."""
@@ -68,7 +68,7 @@ class Checker:
         )
 
     def _plan(self, request: Request, action: Action) -> Plan | Fault:
-        wish = (action, request.model, request.dimensions, request.input_type, request.truncate)
+        wish = request.sender or (action, request.model, request.dimensions, request.input_type, request.truncate)
         plan = self._plans.get(wish)
         if plan is None:
             resolved = _resolve(request, action, policy=self._policy, catalogue=self._catalogue)

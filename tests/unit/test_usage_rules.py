@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from decimal import ROUND_HALF_EVEN, Decimal
 
 from hypothesis import given
@@ -80,3 +81,11 @@ def test_whatever_leaves_first_each_chunk_leaves_in_offset_order(offsets: list[t
         order.leave(parcel)
         waiting.remove(parcel)
     assert len(order) == 0
+
+
+async def test_results_and_usage_are_made_whole() -> None:
+    """Both are made by assignments, and no field is left out, whatever the outcome."""
+    async with Bench() as bench:
+        outbox = await bench.handle(a_request(["fine", " "]))
+        for made in (*outbox.results, *outbox.usage):
+            assert replace(made) == made
