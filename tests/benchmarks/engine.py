@@ -120,6 +120,13 @@ class Bench:
                 self.say(f"{size} round {round_}: {line}")
             with_sink = await worker_rate(course, EMBEDDING_SINK_VIEW="true")
         figures: dict[str, Any] = {f"ratio_aiokafka_{size}": ratio(rates["worker"], rates["aiokafka"])}
+        figures[f"cpu_ratio_aiokafka_{size}"] = round(
+            statistics.median(
+                theirs.cpu_us("aiokafka") / ours.cpu_us("worker")
+                for ours, theirs in zip(rates["worker"], rates["aiokafka"], strict=True)
+            ),
+            2,
+        )
         if "faust" in rates:
             figures[f"ratio_naive_faust_{size}"] = ratio(rates["worker"], rates["faust"])
         for kind in kinds:
