@@ -102,9 +102,10 @@ class Worker:
 
     def _drop(self, tickets: Iterable[Ticket]) -> None:
         """Nothing of these is sent any more; their records are delivered again to whoever owns them next."""
-        for ticket in tickets:
+        dropped = list(tickets)
+        for ticket in dropped:
             ticket.dropped = True
-            self._forget(ticket)
+        self._forget(dropped)
 
     def _is_over(self, lease: Lease) -> bool:
         return lease.revoked or lease in self._closing
@@ -125,11 +126,12 @@ class Worker:
         self._tickets.add(ticket)
         self._held_bytes += ticket.size_bytes
 
-    def _forget(self, ticket: Ticket) -> None:
-        if ticket in self._tickets:
-            self._tickets.remove(ticket)
-            self._held_bytes -= ticket.size_bytes
-            self._room.set()
+    def _forget(self, tickets: Iterable[Ticket]) -> None:
+        for ticket in tickets:
+            if ticket in self._tickets:
+                self._tickets.remove(ticket)
+                self._held_bytes -= ticket.size_bytes
+        self._room.set()
 
     async def _dispatch(self) -> None:
         """Close windows as they fall due while slots are free; under backlog it never waits for more."""

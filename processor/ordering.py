@@ -8,7 +8,7 @@ never holds a window's slot while it waits, so waiting can't go round in a circl
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from processor.ports import Lease
@@ -59,20 +59,23 @@ class DocumentOrder:
         entry = self._documents.get((parcel.ticket.lease, parcel.document))
         return entry is None or next(iter(entry.owed)) >= parcel.ticket.source.offset
 
-    def leave(self, parcel: Parcel) -> None:
-        """The parcel is acknowledged."""
-        parcel.left = True
-        if parcel.document is None:
-            return
-        ticket = parcel.ticket
-        key, offset = (ticket.lease, parcel.document), ticket.source.offset
-        entry = self._documents.get(key)
-        if entry is None:
-            return
-        if parcel.chunk_id is not None and entry.last.get(parcel.chunk_id) is parcel:
-            del entry.last[parcel.chunk_id]
-        entry.owed[offset] -= 1
-        if not entry.owed[offset]:
+    def leave(self, parcels: Iterable[Parcel]) -> None:
+        """These parcels are acknowledged."""
+        for parcel in parcels:
+            parcel.left = True
+            if parcel.document is None:
+                continue
+            ticket = parcel.ticket
+            key, offset = (ticket.lease, parcel.document), ticket.source.offset
+            entry = self._documents.get(key)
+            if entry is None:
+                continue
+            if parcel.chunk_id is not None and entry.last.get(parcel.chunk_id) is parcel:
+                del entry.last[parcel.chunk_id]
+            owed = entry.owed[offset] - 1
+            if owed:
+                entry.owed[offset] = owed
+                continue
             del entry.owed[offset]
             if not entry.owed:
                 del self._documents[key]

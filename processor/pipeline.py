@@ -72,11 +72,13 @@ class Ports:
 class Pipeline:
     """Carries records to where their offsets may be committed.
 
-    `finished` is called once per record, when all its outcomes are acknowledged by the broker. `paused` says what
+    `finished` is told of records when all their outcomes are acknowledged by the broker. `paused` says what
     decoding waits for.
     """
 
-    def __init__(self, ports: Ports, policy: Policy, route: Route, finished: Callable[[Ticket], None]) -> None:
+    def __init__(
+        self, ports: Ports, policy: Policy, route: Route, finished: Callable[[Sequence[Ticket]], None]
+    ) -> None:
         self.ports = ports
         self.policy = policy
         self.route = route
@@ -344,14 +346,16 @@ class Pipeline:
         return written
 
     def _acknowledge(self, parcels: Sequence[Parcel]) -> None:
+        self.order.leave(parcels)
+        finished = []
         for parcel in parcels:
-            self.order.leave(parcel)
             ticket = parcel.ticket
             ticket.unacked -= 1
             if ticket.unacked == 0:
                 ticket.lease.finish(ticket.source.offset)
                 ticket.close()
-                self._finished(ticket)
+                finished.append(ticket)
+        self._finished(finished)
 
 
 def _bytes_in_work(ticket: Ticket, known: Sequence[Parcel]) -> int:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from decimal import ROUND_HALF_EVEN, Decimal
 
 from hypothesis import given
 from hypothesis import strategies as st
 
+from processor.domain import Result, Usage
 from processor.embed import split
 from processor.ordering import DocumentOrder
 from processor.usage import cost_nanos
@@ -77,7 +79,7 @@ def test_whatever_leaves_first_each_chunk_leaves_in_offset_order(offsets: list[t
         place = (parcel.document, parcel.chunk_id)
         assert left.get(place, -1) < parcel.ticket.source.offset
         left[place] = parcel.ticket.source.offset
-        order.leave(parcel)
+        order.leave([parcel])
         waiting.remove(parcel)
     assert len(order) == 0
 
@@ -86,5 +88,6 @@ async def test_results_and_usage_are_made_whole() -> None:
     """Both are made by assignments, and no field is left out, whatever the outcome."""
     async with Bench() as bench:
         outbox = await bench.handle(a_request(["fine", " "]))
-        for made in (*outbox.results, *outbox.usage):
-            assert all(hasattr(made, name) for name in made.__dataclass_fields__)
+        for kind, made in (Result, outbox.results), (Usage, outbox.usage):
+            assert made
+            assert all(hasattr(each, field.name) for each in made for field in fields(kind))
