@@ -69,6 +69,7 @@ PRIVATE_NAMES: Mapping[str, Relied] = {
     "aiokafka.consumer.group_coordinator:GroupCoordinator": Relied(
         (
             "_closing",
+            "_coordination_task",
             "_send_req",
             "check_errors",
             "coordinator_id",

@@ -32,6 +32,7 @@ FETCH_WAIT_MS = 1000
 RECORDS_PER_FETCH = 500
 FETCH_BYTES = 8 * 1024 * 1024
 """Of records unpacked: 500 of the largest that are served, packed well, would be seven times the read-ahead."""
+ANSWER_TO_LEAVING_S = 1.0
 CODE_OF_UNKNOWN_MEMBER = 25
 CODE_OF_REBALANCE = 27
 
@@ -204,8 +205,8 @@ async def leave_a_join(consumer: AIOKafkaConsumer | None) -> None:
     """Once the consumer is being stopped, leave the group although it still waits to be let in.
 
     A join is answered when every member has joined or its session is over: behind one that was killed, a stop would
-    wait for half a minute. Its connection answers nothing else meanwhile, so another one is used, and what waits on
-    that one fails by being closed: brokers may leave a member that left without an answer for ever.
+    wait for half a minute. Its connection answers nothing else meanwhile, so another one is used. Brokers may leave a
+    member that left without an answer for ever: what still waits then is ended with its connection.
     """
     if consumer is None or (coordinator := consumer._coordinator) is None:
         return  # it never started
@@ -216,8 +217,10 @@ async def leave_a_join(consumer: AIOKafkaConsumer | None) -> None:
     request = LeaveGroupRequest(coordinator.group_id, coordinator.member_id)
     with suppress(KafkaError):  # the join is waited for instead
         await consumer._client.send(node, request, group=ConnectionGroup.DEFAULT)
-        coordinator.reset_generation()
-        if (waiting := consumer._client._conns.get((node, ConnectionGroup.COORDINATION))) is not None:
+        _, unanswered = await asyncio.wait({coordinator._coordination_task}, timeout=ANSWER_TO_LEAVING_S)
+        waiting = consumer._client._conns.get((node, ConnectionGroup.COORDINATION))
+        if unanswered and waiting is not None:
+            coordinator.reset_generation()
             waiting.close()
 
 
