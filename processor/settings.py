@@ -81,9 +81,6 @@ class Settings(BaseSettings):
     )
     commit_interval_s: float = Field(1.0, gt=0, description="Time between offset commits.")
     max_record_bytes: int = Field(1_000_000, gt=1000, description="Largest record that is decoded or produced, bytes.")
-    producer_linger_ms: int = Field(
-        5, ge=0, description="How long the producer waits to fill a batch; interactive: not at all."
-    )
     producer_compression: Literal["gzip", "snappy", "lz4", "zstd"] | None = Field(
         None, description="gzip, snappy, lz4 or zstd; default none."
     )
@@ -256,11 +253,6 @@ class Settings(BaseSettings):
                 "a result repeats a chunk's metadata beside its vector"
             )
         return self
-
-    @property
-    def linger_ms(self) -> int:
-        """Of the producer: a query is never kept waiting for others."""
-        return 0 if self.lane is Lane.INTERACTIVE else self.producer_linger_ms
 
     def topic(self, name: str) -> str:
         """The full name of a topic of ours."""

@@ -208,7 +208,10 @@ class KafkaOutbox:
     async def _count_partitions(self, topic: str) -> int:
         try:
             async with asyncio.timeout(self._timeout_s):
-                return len(await self._producer().partitions_for(topic))
+                producer = self._producer()
+                # A topic that aiokafka knew from the start is dropped from its metadata once another is added.
+                await producer.client.add_topic(topic)
+                return len(await producer.partitions_for(topic))
         except (TimeoutError, KafkaError) as error:
             raise self._fail(f"the broker knows no topic {topic}: {type(error).__name__}") from None
 
@@ -261,7 +264,6 @@ class KafkaOutbox:
             if not line.in_flight:
                 del self._lines[line.partition]
                 continue
-            batch.close()  # an open batch lingers
             line.deadline = deadline
             # Does not wait: the leader is known, and nothing of this partition is queued in the producer.
             delivery = await producer.send_batch(batch, line.partition.topic, partition=line.partition.partition)

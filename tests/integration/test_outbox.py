@@ -7,14 +7,14 @@ import os
 import signal
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
-from aiokafka.admin import AIOKafkaAdminClient
+from aiokafka.admin import AIOKafkaAdminClient, NewPartitions
 
 from processor.adapters import topics
 from processor.adapters.avro import Codec, partition_of
@@ -24,7 +24,7 @@ from processor.domain import DeadLetter, DlqClass, ReceivedResult
 from processor.errors import DeliveryFailed, LeaseLost, RecordTooLarge
 from processor.ports import Destination
 from processor.settings import Settings
-from tests.support.brokers import Broker, limit_topic
+from tests.support.brokers import Broker, create_topic
 from tests.support.builders import a_call, a_record, a_request, a_result
 from tests.support.engines import Handler, engine_settings
 
@@ -142,8 +142,9 @@ async def test_whoever_waits_for_a_topic_s_partitions_is_not_overtaken(kafka: Br
     """A call with a message for a topic that is yet unknown comes before the next call, in every partition."""
     async with posting(kafka, unique) as posted:
         await posted.outbox.send([result("corr-1", "first")])
+        await create_topic(kafka.bootstrap_servers, f"{unique}-new")
         async with asyncio.TaskGroup() as group:
-            waits = [Destination("calls", a_call()), result("corr-1", "second")]
+            waits = [Destination("replies", a_result(), topic=f"{unique}-new", partition=0), result("corr-1", "second")]
             group.create_task(posted.outbox.send(waits))
             group.create_task(posted.outbox.send([result("corr-1", "third")]))
         assert await posted.chunks() == ["first", "second", "third"]
@@ -317,11 +318,29 @@ async def test_a_broker_that_answers_nothing_fails_a_delivery_in_time(kafka: Bro
 
 async def test_batches_are_no_larger_than_a_record_may_be(kafka: Broker, unique: str) -> None:
     """A topic that takes no more than that takes whatever number of small records we send at once."""
+    topic = f"{unique}-narrow"
+    await create_topic(kafka.bootstrap_servers, topic, configs={"max.message.bytes": "60000"})
     async with posting(kafka, unique, max_record_bytes=60_000, max_request_bytes=1_000) as posted:
-        topic = posted.settings.topic(topics.topics()["results"].name)
-        await limit_topic(kafka.bootstrap_servers, topic, 60_000)
-        await posted.outbox.send([result("corr-1", str(n)) for n in range(1_000)])
-        assert await posted.chunks() == [str(n) for n in range(1_000)]
+        await posted.outbox.send([Destination("replies", a_result(), topic=topic, partition=0)] * 1_000)
+
+
+async def test_a_partition_without_a_leader_is_waited_for_with_the_lease_in_view(kafka: Broker, unique: str) -> None:
+    """Once there is one, what still has its lease is sent, and what has lost it is not."""
+    held, lost = ALease(), ALease()
+    async with posting(kafka, unique) as posted, AsyncExitStack() as stack:
+        topic = posted.settings.topic("embedding-replies")
+        reply = Destination("replies", a_result(), topic=topic, partition=PARTITIONS)
+        kept = asyncio.create_task(posted.outbox.send([reply], leases=[held]))
+        late = asyncio.create_task(posted.outbox.send([reply], leases=[lost]))
+        await until_sending(posted, 2)
+        lost.is_held = False
+        admin = AIOKafkaAdminClient(bootstrap_servers=posted.settings.bootstrap_servers)
+        await admin.start()
+        stack.push_async_callback(admin.close)
+        await admin.create_partitions({topic: NewPartitions(PARTITIONS + 1)})
+        await kept
+        with pytest.raises(LeaseLost):
+            await late
 
 
 async def test_a_topic_that_is_gone_fails_a_delivery_in_time_and_is_not_asked_for_in_a_hot_loop(

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 import processor
-from processor.domain import Lane
 from processor.errors import SettingsError
 from processor.settings import Settings, load
 
@@ -25,12 +24,6 @@ def test_every_setting_has_an_effect() -> None:
                     word for each in node.args for word in (ast.literal_eval(each), f"{ast.literal_eval(each)}_file")
                 }
     assert set(Settings.model_fields) <= read
-
-
-def test_a_query_is_not_kept_waiting_for_a_fuller_batch() -> None:
-    """The producer of the interactive lane sends at once; the bulk lane's fills its batches."""
-    assert Settings(lane=Lane.INTERACTIVE, producer_linger_ms=7).linger_ms == 0
-    assert Settings(producer_linger_ms=7).linger_ms == 7
 
 
 def test_what_is_served_fits_into_a_record() -> None:

@@ -298,7 +298,6 @@ class Engine:
                 client_id=self._app_id,
                 acks="all",
                 enable_idempotence=settings.producer_idempotent,
-                linger_ms=settings.linger_ms,
                 compression_type=settings.producer_compression,
                 max_batch_size=min(BATCH_BYTES, settings.max_record_bytes),
                 max_request_size=settings.max_record_bytes,
