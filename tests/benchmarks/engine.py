@@ -82,7 +82,7 @@ async def run(say: Say) -> dict[str, Any]:
             if LONG == "1" or (LONG != "0" and long_s < LONG_WITHIN_S):
                 figures |= await bench.memory(1536)
             else:
-                say(f"no long run: {LONG_RECORDS} records would take {long_s:.0f} s; BENCH_LONG=1 has it")
+                say(f"no long run ({LONG_RECORDS} records, about {long_s:.0f} s): BENCH_LONG=1 has it")
     finally:
         servers.close()
     figures |= await stages.run(say)

@@ -5,10 +5,11 @@ the result as a dict whose vector is copied as bytes, acks=all, no validation, c
 survives a rebalance without loss or copies. Their results are of the same schema, keys and fields as the worker's,
 and of the same size within four bytes.
 
-Tried on Apache Kafka, 60,000 requests, medians of interleaved rounds. The bare loop wins most by large fetches (500 to
-1,000 records cost a quarter against 4,000; 8,000 are no better) and, at d=1536, by large batches (64 KB halve the rate
-against 512 KB; 900 KB are no better). uvloop or not, and a linger of 0, 5 or 20 ms, lie within the noise. Faust is
-bound by its own work for each record: neither linger nor batch size moves it.
+Tried on Apache Kafka, 60,000 requests, 2 or 3 interleaved rounds on a machine that others used too, so that only large
+differences count. The bare loop gains by large fetches (500 or 1,000 records lost a quarter to 4,000 at d=8; 2,000 and
+8,000 could not be told from 4,000) and at d=1536 by large batches (64 KB had half the rate of 128 KB; 512 KB was ahead
+of that, 900 KB was not). uvloop, and a linger of 0, 5 or 20 ms, could not be told apart. Of Faust only the batch size was
+varied, 128 and 512 KB, to no clear effect; its own work for each record takes nearly all of its CPU.
 """
 
 from __future__ import annotations
