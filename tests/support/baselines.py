@@ -8,8 +8,8 @@ and of the same size within four bytes.
 Tried on Apache Kafka, 60,000 requests, 2 or 3 interleaved rounds on a machine that others used too, so that only large
 differences count. The bare loop gains by large fetches (500 or 1,000 records lost a quarter to 4,000 at d=8; 2,000 and
 8,000 could not be told from 4,000) and at d=1536 by large batches (64 KB had half the rate of 128 KB; 512 KB was ahead
-of that, 900 KB was not). uvloop, and a linger of 0, 5 or 20 ms, could not be told apart. Of Faust only the batch size was
-varied, 128 and 512 KB, to no clear effect; its own work for each record takes nearly all of its CPU.
+of that, 900 KB was not). uvloop, and a linger of 0, 5 or 20 ms, could not be told apart. Of Faust only the batch size
+was varied, 128 and 512 KB, to no clear effect.
 """
 
 from __future__ import annotations
