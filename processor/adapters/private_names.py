@@ -57,7 +57,7 @@ PRIVATE_NAMES: Mapping[str, Relied] = {
     "aiokafka:AIOKafkaProducer": Relied(("client",), "outbox: who leads a partition; kafka.unhurried"),
     "aiokafka.client": Relied(("ConnectionGroup",), "thread.leave_a_join"),
     "aiokafka.client:AIOKafkaClient": Relied(
-        ("_conns", "cluster", "force_metadata_update"),
+        ("_conns", "add_topic", "cluster", "force_metadata_update"),
         "thread.leave_a_join: what waits for the group is ended; outbox: who leads a partition; kafka.unhurried: how "
         "often it is asked",
     ),
