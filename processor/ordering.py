@@ -9,25 +9,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 
 from processor.ports import Lease
-from processor.work import DocumentKey, Parcel
-
-
-@dataclass(slots=True, eq=False)
-class _Document:
-    """How many outcomes each offset still owes, in offset order, and the last parcel of each chunk."""
-
-    owed: dict[int, int] = field(default_factory=dict)
-    last: dict[str, Parcel] = field(default_factory=dict)
+from processor.work import DocumentKey, OpenDocument, Parcel
 
 
 class DocumentOrder:
     """Entered in offset order as records are admitted, left as outcomes are acknowledged."""
 
     def __init__(self) -> None:
-        self._documents: dict[tuple[Lease, DocumentKey], _Document] = {}
+        self._documents: dict[tuple[Lease, DocumentKey], OpenDocument] = {}
         self._changed = asyncio.Event()
 
     def __len__(self) -> int:
@@ -40,11 +31,11 @@ class DocumentOrder:
         key = (ticket.lease, document)
         entry = self._documents.get(key)
         if entry is None:
-            entry = self._documents[key] = _Document()
+            entry = self._documents[key] = OpenDocument(key)
         entry.owed[ticket.source.offset] = len(parcels)
         last = entry.last
         for parcel in parcels:
-            parcel.document = document
+            parcel.document = entry
             if parcel.chunk_id is not None:
                 parcel.after = last.get(parcel.chunk_id)
                 last[parcel.chunk_id] = parcel
@@ -54,31 +45,28 @@ class DocumentOrder:
             if not parcel.after.left:
                 return False
             parcel.after = None
-        if parcel.document is None or parcel.chunk_id is not None:
+        entry = parcel.document
+        if entry is None or parcel.chunk_id is not None:
             return True
-        entry = self._documents.get((parcel.ticket.lease, parcel.document))
-        return entry is None or next(iter(entry.owed)) >= parcel.ticket.source.offset
+        return next(iter(entry.owed)) >= parcel.ticket.source.offset
 
     def leave(self, parcels: Iterable[Parcel]) -> None:
         """These parcels are acknowledged."""
         for parcel in parcels:
             parcel.left = True
-            if parcel.document is None:
-                continue
-            ticket = parcel.ticket
-            key, offset = (ticket.lease, parcel.document), ticket.source.offset
-            entry = self._documents.get(key)
+            entry = parcel.document
             if entry is None:
                 continue
             if parcel.chunk_id is not None and entry.last.get(parcel.chunk_id) is parcel:
                 del entry.last[parcel.chunk_id]
+            offset = parcel.ticket.source.offset
             owed = entry.owed[offset] - 1
             if owed:
                 entry.owed[offset] = owed
                 continue
             del entry.owed[offset]
-            if not entry.owed:
-                del self._documents[key]
+            if not entry.owed and self._documents.get(entry.key) is entry:
+                del self._documents[entry.key]
         self._changed.set()
 
     def abandon(self, leases: Sequence[Lease]) -> None:

@@ -29,7 +29,8 @@ def cost_nanos(tokens: int, nanos_per_million: int | None) -> int | None:
 
 def cost_of(tokens: int, job: Job) -> int | None:
     """The cost at the price of the job's model; None when it had none."""
-    return cost_nanos(tokens, job.price.nanos_per_million if job.price is not None else None)
+    price = job.price
+    return None if price is None else cost_nanos(tokens, price.nanos_per_million)
 
 
 def charge(job: Job, provider: str, now: Instant) -> Usage:

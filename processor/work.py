@@ -156,10 +156,19 @@ class Parcel:
     """
 
     ticket: Ticket
-    document: DocumentKey | None = None
+    document: OpenDocument | None = field(default=None, repr=False)
     chunk_id: str | None = None
     after: Parcel | None = field(default=None, repr=False)
     left: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class OpenDocument:
+    """A document with outcomes outstanding: how many each offset owes, in that order, and each chunk's last parcel."""
+
+    key: tuple[Lease, DocumentKey]
+    owed: dict[int, int] = field(default_factory=dict)
+    last: dict[str, Parcel] = field(default_factory=dict, repr=False)
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
