@@ -80,6 +80,9 @@ class Settings(BaseSettings):
         300.0, ge=0, description="How long a start waits for brokers that don't answer; then the process ends."
     )
     commit_interval_s: float = Field(1.0, gt=0, description="Time between offset commits.")
+    commit_records: int = Field(
+        10_000, gt=0, description="Finished records that are committed before that time is over."
+    )
     max_record_bytes: int = Field(1_000_000, gt=1000, description="Largest record that is decoded or produced, bytes.")
     producer_compression: Literal["gzip", "snappy", "lz4", "zstd"] | None = Field(
         None, description="gzip, snappy, lz4 or zstd; default none."

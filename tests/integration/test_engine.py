@@ -110,6 +110,20 @@ async def test_a_header_name_that_is_no_text_stops_nobody(
     assert [record.headers for record in records if record.headers] == [(("caf\\xe9", b"header"),)]
 
 
+async def test_offsets_are_committed_by_count_too(kafka: Broker, topic: str, running: Running) -> None:
+    """However long the interval, no more than so many finished records are delivered again after a crash."""
+    handler = Handler()
+    settings = engine_settings(kafka.bootstrap_servers, commit_interval_s=3600, commit_records=50)
+    async with running(settings, topic, handler), group_of(kafka.bootstrap_servers, topic) as group:
+        await produce(kafka.bootstrap_servers, topic, 1, 49)
+        await until(lambda: len(handler.finished) == 49, "49 records")
+        assert not any((await group.committed()).values())
+        await produce(kafka.bootstrap_servers, topic, 1, 1)
+        async with asyncio.timeout(30):
+            while sum((await group.committed()).values()) < 50:
+                await asyncio.sleep(0.05)
+
+
 async def test_what_is_finished_out_of_order_waits_for_what_came_before(
     kafka: Broker, topic: str, running: Running
 ) -> None:

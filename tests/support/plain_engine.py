@@ -18,7 +18,7 @@ from aiokafka.errors import CommitFailedError, IllegalStateError, KafkaError
 
 from processor.adapters.faust_engine import Engine
 from processor.adapters.faust_engine.consumer import COMMIT_TIMEOUT_S, IDLE_S, REQUESTS_TIMEOUT_S, RETRY_S
-from processor.adapters.faust_engine.lease import NO_GENERATION, PartitionLease, Session, due, starts_of
+from processor.adapters.faust_engine.lease import NO_GENERATION, PartitionLease, Session, due, starts_of, uncommitted
 from processor.adapters.faust_engine.thread import FETCH_WAIT_MS, RECORDS_PER_FETCH, at_end, offsets_of, watch
 from processor.adapters.faust_engine.tolerant import read_any_header_name
 from processor.suspicion import Suspicion
@@ -113,6 +113,8 @@ class Member(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka is no
             elif (suspect := next((each for each in leases.items() if each[1].suspicion.isolated), None)) is not None:
                 await self._run_alone(*suspect, leases)
             else:
+                if uncommitted(leases) >= self.engine.settings.commit_records:
+                    await self._commit_leases(leases)
                 fetched = await self._fetched(leases)
                 for partition, records in fetched.items():
                     # What is left of a fetch after a rebalance is dropped: the next generation seeks before it reads.
@@ -156,9 +158,7 @@ class Member(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka is no
         self, partitions: Collection[TopicPartition], max_records: int = RECORDS_PER_FETCH
     ) -> Mapping[TopicPartition, Sequence[Any]]:
         try:
-            fetched: Mapping[TopicPartition, Sequence[Any]] = await self.consumer.getmany(
-                *partitions, timeout_ms=FETCH_WAIT_MS, max_records=max_records
-            )
+            return await self.consumer.getmany(*partitions, timeout_ms=FETCH_WAIT_MS, max_records=max_records)  # type: ignore[no-any-return]
         except KafkaError as error:
             if not error.retriable:
                 raise
@@ -171,7 +171,6 @@ class Member(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka is no
             for partition, lease in (self.leases or {}).items():
                 self.consumer.seek(partition, lease.watermark.next_offset)
             return {}
-        return fetched
 
     def _continues(self, lease: PartitionLease, partition: TopicPartition, offset: int) -> bool:
         """A jump is sought back from once and believed the second time; a step back means a new log."""

@@ -18,7 +18,7 @@ from faust.transport.drivers import aiokafka as driver
 from faust.types import TP, ConsumerMessage
 from mode.types import ServiceT
 
-from processor.adapters.faust_engine.lease import NO_GENERATION, PartitionLease, Session, due, starts_of
+from processor.adapters.faust_engine.lease import NO_GENERATION, PartitionLease, Session, due, starts_of, uncommitted
 from processor.adapters.faust_engine.thread import FETCH_BYTES, RECORDS_PER_FETCH, ConsumerThread, Listener
 from processor.adapters.faust_engine.tolerant import read_any_header_name
 from processor.ports import Run
@@ -87,6 +87,8 @@ class Consumer(driver.Consumer):
                 elif (suspect := next(filter(_isolated, self.leases.items()), None)) is not None:
                     await self._run_alone(*suspect, self.leases)
                 else:
+                    if uncommitted(self.leases) >= self.engine.settings.commit_records:
+                        await self._commit_leases(self.leases)
                     await self._fetch(self.leases)
         except (asyncio.CancelledError, ConsumerStoppedError):
             if not (self.should_stop or self.app.should_stop or fetcher.should_stop):

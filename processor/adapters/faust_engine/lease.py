@@ -191,3 +191,8 @@ def due(
         if offset > lease.committed or not noted:
             moved[partition] = (offset, metadata)
     return moved
+
+
+def uncommitted(leases: Mapping[TopicPartition, PartitionLease]) -> int:
+    """Offsets finished since the last commit, all partitions together."""
+    return sum(max(0, lease.watermark.first_unfinished - lease.committed) for lease in leases.values())
