@@ -1,7 +1,7 @@
 """Workers come, go, die and freeze while records flow: every record has one outcome, and no commit runs ahead.
 
-REBALANCE_RECORDS sets how many records flow while workers come and go: 40,000 if unset, over two minutes. The law is
-to be shown with `REBALANCE_RECORDS=200000 ./run faults -k rebalances`: three to six minutes on two cores.
+REBALANCE_RECORDS sets how many records flow while workers come and go: 40,000 if unset, about two minutes. The law is
+to be shown with `REBALANCE_RECORDS=200000 ./run faults -k rebalances`: two to six minutes on two busy cores.
 """
 
 from __future__ import annotations
