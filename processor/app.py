@@ -41,7 +41,7 @@ from processor.work import Policy
 WORKER_TOPICS = ("results", "replies", "sink", "usage", "calls", "documents", "dlq")
 AGGREGATOR_TOPICS = ("usage", "calls", "documents", "totals", "progress", "late", "sink", "dlq")
 
-GC_FIRST_THRESHOLD = 50_000
+GC_FIRST_THRESHOLD = 500_000
 """Records in work are many objects that die young and in no circle. With Python's 700 a third of a record's CPU went
 into looking for circles: 104 us, with this 74 (d=8, medians of four rounds)."""
 

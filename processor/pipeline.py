@@ -52,7 +52,6 @@ LETHAL = Undecodable(DlqClass.LETHAL, "ended_its_processes")
 BYTES_IN_WORK = 4_000
 """What a text, an outcome or a tombstone takes beside its record's bytes and its vector until it is acknowledged;
 measured: 4,400 with the usage event of its request, 5,000 with the sink view."""
-FLOAT_BYTES = 4
 BY_REFERENCE = frozenset({DlqClass.TOO_LARGE, DlqClass.LETHAL})
 
 
@@ -360,12 +359,9 @@ class Pipeline:
 
 def _bytes_in_work(ticket: Ticket, known: Sequence[Parcel]) -> int:
     """What a record becomes: texts, vectors on their way out, outcomes, tombstones. Many, for one of tiny chunks."""
-    each = texts = 0
+    size_bytes = 0
     if isinstance(ticket, Job) and ticket.plan is not None:
-        texts = len(ticket.request.chunks)
-        each = BYTES_IN_WORK + (
-            FLOAT_BYTES * ticket.plan.function.dimensions if ticket.plan.function is not None else 0
-        )
-    if not known:
-        return texts * each
-    return texts * each + BYTES_IN_WORK * sum(1 + len(parcel.before) for parcel in known if isinstance(parcel, Known))
+        size_bytes = len(ticket.request.chunks) * (BYTES_IN_WORK + ticket.plan.vector_bytes)
+    if known:
+        size_bytes += BYTES_IN_WORK * sum(1 + len(parcel.before) for parcel in known if isinstance(parcel, Known))
+    return size_bytes

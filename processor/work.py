@@ -32,6 +32,8 @@ from processor.domain import (
 )
 from processor.ports import Clock, Destination, Lease
 
+FLOAT_BYTES = 4
+
 DocumentKey = tuple[str, str | None, str]
 """Tenant, collection, document."""
 
@@ -66,6 +68,11 @@ class Plan:
     action: Action
     operation: Operation | None
     function: EmbeddingFunction | None
+    vector_bytes: int = 0
+
+    def __post_init__(self) -> None:
+        if self.function is not None:
+            self.vector_bytes = FLOAT_BYTES * self.function.dimensions
 
 
 @dataclass(slots=True, eq=False)

@@ -50,7 +50,7 @@ DIMENSIONS = 8
 PARTITIONS = 4
 CHUNKS = 5
 READ_AHEAD_BYTES = 4_000_000
-BYTES_A_TEXT = 1_000
+BYTES_A_TEXT = 5_000
 MEBIBYTE = 2**20
 
 Tell = Callable[[str], None]
@@ -216,13 +216,11 @@ def _growth(samples: list[tuple[float, int]], begin: float, end: float) -> tuple
 
 @pytest.mark.faults
 async def test_a_slow_provider_is_backpressure(kafka: Broker, unique: str, tmp_path: Path, tell: Tell) -> None:
-    """Read-ahead stays under its bytes, heartbeats go on and the generation stays, for four sessions; then all is done.
-
-    "Under" by less than the largest record and what its texts take: a record is admitted while there is room at all.
-    """
+    """Read-ahead stays under its bytes for four sessions, heartbeats go on, no generation passes, and all gets done."""
+    # A record is admitted while there is room at all: the bound is passed by less than the largest one.
     requests = hard_requests(1500, chunks=CHUNKS)
     largest = 5_000 + CHUNKS * BYTES_A_TEXT
-    limit_bytes = 1_000_000
+    limit_bytes = 4_000_000
     with (
         ProviderProcess("--jitter", "0.01", "--base-ms", "2500") as provider,
         Stack(
@@ -278,10 +276,8 @@ async def test_runs_in_flight_are_bounded_and_buffers_are_never_full(
     monkeypatch: pytest.MonkeyPatch,
     tell: Tell,
 ) -> None:
-    """One run is in hand and at most one a partition waits, of one fetch: Faust never waits its second for room.
-
-    A fetch is bounded in bytes too, also of records that take little room only until they are unpacked.
-    """
+    """One run is in hand and at most one a partition waits, of one fetch: Faust never waits its second for room."""
+    # A fetch is bounded in bytes too, also of records that take little room only until they are unpacked.
     waited: list[str] = []
     monkeypatch.setattr(faust_consumer.Consumer, "_wait_next_records", lambda *_: waited.append("a second"))
     await create_topic(kafka.bootstrap_servers, unique, PARTITIONS)

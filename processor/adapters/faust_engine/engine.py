@@ -33,7 +33,7 @@ from processor.settings import Settings
 
 Hook = Callable[[], Awaitable[None]]
 
-BATCH_BYTES = 128 * 1024
+BATCH_BYTES = 512 * 1024
 """A batch of the producer. Well below any broker's limit: a batch over it stops an idempotent producer for good."""
 
 REQUEST_TIMEOUT_MS = 40_000
