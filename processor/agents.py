@@ -105,7 +105,9 @@ class Worker:
         dropped = list(tickets)
         for ticket in dropped:
             ticket.dropped = True
+            ticket.close()
         self._forget(dropped)
+        self.pipeline.batcher.let_go()
 
     def _is_over(self, lease: Lease) -> bool:
         return lease.revoked or lease in self._closing

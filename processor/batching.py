@@ -81,6 +81,25 @@ class Batcher:
         """The fold has its outcome: an equal text that comes later starts anew (and finds the cache)."""
         self._folds.pop(fold.key, None)
 
+    def let_go(self) -> None:
+        """Forget works that were dropped: while a provider is out each rebalance would leave as many again."""
+        for fold in list(self._folds.values()):
+            live = [work for work in fold.works if work.ticket.live]
+            if len(live) == len(fold.works):
+                continue
+            if fold.in_window:
+                fold.works = live or fold.works[:1]  # whoever carries the window still asks for its text
+                continue
+            queue = self._queues[fold.function.name]
+            queue.texts -= len(fold.works) - len(live)
+            fold.works = live
+            if not live:
+                del queue.folds[fold.key]
+                queue.tokens -= fold.size_tokens
+                self.settled(fold)
+                if not queue.folds:
+                    del self._queues[fold.function.name]
+
     def _close(self, queue: _Queue) -> Window:
         """Whole folds, the oldest first, up to the limits; a fold of more works than a window may hold goes alone."""
         policy = self._policy

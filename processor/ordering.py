@@ -72,7 +72,8 @@ class DocumentOrder:
     def abandon(self, leases: Sequence[Lease]) -> None:
         """These leases are over: whoever waits wakes up and finds that its ticket is no longer live."""
         gone = set(map(id, leases))
-        self._documents = {key: value for key, value in self._documents.items() if id(key[0]) not in gone}
+        for key in [key for key in self._documents if id(key[0]) in gone]:
+            self._documents.pop(key).last.clear()  # else its parcels and it would hold one another
         self._changed.set()
 
     async def changed(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -30,6 +31,7 @@ from processor.errors import (
     RegistryUnavailable,
 )
 from processor.ports import Destination, ProviderAnswer, Run, Undecodable
+from processor.work import Job
 from tests.support.builders import NOW_MS, a_request, some_chunks
 from tests.support.steps import Bench, FakeLease, MemoryCache, vector_of
 
@@ -556,6 +558,38 @@ async def test_a_revocation_that_is_cut_short_lets_go_all_the_same() -> None:
         revoking.cancel()
         await bench.settle()
         assert bench.worker.held_bytes == 0
+
+
+async def test_nothing_of_a_revoked_partition_stays_in_memory() -> None:
+    """However often partitions come and go while the provider is out, and though no circle is ever looked for."""
+
+    async def come_and_go(generation: int) -> int:
+        lease = FakeLease(partition=1, generation=generation)
+        texts = ["stuck", "queued", "also wanted"]
+        await bench.publish(*(a_request([text], correlation_id=text) for text in texts), lease=lease)
+        revoking = asyncio.ensure_future(bench.worker.on_revoke([lease], budget_s=1.0))
+        while not revoking.done():
+            await bench.step()
+        return sum(isinstance(each, Job) for each in gc.get_objects())
+
+    gc.collect()
+    gc.disable()
+    try:
+        async with Bench(max_concurrent_calls=1) as bench:
+            bench.provider.gate = asyncio.Event()
+            for text in ("stuck", "stuck too"):
+                await bench.publish(a_request([text], correlation_id=f"mine {text}"))
+                await bench.step()
+            await bench.publish(a_request(["also wanted"], correlation_id="mine"))
+            jobs = [await come_and_go(generation) for generation in range(3)]
+            assert jobs == [jobs[0]] * 3
+            assert bench.worker.queued_texts == 1
+            bench.provider.gate.set()
+            await bench.run_until_idle()
+            assert bench.lease.finished == [0, 1, 2]
+            assert sorted(map(sorted, bench.provider.asked)) == [["also wanted"], ["stuck"], ["stuck too"]]
+    finally:
+        gc.enable()
 
 
 async def test_a_run_that_arrives_while_its_partition_is_revoked_is_left_alone() -> None:
