@@ -7,6 +7,7 @@ import random
 import pytest
 from aiokafka.partitioner import murmur2
 
+from processor.adapters.avro import MAX_CORRELATION_BYTES
 from processor.adapters.murmur2 import FEW_KEYS, LONG_KEY_BYTES, partitions_of
 
 
@@ -40,3 +41,11 @@ def test_the_hash_is_java_s() -> None:
     keys = [*golden] * FEW_KEYS
     expected = [(value & 0x7FFFFFFF) % 7_919 for value in golden.values()] * FEW_KEYS
     assert partitions_of(keys, 7_919) == expected
+
+
+def test_the_longest_correlation_id_is_no_slow_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request's 2,048 results share its id: hashed one by one they would hold everybody else up."""
+    key = b"c" * MAX_CORRELATION_BYTES
+    (expected,) = by_the_book([key], 12)
+    monkeypatch.setattr("processor.adapters.murmur2.murmur2", None)
+    assert partitions_of([key] * 2_048, 12) == [expected] * 2_048
