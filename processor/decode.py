@@ -223,8 +223,6 @@ def _check_sink(request: Request, policy: Policy) -> Fault | None:
     if len(request.vector_spaces) > MAX_SPACES:
         return _invalid("vector_spaces", f"at most {MAX_SPACES} of them")
     if any(len(space.encode()) > MAX_ID_BYTES for space in request.vector_spaces):
-        return _invalid("vector_spaces", f"over {MAX_ID_BYTES} bytes; a space's name is remembered")
-    if any(len(space.encode()) > MAX_ID_BYTES for space in request.vector_spaces):
         return _invalid("vector_spaces", f"over {MAX_ID_BYTES} bytes; it is hashed for each chunk id")
     if not request.vector_spaces and (request.chunk_ids or ACTION_ALIASES.get(request.action) is Action.DELETE):
         return _invalid("vector_spaces", "must list the vector spaces meant")

@@ -51,7 +51,7 @@ def chunk_result(work: Work, provider: str, now: Instant) -> Result:
     assert job.plan is not None
     assert job.plan.function is not None
     function, entry, request = job.plan.function, outcome.entry, job.request
-    result = Result.__new__(Result)  # twenty-eight keywords would take three times as long
+    result = Result.__new__(Result)  # twenty-three keywords would take three times as long
     result.request = request
     result.source = job.source
     result.request_id = job.request_id

@@ -57,7 +57,7 @@ def charge(job: Job, provider: str, now: Instant) -> Usage:
             parts[entry.attempt_id] = parts.get(entry.attempt_id, 0) + entry.tokens
         if entry.token_source is not TokenSource.PROVIDER and weakest is not TokenSource.ESTIMATE:
             weakest = entry.token_source
-    usage = Usage.__new__(Usage)  # twenty keywords would take three times as long
+    usage = Usage.__new__(Usage)  # twenty-one keywords would take three times as long
     usage.request = request
     usage.source = job.source
     usage.request_id = job.request_id

@@ -88,11 +88,6 @@ REFUSED: dict[str, tuple[Request, str, str]] = {
         "invalid_request",
         "vector_spaces",
     ),
-    "a space that fills memory": (
-        a_request(action="delete", chunks=(), chunk_ids=("a",), vector_spaces=("s" * 1_025,)),
-        "invalid_request",
-        "vector_spaces",
-    ),
     "an id that fills results": (a_request(["a"], document_id=LONG), "invalid_request", "document_id"),
     "an owner that fills intents": (a_request(["a"], agent_owner_id="o" * 257), "invalid_request", "agent_owner_id"),
     "an action that fills results": (a_request(["a"], action=LONG), "invalid_request", "action"),
