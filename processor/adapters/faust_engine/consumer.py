@@ -118,7 +118,7 @@ class Consumer(driver.Consumer):
                 known = await self._thread.run(self._thread.offsets(partitions))
                 starts = starts_of(partitions, own, *known, trusts_ends=self.engine.settings.producer_idempotent)
                 offsets = {partition: start.offset for partition, start in starts.items()}
-                if not await self._thread.run(self._thread.seek_all(generation, offsets)):
+                if not await self._thread.run(self._thread.begin(generation, offsets)):
                     return False
         except (IllegalStateError, TimeoutError) as error:
             log.warning("partitions not taken over yet", generation=generation, reason=type(error).__name__)

@@ -114,6 +114,16 @@ class ConsumerThread(driver.AIOKafkaConsumerThread):
         """`offsets_of`, in the consumer's thread."""
         return await offsets_of(self._ensure_consumer(), partitions)
 
+    async def begin(self, generation: int, positions: Mapping[TopicPartition, int]) -> bool:
+        """Seek to where new leases begin; a topic that was deleted is there again, and is committed again.
+
+        A member that does not lead the group may find itself in the same generation after it joined anew.
+        """
+        stable = await self.seek_all(generation, positions)
+        if stable:
+            self._deleted.clear()
+        return stable
+
     async def seek_all(self, generation: int, positions: Mapping[TopicPartition, int]) -> bool:
         """Seek in one step, unless the generation is over."""
         if not self._stable(generation):
