@@ -9,7 +9,7 @@ from typing import Any
 from processor.embed import Route
 from processor.pipeline import Pipeline, Ports
 from processor.ports import Lease, Run
-from processor.work import Fail, Job, Parcel, Policy, Ticket
+from processor.work import DocumentKey, Fail, Job, Parcel, Policy, Ticket
 
 BYTES_A_TURN = 1_000_000
 """Of records and of what they become: a few hundred texts, which take a few milliseconds to admit."""
@@ -65,25 +65,28 @@ class Worker:
         for record in run.records:
             while self._held_bytes >= self._read_ahead_bytes and not self._is_over(run.lease):
                 self._hand_on(known)
-                known = []
                 self._room.clear()
                 await self._room.wait()
             if self._is_over(run.lease):
                 break
+            decoded = self.pipeline.decode(record, run)
+            if decoded is None:  # a registry may be out of reach for long: what was admitted doesn't wait for it
+                self._hand_on(known)
+                decoded = await self.pipeline.fetch(record)
             before = self._held_bytes
-            await self.pipeline.admit(record, run, self._opened, known)
+            self.pipeline.admit(record, decoded, run.lease, self._opened, known)
             turn_bytes += self._held_bytes - before
             if turn_bytes >= BYTES_A_TURN:
                 self._hand_on(known)
-                known = []
                 turn_bytes = 0
                 await asyncio.sleep(0)
         self._hand_on(known)
 
-    def _hand_on(self, known: Sequence[Parcel]) -> None:
-        """Deliver what is known already, and let the dispatcher see what was queued."""
+    def _hand_on(self, known: list[Parcel]) -> None:
+        """Deliver what is known already, which empties the list, and let the dispatcher see what was queued."""
         if known:
-            self._spawn(self.pipeline.deliver(known))
+            self._spawn(self.pipeline.deliver(known.copy()))
+            known.clear()
         self._work.set()
 
     async def on_revoke(self, leases: Sequence[Lease], budget_s: float) -> None:
@@ -91,7 +94,7 @@ class Worker:
         self._closing = {lease for lease in self._closing if not lease.revoked} | set(leases)
         self._room.set()
         tickets = [ticket for ticket in self._tickets if ticket.lease in self._closing]
-        self._drop(ticket for ticket in tickets if isinstance(ticket, Job) and not ticket.in_flight)
+        self._drop(_stuck(tickets))
         deadline = self._clock.monotonic() + budget_s
         try:
             while self._tickets.intersection(tickets) and self._clock.monotonic() < deadline:
@@ -171,3 +174,19 @@ class Worker:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             self._fail(error)
+
+
+def _stuck(tickets: Iterable[Ticket]) -> list[Job]:
+    """Jobs that no budget helps: with a text still queued, or with none at all and behind such a one of the document.
+
+    A manifest or delete would wait for a record that is dropped; it is delivered again after that one.
+    """
+    stuck: list[Job] = []
+    documents: set[tuple[Lease, DocumentKey]] = set()
+    for job in sorted((ticket for ticket in tickets if isinstance(ticket, Job)), key=lambda job: job.source.offset):
+        document = None if job.document_key is None else (job.lease, job.document_key)
+        if not job.in_flight or (not job.works and document in documents):
+            stuck.append(job)
+            if document is not None:
+                documents.add(document)
+    return stuck

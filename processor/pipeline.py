@@ -89,14 +89,38 @@ class Pipeline:
         self._cache_secret = hash_key(policy.cache_secret)
         self._emitter = Emitter(ports.outbox, self.order, ports.clock, self._write)
 
-    async def admit(self, record: Record, run: Run, opened: Callable[[Ticket], None], known: list[Parcel]) -> None:
+    def decode(self, record: Record, run: Run) -> Request | Undecodable | None:
+        """Step 1, first half; None when the record's schema must be fetched first, by `fetch`."""
+        return LETHAL if run.lethal else self.ports.decoder.decode_now(record)
+
+    async def fetch(self, record: Record) -> Request | Undecodable:
+        """A registry out of reach is waited for: ending the process for it would count against the record."""
+        backoff_s = self.policy.retry_initial_s
+        try:
+            while True:
+                try:
+                    return await self.ports.decoder.decode(record)
+                except RegistryUnavailable:
+                    self.paused = "schema_registry"
+                await self.ports.clock.sleep(backoff_s)
+                backoff_s = min(backoff_s * 2, self.policy.retry_max_s)
+        finally:
+            self.paused = None
+
+    def admit(
+        self,
+        record: Record,
+        decoded: Request | Undecodable,
+        lease: Lease,
+        opened: Callable[[Ticket], None],
+        known: list[Parcel],
+    ) -> None:
         """Steps 1 and 2: queue what is to be embedded; outcomes that are known already are added to `known`.
 
         `opened` is told of the record's ticket before anything can finish it; one that it drops goes no further.
         """
-        decoded = LETHAL if run.lethal else self.ports.decoder.decode_now(record) or await self._fetched(record)
         outcomes: list[Parcel] = []
-        ticket = self._check(record, decoded, run.lease, outcomes)  # 1. bad input becomes a value
+        ticket = self._check(record, decoded, lease, outcomes)  # 1. bad input becomes a value
         ticket.size_bytes += _bytes_in_work(ticket, outcomes)
         opened(ticket)
         if ticket.live:
@@ -128,20 +152,6 @@ class Pipeline:
             self._acknowledge(sent)  # 8. in offset order: the lease keeps the watermark
 
     # Step 1
-
-    async def _fetched(self, record: Record) -> Request | Undecodable:
-        """A registry out of reach is waited for: ending the process for it would count against the record."""
-        backoff_s = self.policy.retry_initial_s
-        try:
-            while True:
-                try:
-                    return await self.ports.decoder.decode(record)
-                except RegistryUnavailable:
-                    self.paused = "schema_registry"
-                await self.ports.clock.sleep(backoff_s)
-                backoff_s = min(backoff_s * 2, self.policy.retry_max_s)
-        finally:
-            self.paused = None
 
     def _check(self, record: Record, decoded: Request | Undecodable, lease: Lease, known: list[Parcel]) -> Ticket:
         """A job to queue, or a ticket whose outcomes are known already."""

@@ -125,7 +125,9 @@ class StageBench:
         look_up_s = lap_s()
         run, known = Run(FakeLease(), records), list[Parcel]()
         for record in records:
-            await pipeline.admit(record, run, _opened, known)
+            decoded = pipeline.decode(record, run)
+            assert decoded is not None
+            pipeline.admit(record, decoded, run.lease, _opened, known)
         admit_s = lap_s()
 
         await self._remember()

@@ -547,6 +547,29 @@ async def test_revocation_lets_a_call_in_flight_end_within_its_budget() -> None:
         assert bench.lease.finished == [0]
 
 
+@pytest.mark.parametrize("action", ["document_manifest", "delete"])
+async def test_revocation_does_not_wait_for_what_it_has_dropped(action: str) -> None:
+    """A manifest or delete behind a queued chunk of its document is dropped with it, not waited for."""
+    async with Bench(max_concurrent_calls=1, window_max_texts=1) as bench:
+        bench.provider.gate = asyncio.Event()
+        for i in range(4):
+            await bench.publish(a_request([f"text {i}"], correlation_id=f"c{i}", document_id="before"))
+            await bench.step()
+        await bench.publish(
+            a_request(["queued"], correlation_id="queued"),
+            a_request(action=action, chunk_ids=("c0",), vector_spaces=("s",), correlation_id="behind"),
+        )
+        await bench.step()
+        bench.provider.gate.set()
+        began_s = bench.clock.now_s
+        revoking = asyncio.ensure_future(bench.worker.on_revoke([bench.lease], budget_s=10.0))
+        while not revoking.done():
+            await bench.step()
+        assert bench.clock.now_s - began_s < 1
+        assert 0 in bench.lease.finished
+        assert bench.outbox.manifests == []
+
+
 async def test_a_revocation_that_is_cut_short_lets_go_all_the_same() -> None:
     """An engine that cancels `on_revoke` for its time finds the read-ahead free again."""
     async with Bench() as bench:
@@ -603,14 +626,15 @@ async def test_a_run_that_arrives_while_its_partition_is_revoked_is_left_alone()
 
 
 class Registry:
-    """A decoder that can't reach its registry until it is told to."""
+    """A decoder that can't reach its registry until it is told to; the schemas of the offsets it `knows` it has."""
 
     def __init__(self, bench: Bench) -> None:
         self.decoder = bench.codec
         self.reachable = asyncio.Event()
+        self.knows: set[int] = set()
 
     def decode_now(self, record: Record) -> Request | Undecodable | None:
-        return None
+        return self.decoder.decode_now(record) if record.source.offset in self.knows else None
 
     async def decode(self, record: Record) -> Request | Undecodable:
         if not self.reachable.is_set():
@@ -634,6 +658,25 @@ async def test_a_registry_out_of_reach_is_waited_for() -> None:
         await bench.run_until_idle()
         assert bench.lease.finished == [0]
         assert not bench.worker.waiting()
+
+
+async def test_what_was_admitted_does_not_wait_for_the_registry() -> None:
+    """A record whose schema can't be fetched holds up what comes after it, not what came before it."""
+    async with Bench() as bench:
+        registry = Registry(bench)
+        registry.knows = {0, 1}
+        bench.worker.pipeline.ports = replace(bench.worker.pipeline.ports, decoder=registry)
+        taking = asyncio.ensure_future(
+            bench.publish(a_request(["text"]), b"\1", a_request(["text"], correlation_id="later"))
+        )
+        for _ in range(10):
+            await bench.step()
+        assert sorted(bench.lease.finished) == [0, 1]
+        registry.reachable.set()
+        while not taking.done():
+            await bench.step()
+        await bench.run_until_idle()
+        assert sorted(bench.lease.finished) == [0, 1, 2]
 
 
 async def test_a_broker_that_takes_nothing_is_waited_for() -> None:
