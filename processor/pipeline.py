@@ -87,6 +87,7 @@ class Pipeline:
         self._finished = finished
         self._checker = Checker(policy, ports.catalogue)
         self._cache_secret = hash_key(policy.cache_secret)
+        self._found_at_once = 0
         self._emitter = Emitter(ports.outbox, self.order, ports.clock, self._write)
 
     def decode(self, record: Record, run: Run) -> Request | Undecodable | None:
@@ -243,6 +244,7 @@ class Pipeline:
         else:
             work.outcome = Outcome(found.level, found.entry, work.item == found.entry.leader)
             known.append(work)
+            self._found_at_once += 1
 
     # Between 6 and 7
 
@@ -263,7 +265,10 @@ class Pipeline:
         return parcels
 
     def _count(self, parcels: Sequence[Parcel]) -> None:
-        """Texts by cache level and outcome."""
+        """Texts by cache level and outcome; and the look-ups that ended as records were admitted, which is all hits."""
+        if self._found_at_once:
+            self.ports.events.count("cache_lookups", self._found_at_once, {"level": "l1", "result": "hit"})
+            self._found_at_once = 0
         tally: dict[tuple[CacheLevel, ErrorCode | None], int] = {}
         for parcel in parcels:
             if isinstance(parcel, Work) and (outcome := parcel.outcome) is not None:

@@ -16,8 +16,8 @@ PAUSE_S = 1.0
 class TieredCache:
     """Implements `ports.VectorCache` over L1 and, when there is one, L2. What L2 knows is kept in L1.
 
-    Counts `cache_lookups` (level, result) and `cache_faults` of kind unavailable and not_stored. Reads and writes
-    break apart: a full Redis refuses writes and still answers reads.
+    Counts `cache_lookups` (level, result) and `cache_faults` of kind unavailable and not_stored; a `peek` is counted by
+    its caller, many at a time. Reads and writes break apart: a full Redis refuses writes and still answers reads.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class TieredCache:
         if len(found) == len(keys):
             return found
         missing = [key for key in keys if key not in found]
-        if self._l2 is None or not missing:
+        if self._l2 is None:
             return found
         if self._reads.closed():
             try:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import gc
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from processor.adapters.memory_cache import MemoryCache as L1
+from processor.adapters.tiered_cache import TieredCache
 from processor.domain import (
     CacheLevel,
     CallKind,
@@ -30,7 +33,7 @@ from processor.errors import (
     ProviderTransient,
     RegistryUnavailable,
 )
-from processor.ports import Destination, ProviderAnswer, Run, Undecodable
+from processor.ports import Destination, Events, ProviderAnswer, Run, Undecodable
 from processor.work import Job
 from tests.support.builders import NOW_MS, a_request, some_chunks
 from tests.support.steps import Bench, FakeLease, MemoryCache, vector_of
@@ -169,6 +172,34 @@ async def test_a_follower_leads_when_the_leader_misses_its_deadline() -> None:
         assert by_correlation["corr-1"].error.code == "deadline_exceeded"
         assert by_correlation["c2"].status is Status.OK
         assert [(u.billed.tokens, u.failed_texts) for u in bench.outbox.usage] == [(0, 1), (1, 0)]
+
+
+async def test_what_is_known_at_once_is_saved_delivered_and_counted_while_the_rest_is_embedded() -> None:
+    """A text that L1 has waits for no window; its request is charged once, with its last text; every look-up counts."""
+    looked_up: Counter[tuple[str, str]] = Counter()
+
+    def count(name: str, value: float, labels: Mapping[str, str]) -> None:
+        if name == "cache_lookups":
+            looked_up[labels["level"], labels["result"]] += int(value)
+
+    async with Bench() as bench:
+        events = Events(count)
+        cache = TieredCache(L1(max_bytes=1_000_000, ttl_s=60), bench.cache, events)
+        bench.worker.pipeline.ports = replace(bench.worker.pipeline.ports, cache=cache, events=events)
+        await bench.handle(a_request(["one two"], document_id=None))
+        bench.provider.gate = asyncio.Event()
+        await bench.publish(a_request(["three", "one two"], correlation_id="mixed", document_id=None))
+        await bench.step()
+        assert [(r.request.correlation_id, r.chunk_index, r.cache) for r in bench.outbox.results[1:]] == [
+            ("mixed", 1, CacheLevel.L1)
+        ]
+        assert len(bench.outbox.usage) == 1
+        bench.provider.gate.set()
+        await bench.run_until_idle()
+        assert bench.lease.finished == [0, 1]
+        usage = bench.outbox.usage[1]
+        assert (usage.billed.tokens, usage.saved.tokens, usage.cached_texts, usage.failed_texts) == (1, 2, 1, 0)
+        assert looked_up == {("l1", "miss"): 2, ("l1", "hit"): 1, ("l2", "miss"): 2}
 
 
 async def test_a_hit_is_delivered_late_or_not() -> None:
