@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from processor.adapters.memory_cache import MemoryCache as L1
+from processor.adapters.memory_cache import MemoryCache as LocalCache
 from processor.adapters.tiered_cache import TieredCache
 from processor.domain import (
     CacheLevel,
@@ -184,7 +184,7 @@ async def test_what_is_known_at_once_is_saved_delivered_and_counted_while_the_re
 
     async with Bench() as bench:
         events = Events(count)
-        cache = TieredCache(L1(max_bytes=1_000_000, ttl_s=60), bench.cache, events)
+        cache = TieredCache(LocalCache(max_bytes=1_000_000, ttl_s=60), bench.cache, events)
         bench.worker.pipeline.ports = replace(bench.worker.pipeline.ports, cache=cache, events=events)
         await bench.handle(a_request(["one two"], document_id=None))
         bench.provider.gate = asyncio.Event()
