@@ -18,7 +18,15 @@ from aiokafka.errors import CommitFailedError, IllegalStateError, KafkaError
 
 from processor.adapters.faust_engine import Engine
 from processor.adapters.faust_engine.consumer import COMMIT_TIMEOUT_S, IDLE_S, REQUESTS_TIMEOUT_S, RETRY_S
-from processor.adapters.faust_engine.lease import NO_GENERATION, PartitionLease, Session, due, starts_of, uncommitted
+from processor.adapters.faust_engine.lease import (
+    NO_GENERATION,
+    PartitionLease,
+    Session,
+    due,
+    give_up,
+    starts_of,
+    uncommitted,
+)
 from processor.adapters.faust_engine.thread import FETCH_WAIT_MS, RECORDS_PER_FETCH, at_end, offsets_of, watch
 from processor.adapters.faust_engine.tolerant import read_any_header_name
 from processor.suspicion import Suspicion
@@ -226,18 +234,9 @@ class Member(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka is no
             leases, self.leases = self.leases, None
             if not leases:
                 return
-            settings = self.engine.settings
             try:
-                async with asyncio.timeout(settings.revoke_budget_s + settings.lease_margin_s):
-                    await self.engine.handler.on_revoke(list(leases.values()), settings.revoke_budget_s)
-            except TimeoutError:
-                log.error("handler overran its time for giving partitions up", budget_s=settings.revoke_budget_s)
-            except Exception as error:
-                self.engine.crash(error)
-                raise
+                await give_up(leases, self.engine.handler, self.engine.settings, self.engine.crash)
             finally:
-                for lease in leases.values():
-                    lease.revoke()
                 if self._in_hand is not None and self._in_hand[0].revoked:
                     self._in_hand[1].cancel()
             await self._commit_leases(leases, clean=True)

@@ -18,7 +18,15 @@ from faust.transport.drivers import aiokafka as driver
 from faust.types import TP, ConsumerMessage
 from mode.types import ServiceT
 
-from processor.adapters.faust_engine.lease import NO_GENERATION, PartitionLease, Session, due, starts_of, uncommitted
+from processor.adapters.faust_engine.lease import (
+    NO_GENERATION,
+    PartitionLease,
+    Session,
+    due,
+    give_up,
+    starts_of,
+    uncommitted,
+)
 from processor.adapters.faust_engine.thread import FETCH_BYTES, RECORDS_PER_FETCH, ConsumerThread, Listener
 from processor.adapters.faust_engine.tolerant import read_any_header_name
 from processor.ports import Run
@@ -293,18 +301,9 @@ class Consumer(driver.Consumer):
             self._queued.clear()
             if not leases:
                 return
-            settings = self.engine.settings
             try:
-                async with asyncio.timeout(settings.revoke_budget_s + settings.lease_margin_s):
-                    await self.engine.handler.on_revoke(list(leases.values()), settings.revoke_budget_s)
-            except TimeoutError:
-                log.error("handler overran its time for giving partitions up", budget_s=settings.revoke_budget_s)
-            except Exception as error:
-                self.engine.crash(error)
-                raise
+                await give_up(leases, self.engine.handler, self.engine.settings, self.engine.crash)
             finally:
-                for lease in leases.values():
-                    lease.revoke()
                 if self._in_hand is not None and self._in_hand[0].revoked:
                     self._in_hand[1].cancel()
             await self._commit_leases(leases, clean=True)

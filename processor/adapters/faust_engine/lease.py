@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
 from math import inf
@@ -12,7 +13,8 @@ from aiokafka import TopicPartition
 
 from processor.domain import Record, Source
 from processor.errors import StoreError
-from processor.ports import Run
+from processor.ports import Run, RunHandler
+from processor.settings import Settings
 from processor.suspicion import MOVED, Suspicion
 from processor.watermark import Watermark
 
@@ -176,6 +178,29 @@ def starts_of(
         done = known.offset if known is not None and start < known.offset <= end[partition] else start
         starts[partition] = Start(start, done, Suspicion.parse(metadata).taken_over())
     return starts
+
+
+async def give_up(
+    leases: Mapping[TopicPartition, PartitionLease],
+    handler: RunHandler,
+    settings: Settings,
+    crash: Callable[[BaseException], None],
+) -> None:
+    """Let the handler finish what it can in its time, then revoke the leases, whatever became of it.
+
+    What the handler raises is told to `crash` and raised again.
+    """
+    try:
+        async with asyncio.timeout(settings.revoke_budget_s + settings.lease_margin_s):
+            await handler.on_revoke(list(leases.values()), settings.revoke_budget_s)
+    except TimeoutError:
+        log.error("handler overran its time for giving partitions up", budget_s=settings.revoke_budget_s)
+    except Exception as error:
+        crash(error)
+        raise
+    finally:
+        for lease in leases.values():
+            lease.revoke()
 
 
 def due(
