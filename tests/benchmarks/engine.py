@@ -15,10 +15,9 @@ import os
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +26,8 @@ from aiokafka import AIOKafkaConsumer, TopicPartition
 from processor.adapters.avro import Codec
 from processor.domain import ReceivedResult
 from tests.benchmarks import stages
-from tests.support.brokers import Broker, Servers
-from tests.support.load import Course, Rate, fill, ready, resident_mb, share, some_requests
+from tests.support.brokers import Broker
+from tests.support.load import Course, Rate, Say, fill, ready, resident_mb, share, some_requests, surroundings
 from tests.support.provider_server import ProviderProcess
 from tests.support.stack import ROOT
 
@@ -52,16 +51,10 @@ BARS = {
 }
 """Goal and floor."""
 
-Say = Callable[[str], None]
-
 
 async def run(say: Say) -> dict[str, Any]:
     """Records a second, ratios, latency, memory, CPU, stages and `bars` with whether each is met."""
-    servers = Servers()
-    try:
-        broker = servers.broker()
-        for line in servers.report:
-            say(line)
+    with surroundings(say) as (broker, provider, folder):
         if not broker.is_apache_kafka:
             say("no Apache Kafka: the figures are of the embedded broker and stand beside no bar")
         figures: dict[str, Any] = {
@@ -70,21 +63,15 @@ async def run(say: Say) -> dict[str, Any]:
             "faust_records": FAUST_RECORDS,
             "rounds": ROUNDS,
         }
-        with (
-            tempfile.TemporaryDirectory() as folder,
-            ProviderProcess("--base-ms", "0", "--per-text-ms", "0") as provider,
-        ):
-            bench = Bench(broker, provider, Path(folder), say)
-            for dimensions in (8, 1536):
-                figures |= await bench.rounds(dimensions)
-                figures |= await bench.latency(dimensions, figures[f"worker_d{dimensions}_records_per_s"] / 2)
-            long_s = LONG_RECORDS / figures["worker_d1536_records_per_s"]
-            if LONG == "1" or (LONG != "0" and long_s < LONG_WITHIN_S):
-                figures |= await bench.memory(1536)
-            else:
-                say(f"no long run ({LONG_RECORDS} records, about {long_s:.0f} s): BENCH_LONG=1 has it")
-    finally:
-        servers.close()
+        bench = Bench(broker, provider, folder, say)
+        for dimensions in (8, 1536):
+            figures |= await bench.rounds(dimensions)
+            figures |= await bench.latency(dimensions, figures[f"worker_d{dimensions}_records_per_s"] / 2)
+        long_s = LONG_RECORDS / figures["worker_d1536_records_per_s"]
+        if LONG == "1" or (LONG != "0" and long_s < LONG_WITHIN_S):
+            figures |= await bench.memory(1536)
+        else:
+            say(f"no long run ({LONG_RECORDS} records, about {long_s:.0f} s): BENCH_LONG=1 has it")
     figures |= await stages.run(say)
     return figures | {"bars": bars(figures)}
 

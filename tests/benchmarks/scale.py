@@ -8,47 +8,28 @@ Environment: BENCH_RECORDS. Left out: L2, several machines, workers that join un
 from __future__ import annotations
 
 import os
-import tempfile
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-from tests.support.brokers import Servers
-from tests.support.load import Course, fill, ready, share, some_requests
-from tests.support.provider_server import ProviderProcess
+from tests.support.load import Course, Say, fill, ready, share, some_requests, surroundings
 
 PARTITIONS = 8
 WORKERS = (1, 2, 4)
 RECORDS = int(os.environ.get("BENCH_RECORDS", "100000"))
 
-Say = Callable[[str], None]
-
 
 async def run(say: Say) -> dict[str, Any]:
     """Records a second by number of workers and vector size; parts of the machine's CPU of broker, workers, others."""
-    servers = Servers()
-    try:
-        broker = servers.broker()
-        for line in servers.report:
-            say(line)
+    with surroundings(say) as (broker, provider, folder):
         figures: dict[str, Any] = {"broker": broker.kind, "records": RECORDS, "cores": os.cpu_count()}
-        with (
-            tempfile.TemporaryDirectory() as folder,
-            ProviderProcess("--base-ms", "0", "--per-text-ms", "0") as provider,
-        ):
-            for dimensions in (8, 1536):
-                values = list(some_requests(RECORDS, dimensions))
-                for count in WORKERS:
-                    course = Course(broker, provider, Path(folder), dimensions=dimensions, partitions=PARTITIONS)
-                    name = f"d{dimensions}_workers{count}"
-                    async with course:
-                        figures |= {
-                            f"{name}_{key}": value for key, value in (await measure(course, values, count)).items()
-                        }
-                    say(f"{name}: {figures[f'{name}_records_per_s']}/s")
+        for dimensions in (8, 1536):
+            values = list(some_requests(RECORDS, dimensions))
+            for count in WORKERS:
+                name = f"d{dimensions}_workers{count}"
+                async with Course(broker, provider, folder, dimensions=dimensions, partitions=PARTITIONS) as course:
+                    measured = await measure(course, values, count)
+                figures |= {f"{name}_{key}": value for key, value in measured.items()}
+                say(f"{name}: {figures[f'{name}_records_per_s']}/s")
         return figures
-    finally:
-        servers.close()
 
 
 async def measure(course: Course, values: list[bytes], count: int) -> dict[str, Any]:

@@ -3,30 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
 
 import pytest
 from aiokafka import AIOKafkaProducer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, RecordsToDelete
 from structlog.testing import capture_logs
 
-from processor.errors import EmbeddedUnavailable
 from processor.ports import Run
 from tests.support.brokers import Broker
 from tests.support.engines import Handler, create_topic, engine_settings, group_of, produce, running, until
 from tests.support.kafka import ApacheKafka
 
 PARTITIONS = 4
-
-
-@pytest.fixture
-def own_kafka(kafka: Broker) -> Iterator[ApacheKafka]:
-    """A broker of this test alone, since it is killed; needs Java and Maven."""
-    try:
-        with ApacheKafka() as own:
-            yield own
-    except EmbeddedUnavailable as error:
-        pytest.skip(f"NOT RUN, needs Apache Kafka from Maven artifacts: {error}")
 
 
 @pytest.mark.faults

@@ -28,7 +28,7 @@ from processor.adapters import topics
 from processor.adapters.faust_engine import Engine
 from processor.ports import Run
 from tests.support.brokers import Broker, create_topic
-from tests.support.engines import Group, Handler, engine_settings, group_of, log_ends, produce, running
+from tests.support.engines import Group, Handler, engine_settings, finishing, group_of, log_ends, produce, running
 from tests.support.engines import until as until_true
 from tests.support.provider_server import ProviderProcess
 from tests.support.stack import ROOT, Stack, until
@@ -350,12 +350,7 @@ async def test_a_revocation_commits_what_is_finished_and_nothing_else(kafka: Bro
     await create_topic(kafka.bootstrap_servers, unique, partitions=2)
     await produce(kafka.bootstrap_servers, unique, 2, 200)
 
-    async def finish_the_first_half(run: Run) -> None:
-        for record in run.records:
-            if record.source.offset < 50 or record.source.offset == 75:
-                handler.finish(run, record.source.offset)
-
-    handler, newcomer = Handler(finish_the_first_half), Handler()
+    handler, newcomer = finishing(lambda offset: offset < 50 or offset == 75), Handler()
     settings = engine_settings(kafka.bootstrap_servers, commit_interval_s=3600)
     async with running(settings, unique, handler):
         await until_true(lambda: len(handler.seen) == 200, "200 records")

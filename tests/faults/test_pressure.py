@@ -12,7 +12,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,7 +25,6 @@ from faust.transport import consumer as faust_consumer
 
 from processor.adapters import topics
 from processor.adapters.faust_engine.thread import FETCH_BYTES, RECORDS_PER_FETCH
-from processor.errors import EmbeddedUnavailable
 from processor.ports import Run
 from processor.settings import Settings
 from tests.support import audit
@@ -101,16 +100,6 @@ async def supervised(stack: Stack) -> AsyncIterator[Supervised]:
         supervising.cancel()
         await asyncio.gather(supervising, return_exceptions=True)
     assert worker.child.stop() == 0, worker.child.tail()
-
-
-@pytest.fixture
-def own_kafka(kafka: Broker) -> Iterator[ApacheKafka]:
-    """A broker of this test alone, since it goes away; needs Java and Maven."""
-    try:
-        with ApacheKafka() as own:
-            yield own
-    except EmbeddedUnavailable as error:
-        pytest.skip(f"NOT RUN, needs Apache Kafka from Maven artifacts: {error}")
 
 
 @asynccontextmanager

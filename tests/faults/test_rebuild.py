@@ -18,7 +18,7 @@ from processor.settings import Settings
 from tests.faults.test_aggregator_kills import PARTITIONS, history_of, produce, settled, some_traffic
 from tests.support.aggregation import charges, recomputed
 from tests.support.brokers import Broker
-from tests.support.stack import ROOT, Stack, until
+from tests.support.stack import ROOT, Child, Stack, until
 
 
 def rebuild(stack: Stack, *options: str) -> subprocess.CompletedProcess[str]:
@@ -68,6 +68,24 @@ async def totals_are_those_of_the_log(settings: Settings) -> bool:
     return await read_totals(settings) == recomputed(charges(await history_of(settings)))
 
 
+async def folding(stack: Stack, dice: random.Random) -> Child:
+    """An aggregator on new topics that has folded some usage."""
+    settings = stack.settings()
+    await topics.create(settings, partitions=PARTITIONS)
+    child = stack.spawn("aggregator")
+    await until(child.ready, within_s=30, what="the aggregator is ready")
+    await produce(settings, some_traffic(100, dice), over_s=0)
+    await settled(settings, child)
+    return child
+
+
+async def refuses(child: Child) -> None:
+    """It ends by itself and names the command that mends it."""
+    await until(lambda: child.process.poll() is not None, within_s=30, what="the aggregator refuses")
+    assert child.process.returncode == 1
+    assert "embedding-processor usage rebuild" in child.tail()
+
+
 async def test_totals_begin_anew_when_the_usage_topic_was_made_again(
     kafka: Broker, unique: str, tmp_path: Path
 ) -> None:
@@ -75,21 +93,14 @@ async def test_totals_begin_anew_when_the_usage_topic_was_made_again(
     dice = random.Random(5)
     with Stack(tmp_path, unique, kafka.bootstrap_servers) as stack:
         settings = stack.settings()
-        await topics.create(settings, partitions=PARTITIONS)
-        child = stack.spawn("aggregator")
-        await until(child.ready, within_s=30, what="the aggregator is ready")
-        await produce(settings, some_traffic(100, dice), over_s=0)
-        await settled(settings, child)
+        child = await folding(stack, dice)
         refused = rebuild(stack, "--yes")
         assert (refused.returncode, "stop the aggregator" in refused.stderr) == (1, True), refused.stderr
         assert child.stop() == 0, child.tail()
 
         await make_again(settings)
         await produce(settings, some_traffic(300, dice), over_s=0)
-        child = stack.spawn("aggregator")
-        await until(lambda: child.process.poll() is not None, within_s=30, what="the aggregator refuses")
-        assert child.process.returncode == 1
-        assert "embedding-processor usage rebuild" in child.tail()
+        await refuses(stack.spawn("aggregator"))
 
         refused = await once_the_group_is_empty(stack)
         assert (refused.returncode, "--forget-totals" in refused.stderr) == (1, True), refused.stderr

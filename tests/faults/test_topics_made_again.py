@@ -13,10 +13,10 @@ from processor.adapters import topics
 from processor.cli.totals import read_totals
 from processor.domain import Request
 from processor.identity import request_id
-from tests.faults.test_aggregator_kills import PARTITIONS, settled, some_traffic
+from tests.faults.test_aggregator_kills import PARTITIONS, some_traffic
 from tests.faults.test_aggregator_kills import produce as send_usage
 from tests.faults.test_pressure import CHUNKS, provider_of, supervised
-from tests.faults.test_rebuild import delete, make_again
+from tests.faults.test_rebuild import delete, folding, make_again, refuses
 from tests.support import audit
 from tests.support.brokers import Broker
 from tests.support.engines import (
@@ -74,17 +74,11 @@ async def test_usage_made_again_under_an_aggregator_stops_it(kafka: Broker, uniq
     dice = random.Random(6)
     with Stack(tmp_path, unique, kafka.bootstrap_servers) as stack:
         settings = stack.settings()
-        await topics.create(settings, partitions=PARTITIONS)
-        child = stack.spawn("aggregator")
-        await until_async(child.ready, within_s=30, what="the aggregator is ready")
-        await send_usage(settings, some_traffic(100, dice), over_s=0)
-        await settled(settings, child)
+        child = await folding(stack, dice)
         totals = await read_totals(settings)
         await make_again(settings)
         await send_usage(settings, some_traffic(300, dice), over_s=0)
-        await until_async(lambda: child.process.poll() is not None, within_s=30, what="the aggregator refuses")
-        assert child.process.returncode == 1
-        assert "embedding-processor usage rebuild" in child.tail()
+        await refuses(child)
         assert await read_totals(settings) == totals
 
 

@@ -25,6 +25,7 @@ from tests.support.engines import (
     Place,
     create_topic,
     engine_settings,
+    finishing,
     group_of,
     log_ends,
     produce,
@@ -153,12 +154,7 @@ async def test_a_successor_begins_where_the_commit_stands(kafka: Broker, topic: 
     """Giving up commits what is finished: the next owner gets the rest, from the first unfinished record on."""
     await produce(kafka.bootstrap_servers, topic, 1, 200)
 
-    async def finish_the_first_half(run: Run) -> None:
-        for record in run.records:
-            if record.source.offset < 100 or record.source.offset == 150:
-                handler.finish(run, record.source.offset)
-
-    handler, successor = Handler(finish_the_first_half), Handler()
+    handler, successor = finishing(lambda offset: offset < 100 or offset == 150), Handler()
     settings = engine_settings(kafka.bootstrap_servers, commit_interval_s=3600)
     async with running(settings, topic, handler):
         await until(lambda: len(handler.seen) == 200, "200 records")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from io import BytesIO
 from typing import Any
 
@@ -54,6 +55,40 @@ def encode(schema: Any, value: Any) -> bytes:
     out = BytesIO()
     schemaless_writer(out, parse_schema(schema), value)
     return out.getvalue()
+
+
+def zigzag(number: int) -> bytes:
+    """A long as Avro writes it."""
+    rest = (number << 1) ^ (number >> 63)
+    out = bytearray()
+    while rest > 0x7F:
+        out.append(rest & 0x7F | 0x80)
+        rest >>= 7
+    return bytes([*out, rest])
+
+
+def flipped(value: bytes, place: int, bit: int) -> bytes:
+    return value[:place] + bytes([value[place] ^ (1 << bit)]) + value[place + 1 :]
+
+
+def left_when_damaged(read: Callable[[bytes], Any], value: bytes, start: int, data: st.DataObject) -> None:
+    """Read the record with one bit flipped, with bytes put in or taken out; cut or continued it must be left alone."""
+    place = data.draw(st.integers(start, len(value) - 1))
+    more = data.draw(st.binary(min_size=1, max_size=4))
+    read(flipped(value, place, data.draw(st.integers(0, 7))))
+    read(value[:place] + more + value[place:])
+    read(value[:place] + value[place + 1 :])
+    assert read(value[:place]) is None
+    assert read(value + more) is None
+
+
+def left_when_cut(read: Callable[[bytes], Any], value: bytes, start: int) -> None:
+    """The record is taken; cut at any byte it is left alone; then it is read with each bit flipped."""
+    assert read(value) is not None
+    for place in range(start, len(value)):
+        assert read(value[:place]) is None
+        for bit in range(8):
+            read(flipped(value, place, bit))
 
 
 def decode(body: bytes, writer: Any, reader: Any = None) -> Any:

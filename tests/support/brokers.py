@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 from urllib.parse import urlsplit
 
+from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 
@@ -213,6 +214,12 @@ async def create_topic(
         assert [error[1] for error in answer.topic_errors] == [0], answer
     finally:
         await admin.close()
+
+
+async def ends_of(consumer: AIOKafkaConsumer, topic: str, partitions: int) -> dict[int, int]:
+    """Partition to the offset after its last record."""
+    ends = await consumer.end_offsets([TopicPartition(topic, each) for each in range(partitions)])
+    return {place.partition: end for place, end in ends.items()}
 
 
 async def limit_topic(bootstrap_servers: str, name: str, max_message_bytes: int) -> None:

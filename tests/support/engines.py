@@ -14,6 +14,7 @@ from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from processor.adapters.faust_engine import Engine
 from processor.ports import Lease, Run
 from processor.settings import Settings
+from tests.support.brokers import ends_of
 from tests.support.plain_engine import PlainEngine
 
 ENGINES: Mapping[str, type[Engine]] = {"faust": Engine, "plain": PlainEngine}
@@ -72,6 +73,18 @@ class Handler:
         if not run.lease.revoked:
             run.lease.finish(offset)
             self.finished.add((run.lease.partition, offset))
+
+
+def finishing(which: Callable[[int], bool]) -> Handler:
+    """A handler that finishes only the offsets for which this holds."""
+
+    async def on_run(run: Run) -> None:
+        for record in run.records:
+            if which(record.source.offset):
+                handler.finish(run, record.source.offset)
+
+    handler = Handler(on_run)
+    return handler
 
 
 @asynccontextmanager
@@ -134,13 +147,8 @@ async def produce(bootstrap_servers: str, topic: str, partitions: int, count: in
 
 
 async def log_ends(bootstrap_servers: str, topic: str, partitions: int) -> dict[int, int]:
-    consumer = AIOKafkaConsumer(bootstrap_servers=bootstrap_servers)
-    await consumer.start()
-    try:
-        ends = await consumer.end_offsets([TopicPartition(topic, each) for each in range(partitions)])
-    finally:
-        await consumer.stop()
-    return {partition.partition: end for partition, end in ends.items()}
+    async with AIOKafkaConsumer(bootstrap_servers=bootstrap_servers) as consumer:
+        return await ends_of(consumer, topic, partitions)
 
 
 class Group:

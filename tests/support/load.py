@@ -8,20 +8,22 @@ from __future__ import annotations
 
 import asyncio
 import os
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 
 from processor.adapters import topics
 from processor.adapters.avro import encode_request
 from processor.domain import Chunk, Request
-from tests.support.brokers import Broker, create_topic
+from tests.support.brokers import Broker, Servers, create_topic, ends_of
 from tests.support.provider_server import ProviderProcess
 from tests.support.stack import Child, Stack, until
 
@@ -95,6 +97,23 @@ class Rate:
         return max(0.0, (os.cpu_count() or 1) - sum(self.cores.values()))
 
 
+Say = Callable[[str], None]
+
+
+@contextmanager
+def surroundings(say: Say) -> Iterator[tuple[Broker, ProviderProcess, Path]]:
+    """What a benchmark needs about its workers: the best broker there is, a provider that answers at once, a folder."""
+    with (
+        closing(Servers()) as servers,
+        tempfile.TemporaryDirectory() as folder,
+        ProviderProcess("--base-ms", "0", "--per-text-ms", "0") as provider,
+    ):
+        broker = servers.broker()
+        for line in servers.report:
+            say(line)
+        yield broker, provider, Path(folder)
+
+
 class Course:
     """The topics of one measurement, and workers that read them; every worker group begins at the start.
 
@@ -164,8 +183,7 @@ class Course:
 
     async def end(self, topic: str) -> int:
         """Offsets given out so far, all partitions together."""
-        places = [TopicPartition(topic, partition) for partition in range(self.partitions)]
-        return sum((await self._watcher.end_offsets(places)).values())
+        return sum((await ends_of(self._watcher, topic, self.partitions)).values())
 
     async def rate(
         self, topic: str, before: int, records: int, pids: Mapping[str, int], check: Callable[[], None]

@@ -21,6 +21,7 @@ from processor.domain import Chunk, Record, Request
 from processor.identity import encode_text
 from processor.settings import Settings
 from tests.support.audit import Books
+from tests.support.brokers import ends_of
 
 
 def hard_requests(count: int, *, chunks: int, seed: int = 1) -> list[Request]:
@@ -158,9 +159,7 @@ class Traffic:
         return sum((await self.committed()).values()) >= self.sent
 
     async def _ends(self, topic: str) -> dict[int, int]:
-        places = [TopicPartition(topic, partition) for partition in range(self.partitions)]
-        ends = await self._watcher.end_offsets(places)
-        return {place.partition: end for place, end in ends.items()}
+        return await ends_of(self._watcher, topic, self.partitions)
 
 
 def check_samples(samples: Sequence[Sample], books: Books) -> None:

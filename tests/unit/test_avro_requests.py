@@ -17,7 +17,7 @@ from processor.adapters.avro_requests import RequestReader
 from processor.adapters.schemas import SINGLE_OBJECT_HEADER_BYTES, current
 from processor.domain import Chunk, ReplyTo, Request
 from processor.ports import Undecodable
-from tests.support.avro_data import LONG, TEXT, encode, values_of
+from tests.support.avro_data import LONG, TEXT, encode, left_when_cut, left_when_damaged, values_of, zigzag
 from tests.support.builders import NOW_MS, a_request, some_chunks
 
 SCHEMA = current("EmbeddingRequest")
@@ -85,15 +85,7 @@ def test_any_request_of_the_schema_is_equal_or_left(fields: dict[str, Any]) -> N
 @given(REQUESTS, st.data())
 def test_damaged_requests_are_equal_or_left(request: Request, data: st.DataObject) -> None:
     """Flipped bits, cut ends, bytes put in or left over: never anything that fastavro does not read the same."""
-    value = encode_request(request)
-    place = data.draw(st.integers(START, len(value) - 1))
-    bit = 1 << data.draw(st.integers(0, 7))
-    more = data.draw(st.binary(min_size=1, max_size=4))
-    fast_or_left(value[:place] + bytes([value[place] ^ bit]) + value[place + 1 :])
-    fast_or_left(value[:place] + more + value[place:])
-    fast_or_left(value[:place] + value[place + 1 :])
-    assert fast_or_left(value[:place]) is None
-    assert fast_or_left(value + more) is None
+    left_when_damaged(fast_or_left, encode_request(request), START, data)
 
 
 @settings(max_examples=100, deadline=None)
@@ -117,20 +109,7 @@ def test_every_bit_and_every_end_of_a_request() -> None:
             metadata={"language": "en"},
         )
     )
-    assert fast_or_left(value) is not None
-    for place in range(START, len(value)):
-        assert fast_or_left(value[:place]) is None
-        for bit in range(8):
-            fast_or_left(value[:place] + bytes([value[place] ^ (1 << bit)]) + value[place + 1 :])
-
-
-def zigzag(number: int) -> bytes:
-    rest = (number << 1) ^ (number >> 63)
-    out = bytearray()
-    while rest > 0x7F:
-        out.append(rest & 0x7F | 0x80)
-        rest >>= 7
-    return bytes([*out, rest])
+    left_when_cut(fast_or_left, value, START)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from processor.adapters.schemas import current
 from processor.domain import DlqClass, ReceivedResult, Status, Vector
 from processor.ports import Undecodable
-from tests.support.avro_data import LONG, TEXT
+from tests.support.avro_data import LONG, TEXT, zigzag
 from tests.support.builders import a_request, a_result, a_source, a_vector, some_chunks
 from tests.support.codec import read, value_of
 
@@ -120,15 +120,6 @@ def block(items: Vector, *, sized: bool) -> bytes:
     """One block of an Avro array; with `sized` the count is negative and the size in bytes follows."""
     raw = items.astype("<f4").tobytes()
     return zigzag(-len(items)) + zigzag(len(raw)) + raw if sized else zigzag(len(items)) + raw
-
-
-def zigzag(number: int) -> bytes:
-    rest = (number << 1) ^ (number >> 63)
-    out = bytearray()
-    while rest > 0x7F:
-        out.append(rest & 0x7F | 0x80)
-        rest >>= 7
-    return bytes([*out, rest])
 
 
 @pytest.mark.parametrize("sized", [[True], [False, False], [True, False], [False, True, True]], ids=str)
