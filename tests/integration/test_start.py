@@ -16,6 +16,7 @@ from processor.client import Client
 from processor.errors import BrokerUnavailable
 from processor.settings import Settings
 from tests.support.brokers import Broker
+from tests.support.stack import Stack, until
 
 
 async def last_words(role: str, **settings: str) -> dict[str, Any]:
@@ -44,6 +45,19 @@ async def test_brokers_out_of_reach_are_said_with_their_address() -> None:
     assert (said["level"], said["error"]) == ("critical", "BrokerUnavailable")
     assert "127.0.0.1:1 " in said["why"]
     assert "EMBEDDING_BOOTSTRAP_SERVERS" in said["why"]
+
+
+@pytest.mark.parametrize("role", ["worker", "aggregator"])
+async def test_a_start_that_waits_for_brokers_is_live_and_not_ready(role: str, tmp_path: Path) -> None:
+    """So no probe ends it for waiting, nothing is rolled out behind it, and a stop need not wait for brokers."""
+    with Stack(tmp_path, "waiting", "127.0.0.1:1", EMBEDDING_PROVIDER="local") as stack:
+        child = stack.spawn(role)
+        await until(lambda: "waiting for the brokers" in child.tail(), within_s=30, what="it waits")
+        assert child.get("/health/live") == {"live": True}
+        health = child.get("/health/detailed")
+        assert health is not None
+        assert (health["ready"], child.ready()) == (False, False)
+        assert child.stop() == 0, child.tail()
 
 
 @pytest.mark.parametrize("role", ["worker", "aggregator"])
