@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 from collections import Counter, defaultdict
-from collections.abc import AsyncGenerator, Awaitable, Iterable, Mapping, Sequence
-from contextlib import closing
+from collections.abc import AsyncGenerator, Awaitable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import fields
 from itertools import pairwise
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from processor.accounts import BucketKey, LedgerSummary, TaskKey, TaskProgress, UsageSums, UsageTotal
 from processor.adapters.avro import Codec, partition_of
 from processor.adapters.sqlite_store import SqliteStore
 from processor.aggregate import PartitionTotals, buckets_of, newest_totals, sums_of, total_of
 from processor.aggregator import Aggregator, FoldedTopics
-from processor.domain import Record, Source, Usage
+from processor.domain import Amounts, Part, Record, Source, Usage
 from processor.errors import LeaseLost
 from processor.ports import Destination, Events, Lease, Run, Span, StoreChange, Undecodable
-from tests.support.builders import NOW_MS
+from tests.support.builders import NOW_MS, a_request, a_usage
 from tests.support.steps import FakeLease, VirtualClock
 
 T = TypeVar("T")
@@ -322,3 +323,39 @@ class Bench:
                     self.log.commits.get((topic, partition), 0), expected.pop(0) + 1
                 )
             step()
+
+
+History = list[tuple[Source, Usage]]
+
+
+class Event(NamedTuple):
+    """A copy to come: of which request, how long after the one before, how long after its time of charge."""
+
+    payer: int
+    request: int
+    attempt: int
+    gap_ms: int
+    age_ms: int
+
+
+def append(log: MemoryLog, history: History, coming: Sequence[Event]) -> None:
+    """Put the copies into the log of usage, and into `history` where they stand there."""
+    for payer, number, attempt, gap_ms, age_ms in coming:
+        log.now_ms += gap_ms
+        request = a_request(["one", "two"], tenant_id=f"p{payer}", correlation_id=f"r{number}", task_id=f"t{payer}")
+        tokens = 3 + attempt
+        usage = a_usage(
+            request,
+            billed=Amounts(2, tokens, 6, 20 * tokens if attempt else None),
+            parts=(Part(f"a{payer}{number}{attempt}", tokens),),
+            failed_texts=number % 2,
+            charged_at_ms=log.now_ms - age_ms,
+        )
+        history.append((log.append(Destination("usage", usage)), usage))
+
+
+@contextmanager
+def a_bench(log: MemoryLog | None = None) -> Iterator[Bench]:
+    """With a store of its own, and an empty log unless one is given."""
+    with tempfile.TemporaryDirectory() as directory:
+        yield Bench(log or MemoryLog(), Path(directory) / "store.sqlite")

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
-from pathlib import Path
+from collections.abc import Sequence
+from contextlib import closing
 from typing import Any, NamedTuple
 
 import pytest
@@ -15,7 +13,6 @@ from hypothesis import strategies as st
 from processor.accounts import TaskKey, TaskProgress, UsageTotal
 from processor.adapters.sqlite_store import SqliteStore
 from processor.domain import Amounts, CallKind, CallOutcome, Part, Source, Usage
-from processor.errors import StoreError
 from processor.ports import Destination, Run
 from tests.support.aggregation import (
     DAY_MS,
@@ -24,26 +21,18 @@ from tests.support.aggregation import (
     TOPIC_OF,
     TOPICS,
     Bench,
+    Event,
+    History,
     MemoryLog,
     Steps,
+    a_bench,
+    append,
     charges,
     is_late,
     recomputed,
 )
 from tests.support.builders import a_call, a_request, a_usage
 from tests.support.steps import FakeLease
-
-History = list[tuple[Source, Usage]]
-
-
-class Event(NamedTuple):
-    """A copy to come: of which request, how long after the one before, how long after its time of charge."""
-
-    payer: int
-    request: int
-    attempt: int
-    gap_ms: int
-    age_ms: int
 
 
 def events(gaps: Sequence[int], ages: Sequence[int]) -> st.SearchStrategy[list[Event]]:
@@ -62,27 +51,6 @@ def events(gaps: Sequence[int], ages: Sequence[int]) -> st.SearchStrategy[list[E
 
 NEAR = events([0, 1_000, DAY_MS], [0, 5_000])
 FAR = events([0, DAY_MS, 20 * DAY_MS, 69 * DAY_MS, 71 * DAY_MS], [0, DAY_MS, 34 * DAY_MS, 36 * DAY_MS])
-
-
-def append(log: MemoryLog, history: History, coming: Sequence[Event]) -> None:
-    for payer, number, attempt, gap_ms, age_ms in coming:
-        log.now_ms += gap_ms
-        request = a_request(["one", "two"], tenant_id=f"p{payer}", correlation_id=f"r{number}", task_id=f"t{payer}")
-        tokens = 3 + attempt
-        usage = a_usage(
-            request,
-            billed=Amounts(2, tokens, 6, 20 * tokens if attempt else None),
-            parts=(Part(f"a{payer}{number}{attempt}", tokens),),
-            failed_texts=number % 2,
-            charged_at_ms=log.now_ms - age_ms,
-        )
-        history.append((log.append(Destination("usage", usage)), usage))
-
-
-@contextmanager
-def a_bench(log: MemoryLog | None = None) -> Iterator[Bench]:
-    with tempfile.TemporaryDirectory() as directory:
-        yield Bench(log or MemoryLog(), Path(directory) / "store.sqlite")
 
 
 class Life(NamedTuple):
@@ -330,83 +298,6 @@ async def test_a_record_that_cannot_be_read_goes_to_the_dlq_and_stops_nothing() 
         assert (letter.key, letter.value) == (b"k", b"not ours")
         assert await log.totals() == recomputed(history)
         assert bench.counts["usage_events", "charged"] == 2
-
-
-# --- a topic that is no longer the one that was folded ---------------------------------------------------
-
-
-async def folded_once(bench: Bench) -> int:
-    history = History()
-    append(bench.log, history, [Event(0, n, 1, 1_000, 0) for n in range(3)])
-    await bench.run()
-    return history[0][0].partition
-
-
-@pytest.mark.parametrize("again", [0, 1, 3, 5])
-async def test_a_usage_topic_made_again_stops_the_aggregator(again: int) -> None:
-    """A topic that ends before the folded offset, or holds another record there, names the rebuild."""
-    with a_bench() as bench:
-        await folded_once(bench)
-        bench.log.remake(TOPICS.usage)
-        append(bench.log, [], [Event(0, 7, 2, 1_000, 0)] * again)
-        with pytest.raises(StoreError, match="usage rebuild"):
-            await bench.run()
-
-
-async def test_a_usage_topic_made_again_is_found_even_without_a_store() -> None:
-    """Published totals that count offsets the usage topic does not have name the rebuild."""
-    with a_bench() as bench:
-        await folded_once(bench)
-        bench.log.remake(TOPICS.usage)
-        bench.lose_store()
-        with pytest.raises(StoreError, match="usage rebuild"):
-            await bench.run()
-
-
-async def test_a_usage_topic_made_again_and_longer_than_before_is_found_without_a_store() -> None:
-    """Charges below an old last_offset would be passed over: the charge that a total names must be the one there."""
-    with a_bench() as bench:
-        await folded_once(bench)
-        bench.log.remake(TOPICS.usage)
-        bench.lose_store()
-        bench.log.now_ms += DAY_MS
-        append(bench.log, [], [Event(0, n, 2, 1_000, 0) for n in range(8)])
-        with pytest.raises(StoreError, match="usage rebuild --forget-totals"):
-            await bench.run()
-
-
-async def test_forgotten_totals_begin_anew_with_the_log() -> None:
-    """After a null value for every bucket, without a store, the totals are those of the log that is there now."""
-    with a_bench() as bench:
-        await folded_once(bench)
-        bench.log.remake(TOPICS.usage)
-        bench.lose_store()
-        bench.log.forget_totals()
-        history = History()
-        append(bench.log, history, [Event(0, n, 2, 1_000, 0) for n in range(2)])
-        await bench.run(run_length=1)
-        bench.lose_store()  # once more: old, deleted and new records of a key are read together
-        append(bench.log, history, [Event(0, 5, 1, 1_000, 0)])
-        await bench.run()
-
-        assert await bench.log.totals() == recomputed(history)
-
-
-async def test_a_grown_usage_topic_stops_the_aggregator() -> None:
-    """More partitions than were folded name the rebuild, since keys have moved."""
-    with a_bench() as bench:
-        await folded_once(bench)
-        bench.log.partitions[TOPICS.usage] = PARTITIONS + 1
-        with pytest.raises(StoreError, match="usage rebuild"):
-            await bench.run()
-
-
-async def test_a_topic_whose_last_folded_record_has_expired_is_still_the_same() -> None:
-    """Retention that removes folded records stops nobody."""
-    with a_bench() as bench:
-        partition = await folded_once(bench)
-        bench.log.expire(TOPICS.usage, partition, 3)
-        assert await bench.run() is not None
 
 
 # --- the ledger ------------------------------------------------------------------------------------------
