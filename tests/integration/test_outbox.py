@@ -249,7 +249,7 @@ async def test_a_lease_lost_in_the_middle_ends_the_call_and_sending_it_again_kee
     kafka: Broker, unique: str
 ) -> None:
     """What the broker has is the beginning of the call, and then all of it: copies, and nothing before its turn."""
-    big = a_request(metadata={"pad": "x" * 60_000})
+    big = a_request(metadata={"pad": "x" * (engine.BATCH_BYTES // 2 - 10_000)})  # two of them fill a batch
     call = [Destination("results", a_result(big, chunk_id=str(part))) for part in range(20)]
     async with posting(kafka, unique) as posted:
         with pytest.raises(LeaseLost):
