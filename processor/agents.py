@@ -73,9 +73,12 @@ class Worker:
             if decoded is None:  # a registry may be out of reach for long: what was admitted doesn't wait for it
                 self._hand_on(known)
                 decoded = await self.pipeline.fetch(record)
-            before = self._held_bytes
-            self.pipeline.admit(record, decoded, run.lease, self._opened, known)
-            turn_bytes += self._held_bytes - before
+                if self._is_over(run.lease):  # revoked meanwhile: nobody would ever let go of it
+                    break
+            ticket = self.pipeline.admit(record, decoded, run.lease, known)
+            self._tickets.add(ticket)
+            self._held_bytes += ticket.size_bytes
+            turn_bytes += ticket.size_bytes
             if turn_bytes >= BYTES_A_TURN:
                 self._hand_on(known)
                 turn_bytes = 0
@@ -123,13 +126,6 @@ class Worker:
     async def positions(self, partitions: Sequence[tuple[str, int]]) -> Mapping[tuple[str, int], int]:  # noqa: ARG002
         """Committed offsets are the truth for a worker."""
         return {}
-
-    def _opened(self, ticket: Ticket) -> None:
-        if self._is_over(ticket.lease):  # revoked while its record was decoded: nobody would ever let go of it
-            ticket.dropped = True
-            return
-        self._tickets.add(ticket)
-        self._held_bytes += ticket.size_bytes
 
     def _forget(self, tickets: Iterable[Ticket]) -> None:
         for ticket in tickets:

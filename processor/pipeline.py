@@ -108,25 +108,17 @@ class Pipeline:
         finally:
             self.paused = None
 
-    def admit(
-        self,
-        record: Record,
-        decoded: Request | Undecodable,
-        lease: Lease,
-        opened: Callable[[Ticket], None],
-        known: list[Parcel],
-    ) -> None:
+    def admit(self, record: Record, decoded: Request | Undecodable, lease: Lease, known: list[Parcel]) -> Ticket:
         """Steps 1 and 2: queue what is to be embedded; outcomes that are known already are added to `known`.
 
-        `opened` is told of the record's ticket before anything can finish it; one that it drops goes no further.
+        Nothing can finish the record's ticket before the event loop has its next turn.
         """
         outcomes: list[Parcel] = []
         ticket = self._check(record, decoded, lease, outcomes)  # 1. bad input becomes a value
         ticket.size_bytes += _bytes_in_work(ticket, outcomes)
-        opened(ticket)
-        if ticket.live:
-            self._group(ticket, outcomes)  # 2. equal texts are embedded once
-            known += outcomes
+        self._group(ticket, outcomes)  # 2. equal texts are embedded once
+        known += outcomes
+        return ticket
 
     async def process(self, window: Window, release: Callable[[], None]) -> None:
         """Steps 3 to 8: carry a window of one embedding function to where its offsets may be committed.

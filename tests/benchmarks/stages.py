@@ -127,7 +127,7 @@ class StageBench:
         for record in records:
             decoded = pipeline.decode(record, run)
             assert decoded is not None
-            pipeline.admit(record, decoded, run.lease, _opened, known)
+            pipeline.admit(record, decoded, run.lease, known)
         admit_s = lap_s()
 
         await self._remember()
@@ -163,10 +163,6 @@ class StageBench:
             "encode_usage_us": usage_s,
             "batches_us": lap_s(),
         }
-
-
-def _opened(_: object) -> None:
-    """Nobody counts what is held."""
 
 
 def _released() -> None:
