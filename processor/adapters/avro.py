@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import lru_cache
-from typing import Any, Final, NamedTuple, TypeVar, cast
-
-from aiokafka.partitioner import murmur2
+from typing import Any, Final, NamedTuple, TypeVar
 
 from processor.accounts import TaskProgress, UsageTotal
 from processor.adapters.avro_outcomes import OutcomeWriter, encode_version
@@ -69,12 +66,6 @@ class Encoded(NamedTuple):
 
 _encoded = tuple.__new__
 """Makes a named tuple in half the time of its class (measured)."""
-
-
-@lru_cache(maxsize=8_192)
-def partition_of(key: bytes, partitions: int) -> int:
-    """The partition that Java's partitioner gives to a key. Remembered, since the chunks of a request share theirs."""
-    return cast(int, (murmur2(key) & 0x7FFFFFFF) % partitions)
 
 
 class Codec:

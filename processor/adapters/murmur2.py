@@ -1,8 +1,9 @@
-"""Kafka's default partitioner for many keys at once: Java's murmur2 in numpy, byte for byte."""
+"""Kafka's default partitioner: Java's murmur2, for many keys at once in numpy, byte for byte."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import numpy as np
 from aiokafka.partitioner import murmur2
@@ -18,10 +19,15 @@ LONG_KEY_BYTES = 1_024
 may have so many, and each of its request's 2,048 results has it for a key: 10 ms, by the loop 300."""
 
 
+def partition_of(key: bytes, partitions: int) -> int:
+    """The partition that Java's partitioner gives to a key, of `partitions`."""
+    return cast(int, (murmur2(key) & 0x7FFFFFFF) % partitions)
+
+
 def partitions_of(keys: Sequence[bytes], partitions: int) -> list[int]:
-    """The partition that Java's partitioner gives to each key, of `partitions`."""
+    """The same for each of these keys."""
     if len(keys) < FEW_KEYS or max(map(len, keys)) > LONG_KEY_BYTES:
-        return [(murmur2(key) & 0x7FFFFFFF) % partitions for key in keys]
+        return [partition_of(key, partitions) for key in keys]
     found: list[int] = ((_murmur2(keys) & np.uint32(0x7FFFFFFF)) % np.uint32(partitions)).tolist()
     return found
 

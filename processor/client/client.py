@@ -15,9 +15,10 @@ from aiokafka import AIOKafkaProducer
 from aiokafka.errors import KafkaError
 
 from processor.adapters import topics
-from processor.adapters.avro import Codec, partition_of, request_key
+from processor.adapters.avro import Codec, request_key
 from processor.adapters.catalogue import load_catalogue
 from processor.adapters.kafka import connection, unavailable
+from processor.adapters.murmur2 import partition_of
 from processor.client.outcomes import FirstCharges, FirstResults, Outcome
 from processor.client.replies import Replies
 from processor.client.requests import RequestOptions, as_chunks, check, split

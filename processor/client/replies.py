@@ -12,8 +12,9 @@ import structlog
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.errors import KafkaError
 
-from processor.adapters.avro import Codec, partition_of
+from processor.adapters.avro import Codec
 from processor.adapters.kafka import connection, unavailable
+from processor.adapters.murmur2 import partition_of
 from processor.client.outcomes import Pending
 from processor.domain import ReceivedResult, ReplyTo, Request
 from processor.errors import BrokerUnavailable, ProcessorError

@@ -12,8 +12,9 @@ from aiokafka import AIOKafkaProducer
 
 from processor.accounts import BucketKey
 from processor.adapters import topics
-from processor.adapters.avro import Codec, partition_of
+from processor.adapters.avro import Codec
 from processor.adapters.kafka import connection
+from processor.adapters.murmur2 import partition_of
 from processor.adapters.reader import KafkaReader
 from processor.cli.totals import read_totals
 from processor.domain import Amounts, CallKind, CallOutcome, Part, Source, Usage

@@ -17,8 +17,9 @@ from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, NewPartitions
 
 from processor.adapters import topics
-from processor.adapters.avro import Codec, partition_of
+from processor.adapters.avro import Codec
 from processor.adapters.faust_engine import Engine, engine
+from processor.adapters.murmur2 import partition_of
 from processor.adapters.outbox import KafkaOutbox
 from processor.domain import DeadLetter, DlqClass, ReceivedResult
 from processor.errors import DeliveryFailed, LeaseLost, RecordTooLarge

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from processor.accounts import BucketKey, LedgerSummary, TaskKey, TaskProgress, UsageSums, UsageTotal
-from processor.adapters.avro import Codec, partition_of
+from processor.adapters.avro import Codec
+from processor.adapters.murmur2 import partition_of
 from processor.adapters.sqlite_store import SqliteStore
 from processor.aggregate import PartitionTotals, buckets_of, newest_totals, sums_of, total_of
 from processor.aggregator import Aggregator, FoldedTopics

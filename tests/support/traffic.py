@@ -14,8 +14,9 @@ from typing import Self
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient
 
-from processor.adapters.avro import encode_request, partition_of
+from processor.adapters.avro import encode_request
 from processor.adapters.kafka import connection
+from processor.adapters.murmur2 import partition_of
 from processor.adapters.topics import topics
 from processor.domain import Chunk, Record, Request
 from processor.identity import encode_text

@@ -19,9 +19,9 @@ from processor.adapters.avro import (
     Codec,
     encode_request,
     key_of,
-    partition_of,
     request_key,
 )
+from processor.adapters.murmur2 import partition_of
 from processor.adapters.schemas import (
     MAX_SCHEMA_CHARACTERS,
     allowed,
