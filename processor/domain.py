@@ -94,6 +94,13 @@ class Truncate(Word):
     START = "truncate_start"
 
 
+class CallEstimator(Word):
+    """How a provider counts the tokens of a call before it takes it: with its tokenizer, or UTF-8 bytes x 0.25."""
+
+    TOKENS = "tokens"
+    BYTES_4 = "bytes/4"
+
+
 class Lane(Word):
     BULK = "bulk"
     INTERACTIVE = "interactive"
@@ -280,7 +287,8 @@ class ModelSpec:
 
     `dimensions` are the allowed ones, the default first; with `shortenable` any from 1 to the default.
     `answers_as` are the model names a response may carry; None: the server echoes any name. `tokenizer` names an
-    exact counter ("cl100k_base", "wordpiece:<path>"), None: an estimate.
+    exact counter ("cl100k_base", "wordpiece:<path>"), None: an estimate. `call_estimator` is what the provider itself
+    holds against `max_tokens_per_call`; `max_bytes_per_call` bounds the UTF-8 bytes of all texts of one call.
     """
 
     name: str
@@ -292,6 +300,8 @@ class ModelSpec:
     max_input_tokens: int = 8192
     max_inputs_per_call: int = 2048
     max_tokens_per_call: int = 300_000
+    max_bytes_per_call: int = 8_000_000
+    call_estimator: CallEstimator = CallEstimator.TOKENS
     tokenizer: str | None = None
     prefixes: Mapping[InputType, str] = field(default_factory=dict)
     answers_as: frozenset[str] | None = None

@@ -15,12 +15,14 @@ ProcessorError
    |- ProviderTransient     no answer, 5xx, broken body: try again with a new attempt
    |- ProviderThrottled     429 with a wait: try again after `retry_after_s`
    |- ProviderPaused        auth or quota: pause the stream, keep the lag, health says why
-   |- CallTooLarge          the composition of the call is at fault: halve it
+   |- CallTooLarge          the composition of the call is at fault (size, timeout, memory): make it smaller
    |- InputRejected         one of the texts is at fault: bisect the call
    `- ModelRejected         the model is at fault: error results for its chunks
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 
 class ProcessorError(Exception):
@@ -78,6 +80,20 @@ class StoreError(ProcessorError):
     """The aggregator's local store can't be used as it is; the message says whether to delete or to rebuild it."""
 
 
+class RateLimits(NamedTuple):
+    """What the headers of an answer, refused or not, say of the account. None: not said.
+
+    Limits are per minute; `remaining_*` is what is left now, `reset_*_s` when all of it is back.
+    """
+
+    requests_per_minute: float | None = None
+    tokens_per_minute: float | None = None
+    remaining_requests: float | None = None
+    remaining_tokens: float | None = None
+    reset_requests_s: float | None = None
+    reset_tokens_s: float | None = None
+
+
 class ProviderError(ProcessorError):
     """One provider call failed.
 
@@ -89,6 +105,7 @@ class ProviderError(ProcessorError):
         super().__init__(f"{code} (HTTP {http_status})" if http_status else code)
         self.code = code
         self.http_status = http_status
+        self.limits: RateLimits | None = None
 
 
 class ProviderTransient(ProviderError):
@@ -108,7 +125,7 @@ class ProviderPaused(ProviderError):
 
 
 class CallTooLarge(ProviderError):
-    """The call as a whole is over a limit of the provider; smaller calls may pass."""
+    """The call as a whole is too much for the provider (size, time, memory); smaller calls may pass."""
 
 
 class InputRejected(ProviderError):

@@ -39,6 +39,7 @@ from processor.domain import (
     Usage,
     Vector,
 )
+from processor.errors import RateLimits
 
 T = TypeVar("T")
 
@@ -105,11 +106,15 @@ class Lease(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A fetched run of records of one partition, in offset order. `lethal`: its one record ends processes, bury it."""
+    """A fetched run of records of one partition, in offset order. `lethal`: its one record ends processes, bury it.
+
+    `behind`: how many more records of the partition were in the log, as far as the broker has said.
+    """
 
     lease: Lease
     records: Sequence[Record]
     lethal: bool = False
+    behind: int = 0
 
 
 class RunHandler(Protocol):
@@ -205,6 +210,7 @@ class ProviderAnswer(NamedTuple):
     indices: Sequence[int]
     model: str
     billed_tokens: int | None
+    limits: RateLimits | None = None
 
 
 class EmbeddingProvider(Protocol):

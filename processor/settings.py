@@ -113,9 +113,9 @@ class Settings(BaseSettings):
     window_max_tokens: int = Field(200_000, gt=0, description="A window closes at this many tokens (bytes / 4).")
     window_max_wait_ms: int = Field(50, ge=0, description="A window closes after this wait; interactive: at once.")
     max_concurrent_calls: int = Field(
-        4,
+        16,
         gt=0,
-        description="Provider calls in flight per worker.",
+        description="Most provider calls in flight per worker; it finds out by itself how many of them pay.",
         validation_alias=_alias("EMBEDDING_MAX_CONCURRENT_CALLS", "WORKER_COUNT"),
     )
     read_ahead_bytes: int = Field(
@@ -164,6 +164,39 @@ class Settings(BaseSettings):
         validation_alias=_alias("EMBEDDING_PROVIDER_TIMEOUT_S", "OPENAI_TIMEOUT_SECONDS"),
     )
     provider_connect_timeout_s: float = Field(5.0, gt=0, description="Time limit of connecting to the provider.")
+    provider_read_timeout_s: float = Field(
+        30.0, gt=0, description="Time limit of waiting for the next bytes of an answer."
+    )
+    deployments_file: Path | None = Field(
+        None,
+        description="YAML file of deployments of the same models, in order of preference, for failover; "
+        "none: the one that the settings above name.",
+    )
+    requests_per_minute: int | None = Field(
+        None, gt=0, description="Request limit of the provider's account; corrected by its headers; none: unknown."
+    )
+    tokens_per_minute: int | None = Field(
+        None, gt=0, description="Token limit of the provider's account; corrected by its headers; none: unknown."
+    )
+    interactive_share_percent: int = Field(
+        10,
+        ge=0,
+        le=90,
+        description="Part of these limits that is reserved for the interactive lane; 0 when none runs.",
+    )
+    limit_sharers: int = Field(
+        1,
+        gt=0,
+        description="Workers of a lane that share the limits: without Redis, or when it is out of reach, each keeps to "
+        "this fraction.",
+    )
+    retry_after_max_s: float = Field(
+        300.0, gt=0, description="Longest wait that a Retry-After of the provider can ask for."
+    )
+    tenant_weights: Annotated[dict[str, int], NoDecode] = Field(
+        default_factory=dict,
+        description='Shares of tenants in the calls, JSON such as {"acme": 3}; others have 1.',
+    )
     retry_initial_s: float = Field(
         0.5, gt=0, description="First backoff after a transient fault; doubles, full jitter."
     )
@@ -232,15 +265,16 @@ class Settings(BaseSettings):
     def _split(cls, value: Any) -> Any:
         return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
 
-    @field_validator("default_dimensions_by_model", mode="before")
+    @field_validator("default_dimensions_by_model", "tenant_weights", mode="before")
     @classmethod
-    def _parse_json(cls, value: Any) -> Any:
+    def _parse_json(cls, value: Any, info: ValidationInfo) -> Any:
         if not isinstance(value, str):
             return value
+        example = '{"acme": 3}' if info.field_name == "tenant_weights" else '{"text-embedding-3-large": 1024}'
         try:
             return json.loads(value)
         except ValueError:
-            raise ValueError('must be a JSON object such as {"text-embedding-3-large": 1024}') from None
+            raise ValueError(f"must be a JSON object such as {example}") from None
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:

@@ -28,6 +28,7 @@ from processor.domain import (
     Request,
     Result,
     Source,
+    TokenSource,
     Truncate,
 )
 from processor.ports import Clock, Destination, Lease
@@ -53,7 +54,8 @@ class Policy:
     window_max_texts: int = 512
     window_max_tokens: int = 200_000
     window_max_wait_s: float = 0.05
-    max_concurrent_calls: int = 4
+    max_concurrent_calls: int = 16
+    tenant_weights: Mapping[str, int] = field(default_factory=dict)
     retry_initial_s: float = 0.5
     retry_max_s: float = 30.0
     poison_attempts: int = 5
@@ -208,7 +210,12 @@ class Work(Parcel):
 
 @dataclass(slots=True, eq=False)
 class Fold:
-    """Works of one cache key: embedded once. Works may join until it is settled; the leader is fixed by the intent."""
+    """Works of one cache key: embedded once. Works may join until it is settled; the leader is fixed by the intent.
+
+    For a miss: `sent` is the text that goes out (prefix applied, cut if need be), `tokens` its local count, `estimated`
+    what the provider's own estimator makes of it, `sent_bytes` its UTF-8 bytes. `in_call` from when a call is made of
+    it until that is over for good.
+    """
 
     key: bytes = field(repr=False)
     function: EmbeddingFunction
@@ -219,6 +226,13 @@ class Fold:
     level: CacheLevel = CacheLevel.MISS
     entry: Entry | None = None
     fault: Fault | None = None
+    sent: str = field(default="", repr=False)
+    tokens: int = 0
+    token_source: TokenSource = TokenSource.ESTIMATE
+    estimated: int = 0
+    sent_bytes: int = 0
+    truncated: bool = False
+    in_call: bool = False
 
     @property
     def text(self) -> str:
@@ -243,6 +257,30 @@ class Window:
 
     function: EmbeddingFunction
     folds: list[Fold]
+
+
+@dataclass(slots=True, eq=False)
+class Call:
+    """Folds that go to the provider together, in the order of their texts.
+
+    A call that failed and is tried again whole keeps its `failures` (transient ones, since the route had
+    `successes_seen`) and waits until `not_before` on the monotonic clock. While a refused text is searched for,
+    `searching` holds, and `rest` is the other half: it comes next if this half turns out well.
+    """
+
+    function: EmbeddingFunction
+    folds: list[Fold]
+    attempts: int = 0
+    failures: int = 0
+    successes_seen: int = 0
+    not_before: float = float("-inf")
+    searching: bool = False
+    rest: list[Fold] = field(default_factory=list)
+
+    @property
+    def tokens(self) -> int:
+        """By local count: what limits and bills are measured in."""
+        return sum(fold.tokens for fold in self.folds)
 
 
 Fail = Callable[[BaseException], None]
