@@ -73,6 +73,15 @@ async def test_runs_arrive_in_order_and_are_committed(kafka: Broker, topic: str,
         assert await group.committed() == dict.fromkeys(range(PARTITIONS), 1_000)
 
 
+async def test_a_run_says_how_many_records_are_behind_it(kafka: Broker, topic: str, running: Running) -> None:
+    """Who knows that more is to come waits for it; after the last one in the log nobody does."""
+    await produce(kafka.bootstrap_servers, topic, PARTITIONS, 4_000)
+    handler = Handler()
+    async with running(engine_settings(kafka.bootstrap_servers), topic, handler):
+        await until(lambda: len(handler.seen) == 4_000, "4,000 records")
+    assert [run.behind for run in handler.runs] == [999 - run.records[-1].source.offset for run in handler.runs]
+
+
 class OddName(str):
     """A header's name as careless producers write it: in Latin-1."""
 

@@ -27,7 +27,7 @@ from processor.adapters.faust_engine.lease import (
     starts_of,
     uncommitted,
 )
-from processor.adapters.faust_engine.thread import FETCH_WAIT_MS, RECORDS_PER_FETCH, at_end, offsets_of, watch
+from processor.adapters.faust_engine.thread import FETCH_WAIT_MS, RECORDS_PER_FETCH, at_end, end_of, offsets_of, watch
 from processor.adapters.faust_engine.tolerant import read_any_header_name
 from processor.suspicion import Suspicion
 
@@ -217,7 +217,8 @@ class Member(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka is no
             lease.suspicion = lease.suspicion.passed() if lease.alone_left else Suspicion()
 
     async def _hand_on(self, lease: PartitionLease, fetched: Sequence[Any], *, lethal: bool = False) -> None:
-        task = asyncio.create_task(self.engine.handler.on_run(lease.hand_out(fetched, lethal=lethal)))
+        end = end_of(self.consumer, TopicPartition(lease.topic, lease.partition))
+        task = asyncio.create_task(self.engine.handler.on_run(lease.hand_out(fetched, end=end, lethal=lethal)))
         self._in_hand = (lease, task)
         try:
             await asyncio.wait({task})

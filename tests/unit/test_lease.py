@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from aiokafka import ConsumerRecord
 
 from processor.adapters.faust_engine.lease import PartitionLease, Session
 
@@ -96,6 +97,13 @@ def test_a_revoked_lease_is_never_held_again(lease: PartitionLease, session: Ses
     session.acknowledged(time.now)
     assert lease.revoked
     assert not lease.held()
+
+
+@pytest.mark.parametrize("end, behind", [(None, 0), (101, 0), (102, 0), (150, 48)])
+def test_what_is_behind_a_run_is_counted_from_its_end(lease: PartitionLease, end: int | None, behind: int) -> None:
+    """An end that is not known, or was said before the last records came, is no backlog."""
+    fetched = [ConsumerRecord("requests", 3, offset, 0, 0, None, b"", None, -1, 0, ()) for offset in (100, 101)]
+    assert lease.hand_out(fetched, end=end).behind == behind
 
 
 def test_a_late_acknowledgement_finds_the_lease_revoked_and_does_nothing(lease: PartitionLease) -> None:

@@ -255,9 +255,10 @@ class Consumer(driver.Consumer):
 
     async def _queue(self, lease: PartitionLease, fetched: Sequence[Any], *, lethal: bool = False) -> None:
         """Hand a run to the agent through Faust's stream, as one message. The watermark knows it first."""
-        run = lease.hand_out(fetched, lethal=lethal)
-        self._queued.add(id(run))
         first = fetched[0]
+        end = self._thread.end_of(TopicPartition(first.topic, first.partition))
+        run = lease.hand_out(fetched, end=end, lethal=lethal)
+        self._queued.add(id(run))
         message = ConsumerMessage(
             first.topic,
             first.partition,
@@ -410,17 +411,16 @@ class Consumer(driver.Consumer):
         leases = self.leases
         partitions = []
         for partition, lease in sorted((leases or {}).items()):
-            with suppress(AssertionError):  # a rebalance in the consumer's thread took it away just now
-                end = self._thread._ensure_consumer().highwater(partition)
-                partitions.append(
-                    {
-                        "partition": f"{partition.topic}/{partition.partition}",
-                        "next_offset": lease.watermark.next_offset,
-                        "first_unfinished": lease.watermark.first_unfinished,
-                        "unfinished": len(lease.watermark),
-                        "lag": None if end is None else max(0, end - lease.watermark.first_unfinished),
-                    }
-                )
+            end = self._thread.end_of(partition)
+            partitions.append(
+                {
+                    "partition": f"{partition.topic}/{partition.partition}",
+                    "next_offset": lease.watermark.next_offset,
+                    "first_unfinished": lease.watermark.first_unfinished,
+                    "unfinished": len(lease.watermark),
+                    "lag": None if end is None else max(0, end - lease.watermark.first_unfinished),
+                }
+            )
         generation = self.session.generation()
         return {
             "state": "rebalancing" if leases is None else "consuming" if leases else "standby",

@@ -107,14 +107,15 @@ class PartitionLease:
             self.suspicion = Suspicion(MOVED)
         return str(self.suspicion)
 
-    def hand_out(self, fetched: Sequence[Any], *, lethal: bool = False) -> Run:
-        """The run that aiokafka's records are; the watermark knows it from now on."""
+    def hand_out(self, fetched: Sequence[Any], *, end: int | None = None, lethal: bool = False) -> Run:
+        """The run that aiokafka's records are; the watermark knows it from now on. `end` of the log, where known."""
         records = [
             Record(Source(each.topic, each.partition, each.offset, each.timestamp), each.key, each.value, each.headers)
             for each in fetched
         ]
         self.watermark.hand_out(record.source.offset for record in records)
-        return Run(self, records, lethal)
+        behind = 0 if end is None else max(0, end - self.watermark.next_offset)
+        return Run(self, records, lethal, behind)
 
     def finish(self, offset: int) -> None:
         if not self._revoked:

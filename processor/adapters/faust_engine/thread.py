@@ -141,6 +141,10 @@ class ConsumerThread(driver.AIOKafkaConsumerThread):
         )
         return fetched
 
+    def end_of(self, partition: TopicPartition) -> int | None:
+        """`end_of`, from any thread."""
+        return end_of(self._ensure_consumer(), partition)
+
     async def first_offset(self, partition: TopicPartition) -> int:
         """Of what is retained; 0 when the broker does not say."""
         try:
@@ -245,6 +249,17 @@ async def offsets_of(
         await consumer.beginning_offsets(partitions),
         await consumer.end_offsets(partitions),
     )
+
+
+def end_of(consumer: AIOKafkaConsumer, partition: TopicPartition) -> int | None:
+    """The end of the log, as the broker said it with the last fetch; None before one, or once it is not ours any more.
+
+    Asked from any thread: a rebalance may take the partition away at any moment.
+    """
+    with suppress(AssertionError, AttributeError):
+        end: int | None = consumer.highwater(partition)
+        return end
+    return None
 
 
 def at_end(consumer: AIOKafkaConsumer, partition: TopicPartition) -> bool:
