@@ -13,8 +13,6 @@ from __future__ import annotations
 import asyncio
 import os
 import statistics
-import subprocess
-import sys
 import time
 import uuid
 from collections.abc import AsyncIterator, Iterable, Sequence
@@ -29,7 +27,6 @@ from tests.benchmarks import stages
 from tests.support.brokers import Broker
 from tests.support.load import Course, Rate, Say, fill, ready, resident_mb, share, some_requests, surroundings
 from tests.support.provider_server import ProviderProcess
-from tests.support.stack import ROOT
 
 PARTITIONS = 4
 RECORDS = int(os.environ.get("BENCH_RECORDS", "100000"))
@@ -185,31 +182,8 @@ async def worker_rate(course: Course, **environment: str) -> Rate:
 async def baseline_rate(course: Course, kind: str) -> Rate:
     """Of one process of `tests.support.baselines`, with a topic of its own for the results."""
     results = await course.create(f"{kind}-{uuid.uuid4().hex[:8]}")
-    options = {
-        "bootstrap-servers": course.broker.bootstrap_servers,
-        "requests": course.requests,
-        "results": results,
-        "group": results,
-        "dimensions": str(course.dimensions),
-    }
-    arguments = [part for name, value in options.items() for part in (f"--{name}", value)]
-    if not course.broker.is_apache_kafka:
-        arguments.append("--no-idempotent")
-    log = course.folder / f"{kind}.log"
-    with log.open("ab") as out:
-        process = subprocess.Popen(  # noqa: ASYNC220  (nothing else runs here meanwhile)
-            [sys.executable, "-m", "tests.support.baselines", kind, *arguments], cwd=ROOT, stdout=out, stderr=out
-        )
-
-    def check() -> None:
-        if process.poll() is not None:
-            raise AssertionError(f"{kind} ended with {process.returncode}:\n{log.read_text()[-2000:]}")
-
-    try:
-        return await course.rate(results, 0, FAUST_RECORDS if kind == "faust" else RECORDS, {kind: process.pid}, check)
-    finally:
-        process.kill()
-        process.wait()
+    with course.baseline(kind, results) as (pid, check):
+        return await course.rate(results, 0, FAUST_RECORDS if kind == "faust" else RECORDS, {kind: pid}, check)
 
 
 async def feed(course: Course, values: Sequence[bytes], records_per_s: float) -> float:

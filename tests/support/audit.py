@@ -7,7 +7,8 @@ the records alone.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, TypeVar
@@ -59,29 +60,29 @@ class Books:
         return {request_id(request): request for _, request in self.requests if request.action in EMBEDDING}
 
 
-async def read_books(settings: Settings, bills: Sequence[Mapping[str, Any]], source: str = "requests") -> Books:
-    """Read every topic from its beginning to its end. Records that can't be decoded fail the audit."""
+async def read_topic(settings: Settings, name: str, kind: type[T]) -> AsyncIterator[tuple[Record, T]]:
+    """Every record of a topic as of now, in log order per partition. What can't be decoded fails the audit."""
     codec = Codec.from_settings(settings)
     reader = KafkaReader(settings, group_id=settings.aggregator_group_id)
-
-    async def read(name: str, kind: type[T]) -> list[tuple[Record, T]]:
-        found: list[tuple[Record, T]] = []
-        async for records in reader.read(settings.topic(topics()[name].name)):
+    async with aclosing(reader.read(settings.topic(topics()[name].name))) as fetched:
+        async for records in fetched:
             for record in records:
                 if record.value is not None:
                     message = await codec.read(kind, record.value)
                     assert not isinstance(message, Undecodable), (name, record, message)
-                    found.append((record, message))
-        return found
+                    yield record, message
 
+
+async def read_books(settings: Settings, bills: Sequence[Mapping[str, Any]], source: str = "requests") -> Books:
+    """Read every topic from its beginning to its end."""
     books = Books(
-        requests=await read(source, Request),
-        results=await read("results", ReceivedResult),
-        usage=await read("usage", Usage),
-        calls=await read("calls", ProviderCall),
+        requests=[pair async for pair in read_topic(settings, source, Request)],
+        results=[pair async for pair in read_topic(settings, "results", ReceivedResult)],
+        usage=[pair async for pair in read_topic(settings, "usage", Usage)],
+        calls=[pair async for pair in read_topic(settings, "calls", ProviderCall)],
         bills=list(bills),
     )
-    for _, total in await read("totals", UsageTotal):
+    async for _, total in read_topic(settings, "totals", UsageTotal):
         books.totals[total.key] = total
     return books
 

@@ -1,4 +1,4 @@
-"""Load for benchmarks of whole processes: topics full of ready requests, workers, rates, CPU and memory.
+"""Load for benchmarks of whole processes: topics full of ready requests, workers, baselines, rates, CPU and memory.
 
 A rate is read from the end offsets of a topic, between a look that finds a twentieth of the records and the one that
 finds all: starting, joining and warming up are left out.
@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
+import subprocess
+import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +28,7 @@ from processor.adapters.avro import encode_request
 from processor.domain import Chunk, Request
 from tests.support.brokers import Broker, Servers, create_topic, ends_of
 from tests.support.provider_server import ProviderProcess
-from tests.support.stack import Child, Stack, until
+from tests.support.stack import ROOT, Child, Stack, until
 
 TEXTS = 2_048
 WORDS_A_TEXT = 105
@@ -36,6 +39,12 @@ LEAST_PER_S = 1_000
 
 KEPT_BYTES = {"retention.bytes": "67108864", "segment.bytes": "33554432"}
 """Of a partition of results, so that a benchmark does not fill the disk; nobody reads what is deleted."""
+
+VOCABULARY = (
+    "stream chunk window call text vector cache topic offset tenant provider token limit batch usage ledger receipt "
+    "partition consumer producer latency throughput deadline budget retrieval document collection embedding dimension "
+    "a an the of to in and is that for on with as by at from or be are this it which each other between before after"
+)
 
 RELAXED = {"EMBEDDING_PRODUCER_IDEMPOTENT": "false", "EMBEDDING_REQUIRE_LOG_APPEND_TIME": "false"}
 
@@ -60,6 +69,33 @@ def some_requests(count: int, dimensions: int) -> Iterator[bytes]:
                 chunks=[Chunk("c0", texts[i % TEXTS])],
             )
         )
+
+
+def some_texts(count: int, *, seed: int = 0) -> list[str]:
+    """None like another, of 450 to 750 bytes, 600 in the mean."""
+    dice, vocabulary = random.Random(seed), VOCABULARY.split()
+    texts = []
+    for i in range(count):
+        words = " ".join(dice.choices(vocabulary, k=200))
+        texts.append(f"{seed}-{i}: {words}"[: dice.randint(450, 750)])
+    return texts
+
+
+def ingestion(texts: Sequence[str], dimensions: int, *, tenant: str = "bench") -> Iterator[Request]:
+    """Requests as an ingestion service sends them: a document each, of 50 to 200 chunks."""
+    dice, taken = random.Random(1), 0
+    while taken < len(texts):
+        part = texts[taken : taken + dice.randint(50, 200)]
+        yield Request(
+            tenant_id=tenant,
+            correlation_id=f"{tenant}-{taken}",
+            action="generate",
+            collection="bench",
+            document_id=f"d{taken}",
+            dimensions=dimensions,
+            chunks=[Chunk(f"c{i}", text) for i, text in enumerate(part)],
+        )
+        taken += len(part)
 
 
 async def fill(producer: AIOKafkaProducer, topic: str, values: Iterable[bytes], *, partitions: int) -> None:
@@ -101,12 +137,15 @@ Say = Callable[[str], None]
 
 
 @contextmanager
-def surroundings(say: Say) -> Iterator[tuple[Broker, ProviderProcess, Path]]:
-    """What a benchmark needs about its workers: the best broker there is, a provider that answers at once, a folder."""
+def surroundings(say: Say, *options: str) -> Iterator[tuple[Broker, ProviderProcess, Path]]:
+    """What a benchmark needs about its workers: the best broker there is, a provider, a folder.
+
+    `options` are the provider's; without any it answers at once.
+    """
     with (
         closing(Servers()) as servers,
         tempfile.TemporaryDirectory() as folder,
-        ProviderProcess("--base-ms", "0", "--per-text-ms", "0") as provider,
+        ProviderProcess(*options) as provider,
     ):
         broker = servers.broker()
         for line in servers.report:
@@ -180,6 +219,33 @@ class Course:
     async def fill(self, count: int) -> None:
         """Put so many requests into the topic, none like another."""
         await fill(self.producer, self.requests, some_requests(count, self.dimensions), partitions=self.partitions)
+
+    async def append(self, requests: Iterable[Request]) -> None:
+        """Put these requests into the topic, over all partitions."""
+        await fill(self.producer, self.requests, map(encode_request, requests), partitions=self.partitions)
+
+    @contextmanager
+    def baseline(self, kind: str, results: str, *options: str) -> Iterator[tuple[int, Callable[[], None]]]:
+        """A process of `tests.support.baselines` that reads the requests: its pid, and what raises once it is gone."""
+        arguments = ["--bootstrap-servers", self.broker.bootstrap_servers, "--requests", self.requests]
+        arguments += ["--results", results, "--group", results, "--dimensions", str(self.dimensions), *options]
+        if not self.broker.is_apache_kafka:
+            arguments.append("--no-idempotent")
+        log = self.folder / f"{kind}.log"
+        with log.open("ab") as out:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "tests.support.baselines", kind, *arguments], cwd=ROOT, stdout=out, stderr=out
+            )
+
+        def check() -> None:
+            if process.poll() is not None:
+                raise AssertionError(f"{kind} ended with {process.returncode}:\n{log.read_text()[-2000:]}")
+
+        try:
+            yield process.pid, check
+        finally:
+            process.kill()
+            process.wait()
 
     async def end(self, topic: str) -> int:
         """Offsets given out so far, all partitions together."""
