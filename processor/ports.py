@@ -291,8 +291,11 @@ class TopicReader(Protocol):
         """The offsets that the aggregator's group has committed, for the partitions that have one."""
         ...
 
-    def read(self, topic: str) -> AsyncGenerator[Sequence[Record], None]:
-        """All records from the beginning to what is the end at the call, each partition in offset order."""
+    def read(self, topic: str, begin: Mapping[int, int] | None = None) -> AsyncGenerator[Sequence[Record], None]:
+        """All records from the beginning to what is the end at the call, each partition in offset order.
+
+        A partition named in `begin` is read from that offset on, unless it is not in the log.
+        """
         ...
 
 

@@ -54,10 +54,14 @@ class KafkaReader:
             found = await admin.list_consumer_group_offsets(self._group_id, partitions=places)
         return {place.partition: known.offset for place, known in found.items() if known.offset >= 0}
 
-    async def read(self, topic: str) -> AsyncGenerator[Sequence[Record], None]:
+    async def read(self, topic: str, begin: Mapping[int, int] | None = None) -> AsyncGenerator[Sequence[Record], None]:
         async with self._consumer(topic) as consumer:
-            begin = {place: span.begin for place, span in (await _spans(consumer)).items()}
-            async for _, records in _fetch(consumer, begin):
+            wanted = begin or {}
+            first = {
+                place: offset if span.begin <= (offset := wanted.get(place.partition, -1)) <= span.end else span.begin
+                for place, span in (await _spans(consumer)).items()
+            }
+            async for _, records in _fetch(consumer, first):
                 yield [_record(record) for record in records]
 
     async def _places(self, topic: str) -> list[TopicPartition]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 
 import pytest
@@ -73,8 +73,8 @@ async def arranged(request: pytest.FixtureRequest, unique: str) -> AsyncIterator
             yield kafka
 
 
-async def all_of(reader: TopicReader, topic: str) -> list[Record]:
-    return [record for records in [each async for each in reader.read(topic)] for record in records]
+async def all_of(reader: TopicReader, topic: str, begin: Mapping[int, int] | None = None) -> list[Record]:
+    return [record for records in [each async for each in reader.read(topic, begin)] for record in records]
 
 
 def places(records: Sequence[Record]) -> list[tuple[int, int, bytes | None]]:
@@ -95,6 +95,19 @@ async def test_a_topic_is_read_from_its_beginning_to_its_end(arranged: Arranged)
         (arranged.topic, b"k", (("h", b"v"),))
     }
     assert all(record.source.append_ms > 0 for record in records)
+
+
+@pytest.mark.parametrize(
+    "begin, first",
+    [({0: 2}, [(0, 2), (1, 0)]), ({0: 3, 1: 1}, []), ({0: 0, 1: 2}, [(0, 1), (0, 2), (1, 0)])],
+    ids=["within", "at_the_end", "outside"],
+)
+async def test_a_topic_is_read_from_given_offsets(
+    arranged: Arranged, begin: dict[int, int], first: list[tuple[int, int]]
+) -> None:
+    """A partition begins where it is told to; from its beginning when that offset is not in the log."""
+    records = await all_of(arranged.reader, arranged.topic, begin)
+    assert [place[:2] for place in places(records)] == first
 
 
 async def test_records_are_found_by_offset_and_missing_ones_left_out(arranged: Arranged) -> None:

@@ -139,9 +139,11 @@ class MemoryLog:
     async def committed(self, topic: str) -> Mapping[int, int]:
         return {partition: offset for (name, partition), offset in self.commits.items() if name == topic}
 
-    async def read(self, topic: str) -> AsyncGenerator[Sequence[Record], None]:
+    async def read(self, topic: str, begin: Mapping[int, int] | None = None) -> AsyncGenerator[Sequence[Record], None]:
+        spans = await self.spans(topic)
         for partition in range(self.partitions[topic]):
-            if records := self.after(topic, partition, 0):
+            offset = (begin or {}).get(partition, 0)
+            if records := self.after(topic, partition, offset if offset <= spans[partition].end else 0):
                 yield records
 
     async def contents(self, name: str, kind: type[T]) -> list[tuple[Record, T]]:
