@@ -289,6 +289,7 @@ class ModelSpec:
     `answers_as` are the model names a response may carry; None: the server echoes any name. `tokenizer` names an
     exact counter ("cl100k_base", "wordpiece:<path>"), None: an estimate. `call_estimator` is what the provider itself
     holds against `max_tokens_per_call`; `max_bytes_per_call` bounds the UTF-8 bytes of all texts of one call.
+    `shortened_here`: the provider gives vectors of the default size, and they are cut and renormalised on our side.
     """
 
     name: str
@@ -296,6 +297,7 @@ class ModelSpec:
     revision: str = "1"
     dimensions: tuple[int, ...]
     shortenable: bool = False
+    shortened_here: bool = False
     normalised: bool = True
     max_input_tokens: int = 8192
     max_inputs_per_call: int = 2048
