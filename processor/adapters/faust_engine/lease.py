@@ -114,7 +114,8 @@ class PartitionLease:
             for each in fetched
         ]
         self.watermark.hand_out(record.source.offset for record in records)
-        behind = 0 if end is None else max(0, end - self.watermark.next_offset)
+        # Where records run alone, none comes before this one is done: nothing to wait for.
+        behind = 0 if end is None or self.suspicion.isolated else max(0, end - self.watermark.next_offset)
         return Run(self, records, lethal, behind)
 
     def finish(self, offset: int) -> None:
