@@ -225,9 +225,14 @@ class Course:
         await fill(self.producer, self.requests, map(encode_request, requests), partitions=self.partitions)
 
     @contextmanager
-    def baseline(self, kind: str, results: str, *options: str) -> Iterator[tuple[int, Callable[[], None]]]:
-        """A process of `tests.support.baselines` that reads the requests: its pid, and what raises once it is gone."""
-        arguments = ["--bootstrap-servers", self.broker.bootstrap_servers, "--requests", self.requests]
+    def baseline(
+        self, kind: str, results: str, *options: str, requests: str = ""
+    ) -> Iterator[tuple[int, Callable[[], None]]]:
+        """A process of `tests.support.baselines` that reads the requests: its pid, and what raises once it is gone.
+
+        `requests` names another topic than this course's own.
+        """
+        arguments = ["--bootstrap-servers", self.broker.bootstrap_servers, "--requests", requests or self.requests]
         arguments += ["--results", results, "--group", results, "--dimensions", str(self.dimensions), *options]
         if not self.broker.is_apache_kafka:
             arguments.append("--no-idempotent")

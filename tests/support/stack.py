@@ -54,6 +54,14 @@ class Child:
         except (urllib.error.URLError, OSError, ValueError):
             return None
 
+    def metric(self, name: str) -> float | None:
+        """The value of a metric without labels, or None when there is no such one."""
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/metrics", timeout=5) as answer:
+            for line in answer.read().decode().splitlines():
+                if line.startswith(f"{name} "):
+                    return float(line.split()[1])
+        return None
+
     def ready(self) -> bool:
         self.check()
         health = self.get("/health/ready")
