@@ -117,6 +117,8 @@ class Call:
     billed: bool = False
     answered: bool = False
     status: int | None = None
+    done_ms: int | None = None
+    """When the answer was written out."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -309,7 +311,7 @@ class ProviderServer:
         headers = {}
         if status in {429, 503} and (self._faults.retry_after is not None or wait_s):
             headers["Retry-After"] = self._faults.retry_after or f"{wait_s:.3f}"
-        call.answered, call.status = True, status
+        call.answered, call.status, call.done_ms = True, status, int(time.time() * 1000)
         return web.json_response({"error": {"message": message, **error}}, status=status, headers=headers)
 
     async def _hang(self, request: web.Request) -> web.StreamResponse:
@@ -380,7 +382,7 @@ class ProviderServer:
                 return self._break_off(request)
             await response.write(body)
             await response.write_eof()
-            call.answered = True
+            call.answered, call.done_ms = True, int(time.time() * 1000)
         return response
 
     async def _models(self, request: web.Request) -> web.Response:
