@@ -68,6 +68,27 @@ def folded_topics(settings: Settings) -> FoldedTopics:
     )
 
 
+def worker_policy(settings: Settings, reply_partitions: Mapping[str, int]) -> Policy:
+    """The knobs of a worker's steps. `reply_partitions`: allowed reply topics by full name, and their sizes."""
+    return Policy(
+        lane=settings.lane,
+        worker_id=worker_id(),
+        sink_view=settings.sink_view,
+        reply_partitions=reply_partitions,
+        truncate=settings.truncate,
+        max_request_bytes=settings.max_request_bytes,
+        window_max_texts=settings.window_max_texts,
+        window_max_tokens=settings.window_max_tokens,
+        window_max_wait_s=0.0 if settings.lane is Lane.INTERACTIVE else settings.window_max_wait_ms / 1000,
+        max_concurrent_calls=settings.max_concurrent_calls,
+        retry_initial_s=settings.retry_initial_s,
+        retry_max_s=settings.retry_max_s,
+        poison_attempts=settings.poison_attempts,
+        confirm_after_s=settings.provider_timeout_s + settings.session_timeout_s + settings.ledger_confirm_margin_s,
+        cache_secret=(settings.secret("cache_secret") or "").encode(),
+    )
+
+
 class Process:
     """What a worker and an aggregator have in common."""
 
@@ -122,8 +143,7 @@ class WorkerProcess(Process):
     """A worker and what it is made of."""
 
     def __init__(self, settings: Settings) -> None:
-        interactive = settings.lane is Lane.INTERACTIVE
-        source = "queries" if interactive else "requests"
+        source = "queries" if settings.lane is Lane.INTERACTIVE else "requests"
         super().__init__(settings, {source, *WORKER_TOPICS}, {"/models": self._models})
         events = Events(self.metrics.count, self.metrics.observe, lambda fields: log.info("window", **fields))
         clock = SystemClock()
@@ -132,23 +152,7 @@ class WorkerProcess(Process):
         self.redis = RedisCache.from_settings(settings, events) if settings.redis_url else None
         self.cache = TieredCache(MemoryCache.from_settings(settings), self.redis, events)
         self.reply_partitions: dict[str, int] = {}
-        policy = Policy(
-            lane=settings.lane,
-            worker_id=worker_id(),
-            sink_view=settings.sink_view,
-            reply_partitions=self.reply_partitions,
-            truncate=settings.truncate,
-            max_request_bytes=settings.max_request_bytes,
-            window_max_texts=settings.window_max_texts,
-            window_max_tokens=settings.window_max_tokens,
-            window_max_wait_s=0.0 if interactive else settings.window_max_wait_ms / 1000,
-            max_concurrent_calls=settings.max_concurrent_calls,
-            retry_initial_s=settings.retry_initial_s,
-            retry_max_s=settings.retry_max_s,
-            poison_attempts=settings.poison_attempts,
-            confirm_after_s=settings.provider_timeout_s + settings.session_timeout_s + settings.ledger_confirm_margin_s,
-            cache_secret=(settings.secret("cache_secret") or "").encode(),
-        )
+        policy = worker_policy(settings, self.reply_partitions)
         self.route = Route(self.provider, self.outbox, clock, policy, new_attempt_id, events)
         self.worker = Worker(
             Ports(

@@ -22,11 +22,19 @@ from processor.settings import Settings
 class RedisCache:
     """Implements `ports.VectorCache`; raises CacheUnavailable when Redis refuses or exceeds `timeout_s` for a call.
 
-    One round trip a call. `prefix` goes before every key. Counts `cache_faults` of kind corrupt.
+    One round trip a call. `prefix` goes before every key. Counts `cache_faults` of kind corrupt, and deletes such an
+    entry unless it is `read_only`.
     """
 
     def __init__(
-        self, url: str, *, timeout_s: float, ttl_s: int, prefix: bytes = b"embedding:1:", events: Events | None = None
+        self,
+        url: str,
+        *,
+        timeout_s: float,
+        ttl_s: int,
+        prefix: bytes = b"embedding:1:",
+        events: Events | None = None,
+        read_only: bool = False,
     ) -> None:
         try:
             self._redis = Redis.from_url(
@@ -43,14 +51,19 @@ class RedisCache:
         self._ttl_s = ttl_s
         self._prefix = prefix
         self._events = events or Events()
+        self._read_only = read_only
 
     @classmethod
-    def from_settings(cls, settings: Settings, events: Events | None = None) -> Self:
+    def from_settings(cls, settings: Settings, events: Events | None = None, *, read_only: bool = False) -> Self:
         """SettingsError when there is no URL or it is none."""
         if not settings.redis_url:
             raise SettingsError("EMBEDDING_REDIS_URL: is missing")
         return cls(
-            settings.redis_url, timeout_s=settings.redis_timeout_ms / 1000, ttl_s=settings.cache_ttl_s, events=events
+            settings.redis_url,
+            timeout_s=settings.redis_timeout_ms / 1000,
+            ttl_s=settings.cache_ttl_s,
+            events=events,
+            read_only=read_only,
         )
 
     def peek(self, key: bytes, dimensions: int) -> Found | None:  # noqa: ARG002
@@ -73,6 +86,7 @@ class RedisCache:
                 found[key] = Found(entry, CacheLevel.L2)
         if corrupt:
             self._events.count("cache_faults", len(corrupt), {"kind": "corrupt"})
+        if corrupt and not self._read_only:
             async with self._budget():
                 await self._redis.delete(*(self._prefix + key for key in corrupt))
         return found
