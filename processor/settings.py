@@ -140,8 +140,10 @@ class Settings(BaseSettings):
     log_format: Literal["json", "console"] = Field("json", description="json, or console for people.")
 
     # Provider
-    provider: Literal["openai", "local"] = Field(
-        "openai", description="openai (or any server of its embeddings API), or local (ONNX)."
+    provider: Literal["openai", "azure", "cohere", "local", "sentence-transformers"] = Field(
+        "openai",
+        description="openai (or any server of its embeddings API), azure (its deployments in the file below), cohere, "
+        "local (ONNX) or sentence-transformers.",
     )
     default_model: str | None = Field(
         None,
@@ -157,6 +159,15 @@ class Settings(BaseSettings):
         None, description="API key.", validation_alias=_alias("EMBEDDING_OPENAI_API_KEY", "OPENAI_API_KEY")
     )
     openai_api_key_file: Path | None = Field(None, description="File that holds the API key.")
+    cohere_base_url: str = Field(
+        "https://api.cohere.com", min_length=1, description="Base URL of Cohere's API, or of a server that speaks it."
+    )
+    cohere_api_key: SecretStr | None = Field(
+        None,
+        description="API key of Cohere.",
+        validation_alias=_alias("EMBEDDING_COHERE_API_KEY", "CO_API_KEY", "COHERE_API_KEY"),
+    )
+    cohere_api_key_file: Path | None = Field(None, description="File that holds the API key of Cohere.")
     provider_timeout_s: float = Field(
         60.0,
         gt=0,
@@ -206,8 +217,15 @@ class Settings(BaseSettings):
         gt=0,
         description="A text that failed so often while others succeeded is bisected out as provider_rejects.",
     )
-    local_model_path: Path | None = Field(None, description="Directory of an ONNX export; default: the built-in model.")
-    local_threads: int = Field(0, ge=0, description="Threads of the local model; 0: one per core.")
+    local_model_path: Path | None = Field(
+        None,
+        description="Directory of a model saved by sentence-transformers, for local its ONNX export; the directory's "
+        "name is the model's. Default: local has a model built in.",
+    )
+    local_threads: int = Field(0, ge=0, description="Threads of a model on this machine; 0: one per core.")
+    local_device: str = Field(
+        "cpu", min_length=1, description="Device of sentence-transformers, as torch names it: cpu, cuda, cuda:1, mps."
+    )
     catalogue_file: Path | None = Field(None, description="YAML file that extends or overrides the model catalogue.")
     default_dimensions_by_model: Annotated[dict[str, int], NoDecode] = Field(
         default_factory=dict,
