@@ -4,38 +4,52 @@ In process (`async with ProviderServer() as server`), as a process of its own (`
 by hand: `python -m tests.support.provider_server --port 0` prints the base URL.
 
     POST /v1/embeddings   as OpenAI's: input a text or a list, encoding_format float or base64, dimensions
-    GET  /v1/models
+    POST /openai/deployments/{name}/embeddings?api-version=... and /openai/v1/embeddings   as Azure's
+    GET  /v1/models       and Azure's /openai/models, /openai/v1/models
     GET  /admin/ledger    {"requests": [Call...], "billed_tokens": n}
     POST /admin/faults    the fields of Faults; those not named fall back to their defaults
+    POST /admin/limits    the fields of Limits; those not named fall back to those of the start
     POST /admin/reset     forgets ledger and faults
 
-A fault is a word of FAULTS. They are picked in this order: `poison` (a marker in one of the texts), `script`
-(one word per request, "" is none), `probabilities`. Tokens are cl100k_base counts when bpe-openai is there
-and `tokens="cl100k"`, else max(1, ceil(UTF-8 bytes / 4)) per text.
+A fault is a word of FAULTS. They are picked in this order: what a limit refuses, `poison` (a marker in one of the
+texts), `script` (one word per request, "" is none), `probabilities`. Tokens are cl100k_base counts when bpe-openai is
+there and `tokens="cl100k"`, else max(1, ceil(UTF-8 bytes / 4)) per text. Error bodies, the key's header and what an
+answer leaves out follow `dialect`.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import base64
 import contextlib
-import hashlib
 import json
 import random
 import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 from types import TracebackType
 from typing import Any, Self
 
-import numpy as np
 from aiohttp import web
-from numpy.typing import NDArray
 
-from processor.adapters.tokens import tokenizer_of
+from tests.support.provider_answers import Answer, count_tokens, expected_vector
+from tests.support.provider_faults import BILLED_FAULTS, DIALECTS, FAULTS, REFUSALS, Faults
+from tests.support.provider_limits import Account, Limits, Refusal
+
+__all__ = [
+    "BILLED_FAULTS",
+    "FAULTS",
+    "Call",
+    "Faults",
+    "Limits",
+    "Options",
+    "ProviderProcess",
+    "ProviderServer",
+    "count_tokens",
+    "expected_vector",
+]
 
 MODELS: Mapping[str, int] = {
     "text-embedding-3-small": 1536,
@@ -43,70 +57,18 @@ MODELS: Mapping[str, int] = {
     "text-embedding-ada-002": 1536,
 }
 
-BILLED_FAULTS = frozenset(
-    {
-        "reset_billed",  # the work is done, then the connection breaks
-        "hang_billed",  # the work is done, the answer never comes
-        "truncated_body",
-        "broken_json",
-        "wrong_count",
-        "nan",
-        "zero_vector",
-        "wrong_dimension",
-        "wrong_model",
-        "duplicate_index",
-        "shuffled",  # a valid answer: every index once, in another order
-        "no_usage",  # a valid answer without its bill
-        "ignores_base64",  # a valid answer in float lists, whatever was asked for
-    }
-)
-REFUSALS: Mapping[str, tuple[int, Mapping[str, object]]] = {
-    "400": (400, {"type": "invalid_request_error", "param": "input", "code": None}),
-    "422": (422, {"type": "invalid_request_error", "param": "input", "code": None}),
-    "context_length": (
-        400,
-        {"type": "invalid_request_error", "param": "input", "code": "context_length_exceeded"},
-    ),
-    "tokens_per_request": (
-        400,
-        {"type": "max_tokens_per_request", "param": None, "code": "max_tokens_per_request"},
-    ),
-    "bad_dimensions": (400, {"type": "invalid_request_error", "param": "dimensions", "code": None}),
-    "401": (401, {"type": "invalid_request_error", "param": None, "code": "invalid_api_key"}),
-    "403": (403, {"type": "invalid_request_error", "param": None, "code": "access_denied"}),
-    "404": (404, {"type": "invalid_request_error", "param": "model", "code": "model_not_found"}),
-    "413": (413, {"type": "invalid_request_error", "param": None, "code": None}),
-    "429": (429, {"type": "requests", "param": None, "code": "rate_limit_exceeded"}),
-    "quota": (429, {"type": "insufficient_quota", "param": None, "code": "insufficient_quota"}),
-    "500": (500, {"type": "server_error", "param": None, "code": None}),
-    "502": (502, {"type": "server_error", "param": None, "code": None}),
-    "503": (503, {"type": "server_error", "param": None, "code": None}),
-    "200_error": (200, {"type": "server_error", "param": None, "code": "upstream_error"}),
-}
-FAULTS = frozenset({"", "reset", "hang", *BILLED_FAULTS, *REFUSALS})
+TEXTS_A_TURN = 64
+"""So many texts are counted or embedded before other requests have a turn: about a millisecond."""
 
-
-@dataclass(slots=True)
-class Faults:
-    """What goes wrong from now on."""
-
-    script: list[str] = field(default_factory=list)
-    probabilities: dict[str, float] = field(default_factory=dict)
-    poison: dict[str, str] = field(default_factory=dict)
-    """marker in a text -> fault"""
-    retry_after: str | None = None
-    """The Retry-After header of a 429 or 503."""
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        unknown = {*self.script, *self.probabilities, *self.poison.values()} - FAULTS
-        if unknown:
-            raise ValueError(f"unknown faults {sorted(unknown)}; there are {sorted(FAULTS)}")
+_WRITE_BYTES = 1 << 18
 
 
 @dataclass(slots=True)
 class Call:
-    """One request as the provider's books show it. `attempt_id` is its X-Client-Request-Id."""
+    """One request as the provider's books show it. `attempt_id` is its X-Client-Request-Id.
+
+    `took_ms` is the provider's own time: from the request's last byte read to the answer's last byte written.
+    """
 
     attempt_id: str
     at_ms: int
@@ -117,15 +79,21 @@ class Call:
     billed: bool = False
     answered: bool = False
     status: int | None = None
-    done_ms: int | None = None
-    """When the answer was written out."""
+    took_ms: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """`jitter` is the length of the noise added to a vector of length 1 (0.01: cosine about 0.99995)."""
+    """`jitter` is the length of the noise added to a vector of length 1 (0.01: cosine about 0.99995).
+
+    `aliases`: other names (Azure's deployments, a gateway's names) -> the model behind. `max_call_tokens` is held
+    against UTF-8 bytes / 4 with `call_estimator` "bytes4", as OpenAI does, else against tokens. Of the requests in
+    work over `max_concurrent` each waits for its turn; those over `refuse_over` are refused as overloaded.
+    """
 
     models: Mapping[str, int] = field(default_factory=lambda: dict(MODELS))
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    dialect: str = "openai"
     jitter: float = 0.0
     base_ms: float = 0.0
     per_text_ms: float = 0.0
@@ -133,52 +101,12 @@ class Options:
     max_inputs: int = 2048
     max_input_tokens: int = 8192
     max_call_tokens: int = 300_000
-    requests_per_s: float | None = None
-    tokens_per_s: float | None = None
+    call_estimator: str = "bytes4"
+    max_body_bytes: int = 64 * 1024 * 1024
+    max_concurrent: int | None = None
+    refuse_over: int | None = None
+    limits: Limits = field(default_factory=Limits)
     api_key: str | None = None
-
-
-_NOISE: NDArray[np.float32] = np.random.default_rng(20_240_125).standard_normal(1 << 20, dtype=np.float32)
-
-
-def expected_vector(text: str, dimensions: int) -> NDArray[np.float32]:
-    """The vector that belongs to a text: float32 of shape (dimensions,), length 1, before jitter.
-
-    The difference of two stretches of a fixed normal sequence, chosen by the text's hash: 7 times faster than
-    a generator seeded per text; two texts share a vector with probability 2^-39.
-    """
-    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
-    room = _NOISE.size - dimensions
-    one, other = int.from_bytes(digest[:8]) % room, int.from_bytes(digest[8:]) % room
-    vector = _NOISE[one : one + dimensions] - _NOISE[other : other + dimensions]
-    length = float(np.sqrt(vector @ vector))
-    return vector / np.float32(length) if length else _NOISE[:dimensions]
-
-
-def count_tokens(text: str, tokens: str = "cl100k") -> int:
-    """What the server bills for a text."""
-    tokenizer = tokenizer_of("cl100k_base") if tokens == "cl100k" else None
-    return tokenizer.count(text) if tokenizer else max(1, -(-len(text.encode()) // 4))
-
-
-class Bucket:
-    """Allows `rate` units a second with a burst of one second; says how long to wait when it is empty."""
-
-    def __init__(self, rate: float) -> None:
-        self.rate = rate
-        self._left = rate
-        self._at = time.monotonic()
-
-    def take(self, units: float) -> float:
-        """0 when taken, else seconds until there is room."""
-        now = time.monotonic()
-        self._left = min(self.rate, self._left + (now - self._at) * self.rate)
-        self._at = now
-        # More than a second's worth at once passes when the bucket is full, and leaves it in debt.
-        if self._left < min(units, self.rate):
-            return (min(units, self.rate) - self._left) / self.rate
-        self._left -= units
-        return 0.0
 
 
 class ProviderServer:
@@ -187,16 +115,20 @@ class ProviderServer:
     def __init__(self, options: Options | None = None, *, port: int = 0) -> None:
         self.options = options or Options()
         self.ledger: list[Call] = []
-        self.base_url = ""
+        self.root_url = ""
         self._port = port
         self._closing = asyncio.Event()
-        self._buckets = [
-            (Bucket(rate), of_tokens)
-            for rate, of_tokens in ((self.options.requests_per_s, False), (self.options.tokens_per_s, True))
-            if rate is not None
-        ]
-        self._noise = np.random.default_rng()
+        self._account = Account(self.options.limits)
+        self._dialect = DIALECTS[self.options.dialect]
+        self._turns = asyncio.Semaphore(self.options.max_concurrent or sys.maxsize)
+        self._in_work = 0
+        self._refused_headers: Mapping[str, str] = {}
         self.set_faults(Faults())
+
+    @property
+    def base_url(self) -> str:
+        """Of the embeddings API; Azure's newer one with that dialect. `root_url` is without a path."""
+        return f"{self.root_url}/openai/v1" if self.options.dialect == "azure" else f"{self.root_url}/v1"
 
     def set_faults(self, faults: Faults) -> None:
         """Replaces all faults."""
@@ -207,18 +139,27 @@ class ProviderServer:
         """The next requests meet these faults, one each, in this order."""
         self.set_faults(Faults(script=list(faults)))
 
+    def set_limits(self, limits: Limits) -> None:
+        """New limits of the account from now on."""
+        self._account.change(limits)
+
     @property
     def billed_tokens(self) -> int:
         return sum(call.tokens for call in self.ledger if call.billed)
 
     async def __aenter__(self) -> Self:
-        app = web.Application(client_max_size=64 * 1024 * 1024)
+        app = web.Application(client_max_size=self.options.max_body_bytes)
         app.add_routes(
             [
                 web.post("/v1/embeddings", self._embeddings),
+                web.post("/openai/v1/embeddings", self._embeddings),
+                web.post("/openai/deployments/{deployment}/embeddings", self._embeddings),
                 web.get("/v1/models", self._models),
+                web.get("/openai/v1/models", self._models),
+                web.get("/openai/models", self._models),
                 web.get("/admin/ledger", self._show_ledger),
                 web.post("/admin/faults", self._take_faults),
+                web.post("/admin/limits", self._take_limits),
                 web.post("/admin/reset", self._reset),
             ]
         )
@@ -226,7 +167,7 @@ class ProviderServer:
         await self._runner.setup()
         site = web.TCPSite(self._runner, "127.0.0.1", self._port)
         await site.start()
-        self.base_url = f"http://127.0.0.1:{self._runner.addresses[0][1]}/v1"
+        self.root_url = f"http://127.0.0.1:{self._runner.addresses[0][1]}"
         return self
 
     async def __aexit__(
@@ -238,60 +179,95 @@ class ProviderServer:
     # --- the API
 
     async def _embeddings(self, request: web.Request) -> web.StreamResponse:
-        body = await request.json()
+        body = json.loads(await request.read())
+        started = time.perf_counter()
         texts = [body["input"]] if isinstance(body["input"], str) else list(body["input"])
-        model = body["model"]
-        counts = [count_tokens(text, self.options.tokens) for text in texts]
+        name = request.match_info.get("deployment") or body["model"]
+        model = self.options.aliases.get(name, name)
+        counts = []
+        for text in texts:
+            counts.append(count_tokens(text, self.options.tokens))
+            if len(counts) % TEXTS_A_TURN == 0:
+                await asyncio.sleep(0)
         call = Call(
-            request.headers.get("X-Client-Request-Id", ""),
-            int(time.time() * 1000),
-            model,
-            len(texts),
-            sum(counts),
+            request.headers.get("X-Client-Request-Id", ""), int(time.time() * 1000), model, len(texts), sum(counts)
         )
         self.ledger.append(call)
-        fault, wait_s = self._refusal(request, model, counts, body.get("dimensions"))
-        call.fault = fault or self._pick(texts)
+        self._in_work += 1
+        try:
+            return await self._serve(request, call, texts, counts, name, body, started)
+        finally:
+            self._in_work -= 1
+            call.took_ms = (time.perf_counter() - started) * 1000
+
+    async def _serve(
+        self,
+        request: web.Request,
+        call: Call,
+        texts: Sequence[str],
+        counts: Sequence[int],
+        name: str,
+        body: Mapping[str, Any],
+        started: float,
+    ) -> web.StreamResponse:
+        call.fault = self._refusal(request, call.model, texts, counts, body.get("dimensions"))
+        refusal = None if call.fault else self._account.admit(call.tokens)
+        # As a gateway does: the headers tell how it stood when the request was let in.
+        headers = self._account.headers() if self._dialect.limit_headers else {}
+        call.fault = call.fault or ("429" if refusal else self._pick(texts))
         if call.fault == "hang":
             return await self._hang(request)
         if call.fault == "reset":
             return self._break_off(request)
         if call.fault in REFUSALS:
-            return self._refuse(call, texts, wait_s)
-        await asyncio.sleep((self.options.base_ms + self.options.per_text_ms * len(texts)) / 1000)
+            return self._refuse(call, texts, refusal, headers)
+        dimensions = body.get("dimensions") or self.options.models[call.model]
+        as_base64 = body.get("encoding_format") == "base64" and self._dialect.base64
+        async with self._turns:
+            if self.options.max_concurrent:
+                started = time.perf_counter()
+            answer = await self._answer(call, name, texts, dimensions, as_base64)
+            done = started + (self.options.base_ms + self.options.per_text_ms * len(texts)) / 1000
+            await asyncio.sleep(done - time.perf_counter())
         # From here on the work is done: the customer pays, whatever becomes of the answer.
         call.billed = True
         if call.fault == "hang_billed":
             return await self._hang(request)
         if call.fault == "reset_billed":
             return self._break_off(request)
-        dimensions = body.get("dimensions") or self.options.models[model]
-        answer = self._answer(call, texts, dimensions, body.get("encoding_format") == "base64")
-        return await self._send(request, call, answer)
+        if call.fault == "stale_headers":
+            headers = {**headers, **self._refused_headers}
+        return await self._send(request, call, answer, headers)
 
     def _refusal(
-        self, request: web.Request, model: str, counts: Sequence[int], dimensions: object
-    ) -> tuple[str, float]:
-        """The fault that a limit of the server makes of this request, and seconds to wait."""
-        if self.options.api_key and request.headers.get("Authorization") != f"Bearer {self.options.api_key}":
-            return "401", 0.0
-        if model not in self.options.models:
-            return "404", 0.0
-        if dimensions is not None and not (
-            isinstance(dimensions, int) and 1 <= dimensions <= self.options.models[model]
-        ):
-            return "bad_dimensions", 0.0
-        if len(counts) > self.options.max_inputs or not counts:
-            return "400", 0.0
-        if max(counts) > self.options.max_input_tokens:
-            return "context_length", 0.0
-        if sum(counts) > self.options.max_call_tokens:
-            return "tokens_per_request", 0.0
-        for bucket, of_tokens in self._buckets:
-            wait_s = bucket.take(sum(counts) if of_tokens else 1)
-            if wait_s:
-                return "429", wait_s
-        return "", 0.0
+        self, request: web.Request, model: str, texts: Sequence[str], counts: Sequence[int], dimensions: object
+    ) -> str:
+        """The fault that the server's own checks make of this request."""
+        options = self.options
+        if not self._knows_key(request):
+            return "401"
+        if model not in options.models or ("deployment" in request.match_info and not request.query.get("api-version")):
+            return "404"
+        if dimensions is not None and not (isinstance(dimensions, int) and 1 <= dimensions <= options.models[model]):
+            return "bad_dimensions"
+        if len(counts) > options.max_inputs:
+            return "too_many_inputs"
+        if not counts:
+            return "400"
+        if max(counts) > options.max_input_tokens:
+            return "context_length"
+        quarter = options.call_estimator == "bytes4"
+        if (sum(len(text.encode()) for text in texts) * 0.25 if quarter else sum(counts)) > options.max_call_tokens:
+            return "tokens_per_request"
+        if options.refuse_over is not None and self._in_work > options.refuse_over:
+            return "overloaded"
+        return ""
+
+    def _knows_key(self, request: web.Request) -> bool:
+        key = self.options.api_key
+        if key is None or (self._dialect.api_key_header and request.headers.get("api-key") == key):
+            return True
+        return request.headers.get("Authorization") == f"Bearer {key}"
 
     def _pick(self, texts: Sequence[str]) -> str:
         for marker, fault in self._faults.poison.items():
@@ -304,15 +280,29 @@ class ProviderServer:
                 return fault
         return ""
 
-    def _refuse(self, call: Call, texts: Sequence[str], wait_s: float) -> web.Response:
+    def _refuse(
+        self, call: Call, texts: Sequence[str], refusal: Refusal | None, limit_headers: Mapping[str, str]
+    ) -> web.Response:
         status, error = REFUSALS[call.fault]
+        faults, headers, words = self._faults, dict(limit_headers), error.get("message", call.fault)
+        if refusal is not None:
+            words, error = str(refusal), {**error, "type": refusal.of}
+        if call.fault in {"429", "503", "overloaded", "200_429"}:
+            if refusal is not None and refusal.wait_s is not None and faults.retry_after != "":
+                headers["retry-after"] = str(int(-(-refusal.wait_s // 1)))
+                headers["retry-after-ms"] = str(int(-(-refusal.wait_s * 1000 // 1)))
+            if faults.retry_after:
+                headers["retry-after"] = faults.retry_after
+            if faults.retry_after_ms:
+                headers["retry-after-ms"] = faults.retry_after_ms
+            if faults.body_delay is not None:
+                words = f"{words} Please try again in {faults.body_delay}."
         # As real providers do, the message quotes the customer: ours must never repeat it.
-        message = f"{call.fault}: {texts[0][:200] if texts else ''}"
-        headers = {}
-        if status in {429, 503} and (self._faults.retry_after is not None or wait_s):
-            headers["Retry-After"] = self._faults.retry_after or f"{wait_s:.3f}"
-        call.answered, call.status, call.done_ms = True, status, int(time.time() * 1000)
-        return web.json_response({"error": {"message": message, **error}}, status=status, headers=headers)
+        quoted = {**error, "message": f"{words} {texts[0][:200] if texts else ''}"}
+        status, body = self._dialect.refuse(call.fault, status, quoted)
+        call.answered, call.status = True, status
+        self._refused_headers = headers
+        return web.json_response(body, status=status, headers=headers)
 
     async def _hang(self, request: web.Request) -> web.StreamResponse:
         """Until the client gives up or the server closes."""
@@ -326,67 +316,55 @@ class ProviderServer:
             request.transport.abort()
         return web.Response()
 
-    def _answer(self, call: Call, texts: Sequence[str], dimensions: int, as_base64: bool) -> bytes:
-        vectors = [self._vector(text, dimensions) for text in texts]
-        indices = list(range(len(texts)))
-        model = call.model
-        match call.fault:
-            case "wrong_count":
-                vectors, indices = vectors[:-1], indices[:-1]
-            case "nan":
-                vectors[-1][0] = np.nan
-            case "zero_vector":
-                vectors[-1][:] = 0
-            case "wrong_dimension":
-                vectors[-1] = self._vector(texts[-1], max(1, dimensions - 1))
-            case "wrong_model":
-                model = "another-model"
-            case "duplicate_index":
-                indices[-1] = 0 if len(indices) > 1 else 1
-            case "shuffled":
-                order = list(indices)
-                self._dice.shuffle(order)
-                vectors, indices = [vectors[i] for i in order], order
-        if call.fault == "ignores_base64" or not as_base64:
-            written = [json.dumps(vector.astype(float).tolist()).encode() for vector in vectors]
-        else:
-            written = [b'"%b"' % base64.b64encode(vector.astype("<f4").tobytes()) for vector in vectors]
-        rows = b",".join(
-            b'{"object":"embedding","index":%d,"embedding":%b}' % row for row in zip(indices, written, strict=True)
+    async def _answer(
+        self, call: Call, name: str, texts: Sequence[str], dimensions: int, as_base64: bool
+    ) -> list[bytes]:
+        """The body in parts; others have their turn in between."""
+        answer = Answer(
+            fault=call.fault,
+            model=name if self._dialect.echoes else call.model,
+            dimensions=dimensions,
+            as_base64=as_base64,
+            billed_tokens=call.tokens if self._dialect.usage else None,
+            jitter=self.options.jitter,
         )
-        bill = {} if call.fault == "no_usage" else {"prompt_tokens": call.tokens, "total_tokens": call.tokens}
-        body = b'{"object":"list","data":[%b],"model":%b,"usage":%b}' % (
-            rows,
-            json.dumps(model).encode(),
-            json.dumps(bill).encode(),
-        )
-        return b'{"object":"list","data":[{' if call.fault == "broken_json" else body
+        parts = []
+        for part in answer.parts(texts, self._dice):
+            parts.append(part)
+            if len(parts) % TEXTS_A_TURN == 0:
+                await asyncio.sleep(0)
+        return parts
 
-    def _vector(self, text: str, dimensions: int) -> NDArray[np.float32]:
-        vector = expected_vector(text, dimensions)
-        if not self.options.jitter:
-            return vector.copy()
-        noise = self._noise.standard_normal(dimensions, dtype=np.float32)
-        vector = vector + noise * np.float32(self.options.jitter / np.sqrt(noise @ noise))
-        vector /= np.sqrt(vector @ vector)
-        return vector
-
-    async def _send(self, request: web.Request, call: Call, body: bytes) -> web.StreamResponse:
-        response = web.StreamResponse(headers={"Content-Type": "application/json"})
-        response.content_length = len(body)
+    async def _send(
+        self, request: web.Request, call: Call, parts: Sequence[bytes], headers: Mapping[str, str]
+    ) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"Content-Type": "application/json", **headers})
+        response.content_length = sum(map(len, parts))
         call.status = 200
+        # Half of the body in bytes: the part that holds its middle is cut.
+        left = response.content_length // 2 if call.fault in {"truncated_body", "stalled_body"} else None
         with contextlib.suppress(ConnectionError):
             await response.prepare(request)
+            waiting = bytearray()
+            for part in parts:
+                if left is not None:
+                    part = part[:left]
+                    left -= len(part)
+                waiting += part
+                if len(waiting) >= _WRITE_BYTES:
+                    await response.write(bytes(waiting))
+                    waiting.clear()
+            await response.write(bytes(waiting))
             if call.fault == "truncated_body":
-                await response.write(body[: len(body) // 2])
                 return self._break_off(request)
-            await response.write(body)
+            if call.fault == "stalled_body":
+                return await self._hang(request)
             await response.write_eof()
-            call.answered, call.done_ms = True, int(time.time() * 1000)
+            call.answered = True
         return response
 
     async def _models(self, request: web.Request) -> web.Response:
-        if self.options.api_key and request.headers.get("Authorization") != f"Bearer {self.options.api_key}":
+        if not self._knows_key(request):
             return web.json_response({"error": {"message": "no", "code": "invalid_api_key"}}, status=401)
         models = [{"id": name, "object": "model", "created": 0, "owned_by": "tests"} for name in self.options.models]
         return web.json_response({"object": "list", "data": models})
@@ -401,6 +379,13 @@ class ProviderServer:
     async def _take_faults(self, request: web.Request) -> web.Response:
         try:
             self.set_faults(Faults(**await request.json()))
+        except (TypeError, ValueError) as error:
+            return web.json_response({"error": str(error)}, status=400)
+        return web.json_response({})
+
+    async def _take_limits(self, request: web.Request) -> web.Response:
+        try:
+            self.set_limits(replace(self.options.limits, **await request.json()))
         except (TypeError, ValueError) as error:
             return web.json_response({"error": str(error)}, status=400)
         return web.json_response({})
@@ -436,12 +421,17 @@ class ProviderProcess:
     ) -> None:
         self._process.communicate(timeout=10)
 
+    @property
+    def root_url(self) -> str:
+        """Without a path."""
+        return "/".join(self.base_url.split("/")[:3])
+
     def admin(self, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
-        """`admin("ledger")` reads; `admin("faults", {...})` and `admin("reset", {})` write."""
+        """`admin("ledger")` reads; `admin("faults", {...})`, `("limits", {...})` and `("reset", {})` write."""
         import urllib.request
 
         request = urllib.request.Request(
-            self.base_url.removesuffix("v1") + f"admin/{path}",
+            f"{self.root_url}/admin/{path}",
             data=None if body is None else json.dumps(body).encode(),
             headers={"Content-Type": "application/json"},
         )
@@ -451,14 +441,15 @@ class ProviderProcess:
 
 
 async def _serve(arguments: argparse.Namespace) -> None:
+    given = {name: value for name, value in vars(arguments).items() if value is not None}
     models = {**MODELS, **{name: int(size) for name, _, size in (m.partition(":") for m in arguments.model)}}
+    aliases = {name: model for name, _, model in (a.partition("=") for a in arguments.alias)}
+    limits = Limits(**{each.name: given[each.name] for each in fields(Limits) if each.name in given})
     options = Options(
         models=models,
-        **{
-            name: getattr(arguments, name)
-            for name in Options.__dataclass_fields__
-            if name != "models" and getattr(arguments, name) is not None
-        },
+        aliases=aliases,
+        limits=limits,
+        **{each.name: given[each.name] for each in fields(Options) if each.name in given},
     )
     async with ProviderServer(options, port=arguments.port) as server:
         print(server.base_url, flush=True)
@@ -469,19 +460,25 @@ async def _serve(arguments: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    """The command line: one option per field of Options."""
+    """The command line: one option per field of Options and of Limits."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--port", type=int, default=0, help="0 picks a free one")
     parser.add_argument("--model", action="append", default=[], help="name:dimensions, besides OpenAI's three")
+    parser.add_argument("--alias", action="append", default=[], help="other name=model")
     parser.add_argument("--until-eof", action="store_true", help="end when standard input does")
+    parser.add_argument("--dialect", choices=sorted(DIALECTS))
     parser.add_argument("--tokens", choices=["cl100k", "bytes4"])
+    parser.add_argument("--call-estimator", choices=["tokens", "bytes4"])
     parser.add_argument("--api-key")
-    for name in ("jitter", "base-ms", "per-text-ms", "requests-per-s", "tokens-per-s"):
+    for name in ("jitter", "base-ms", "per-text-ms", *(each.name.replace("_", "-") for each in fields(Limits))):
         parser.add_argument(f"--{name}", type=float)
-    for name in ("max-inputs", "max-input-tokens", "max-call-tokens"):
-        parser.add_argument(f"--{name}", type=int)
+    for name in ("inputs", "input-tokens", "call-tokens", "body-bytes", "concurrent"):
+        parser.add_argument(f"--max-{name}", type=int)
+    parser.add_argument("--refuse-over", type=int)
+    import uvloop
+
     with contextlib.suppress(KeyboardInterrupt):
-        asyncio.run(_serve(parser.parse_args()))
+        uvloop.run(_serve(parser.parse_args()))
 
 
 if __name__ == "__main__":
