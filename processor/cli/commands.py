@@ -164,6 +164,52 @@ def produce(
 
 
 @app.command()
+def quote(
+    sources: Annotated[list[str], typer.Argument(help="Text files, directories of them, or one topic of requests.")],
+    tenant: Annotated[
+        str | None, typer.Option(help="Whose texts the files are, for the cache; of a topic: only this one's.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Model; default: the worker's, or what the requests of a topic name.")
+    ] = None,
+    dimensions: Annotated[int | None, typer.Option(min=1, help="Dimensions; default: the model's.")] = None,
+    max_characters: Annotated[int, typer.Option(min=20, help="Longest chunk of a file, in characters.")] = 800,
+    overlap: Annotated[int, typer.Option(min=0, help="Characters that a chunk repeats of the one before.")] = 0,
+    begin: Annotated[
+        Literal["committed", "beginning"],
+        typer.Option("--from", help="Of a topic: what the workers have not committed, or all that is retained."),
+    ] = "committed",
+    call_seconds: Annotated[
+        float | None, typer.Option(min=0, help="How long a call takes; default: 1 s when no limits are set.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say what embedding would take and cost: texts, tokens, calls, minutes, money. Nothing is sent.
+
+    Files are split as by `produce`. Texts are counted by the model's tokenizer, equal ones of a tenant once, and those
+    in Redis not at all. Settings are read as a worker reads them.
+    """
+    from processor.cli.quote import Wishes, print_report, quote_sources
+
+    if 2 * overlap >= max_characters:
+        raise typer.BadParameter("must stay below half of --max-characters", param_hint="--overlap")
+    wishes = Wishes(
+        tenant_id=tenant,
+        model=model,
+        dimensions=dimensions,
+        max_characters=max_characters,
+        overlap_characters=overlap,
+        begin=begin,
+        call_s=call_seconds,
+    )
+    report = run(quote_sources(load(), sources, wishes), debug=_Options.debug)
+    if as_json:
+        print_json(report.fields())
+    else:
+        print_report(report, out)
+
+
+@app.command()
 def results(
     follow: Annotated[bool, typer.Option("--follow/--no-follow", help="Go on when the end is reached.")] = False,
     new: Annotated[bool, typer.Option("--new", help="Begin at the present end; goes with --follow.")] = False,
