@@ -79,6 +79,8 @@ class Call:
     billed: bool = False
     answered: bool = False
     status: int | None = None
+    done_ms: int | None = None
+    """When the answer was written out."""
     took_ms: float = 0.0
 
 
@@ -300,7 +302,7 @@ class ProviderServer:
         # As real providers do, the message quotes the customer: ours must never repeat it.
         quoted = {**error, "message": f"{words} {texts[0][:200] if texts else ''}"}
         status, body = self._dialect.refuse(call.fault, status, quoted)
-        call.answered, call.status = True, status
+        call.answered, call.status, call.done_ms = True, status, int(time.time() * 1000)
         self._refused_headers = headers
         return web.json_response(body, status=status, headers=headers)
 
@@ -360,7 +362,7 @@ class ProviderServer:
             if call.fault == "stalled_body":
                 return await self._hang(request)
             await response.write_eof()
-            call.answered = True
+            call.answered, call.done_ms = True, int(time.time() * 1000)
         return response
 
     async def _models(self, request: web.Request) -> web.Response:
