@@ -1,0 +1,119 @@
+"""Provider calls that a small tenant waits for behind a large one: 50 chunks, a second after 100,000 others.
+
+Counted are the calls that the provider began from the moment when the broker appended the small tenant's request until
+the one that carries its last text, that one included; the least possible is 1. Both clocks are this machine's. All of
+the large tenant's chunks fit into the read-ahead, which is raised for it. `behind`: the small request lies in its
+partition behind a share of the large backlog. `apart`: it has a partition of its own.
+Left out: what lies beyond the read-ahead, which nobody can reorder. Environment: BENCH_CHUNKS.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from processor.adapters.avro import encode_request
+from processor.domain import CallKind, ProviderCall, ReceivedResult
+from processor.identity import request_id
+from tests.support import audit
+from tests.support.brokers import Broker
+from tests.support.load import Course, Say, fill, ingestion, ready, some_texts, surroundings
+from tests.support.provider_server import ProviderProcess
+from tests.support.stack import until
+
+PARTITIONS = 4
+DIMENSIONS = 384
+CHUNKS = int(os.environ.get("BENCH_CHUNKS", "100000"))
+SMALL_CHUNKS = 50
+LATER_S = 1.0
+BASE_MS, PER_TEXT_MS = 100, 1
+READ_AHEAD_BYTES = 2**30
+WITHIN = 3
+"""Calls beyond the least possible."""
+
+
+async def run(say: Say) -> dict[str, Any]:
+    """Calls and milliseconds that the small tenant waits for, behind the large one and apart from it; `bars`."""
+    options = ("--base-ms", str(BASE_MS), "--per-text-ms", str(PER_TEXT_MS))
+    with surroundings(say, *options) as (broker, provider, folder):
+        figures: dict[str, Any] = {
+            "broker": broker.kind,
+            "chunks": CHUNKS,
+            "small_chunks": SMALL_CHUNKS,
+            "small_later_s": LATER_S,
+            "read_ahead_bytes": READ_AHEAD_BYTES,
+            "counted": "calls the provider began from the append of the small request to the one with its last text",
+            "least_calls": 1,
+        }
+        for name, partitions in (("behind", PARTITIONS), ("apart", PARTITIONS - 1)):
+            measured = await measure(broker, provider, folder, partitions)
+            say(f"{name}: " + ", ".join(f"{key} {value}" for key, value in measured.items()))
+            figures |= {f"{name}_{key}": value for key, value in measured.items()}
+    return figures | {"bars": bars(figures)}
+
+
+async def measure(broker: Broker, provider: ProviderProcess, folder: Path, partitions: int) -> dict[str, Any]:
+    """The large tenant in the first `partitions`, the small one in the last of all."""
+    large = [encode_request(request) for request in ingestion(some_texts(CHUNKS), DIMENSIONS, tenant="large")]
+    [small] = ingestion(some_texts(SMALL_CHUNKS, seed=1), DIMENSIONS, tenant="small")
+    stamps = {"message.timestamp.type": "LogAppendTime"}
+    async with Course(
+        broker, provider, folder, dimensions=DIMENSIONS, partitions=PARTITIONS, results_config=stamps
+    ) as course:
+        with course.stack(EMBEDDING_READ_AHEAD_BYTES=str(READ_AHEAD_BYTES)) as stack:
+            worker = stack.spawn("worker")
+            await ready([worker])
+            provider.admin("reset", {})
+            await fill(course.producer, course.requests, large, partitions=partitions)
+            await asyncio.sleep(LATER_S)
+            record = await course.producer.send_and_wait(
+                course.requests, encode_request(small), partition=PARTITIONS - 1
+            )
+            await until(all_there(course, worker.check), within_s=180, what="every result")
+            assert worker.stop() == 0, worker.tail()
+        bills = provider.admin("ledger")["requests"]
+        wanted = request_id(small)
+        calls = [call async for _, call in audit.read_topic(course.settings, "calls", ProviderCall)]
+        carriers = {
+            call.attempt_id
+            for call in calls
+            if call.kind is CallKind.INTENT and any(item.request_id == wanted for item in call.items)
+        }
+        results = [
+            (stored.source.append_ms, result.tenant_id)
+            async for stored, result in audit.read_topic(course.settings, "results", ReceivedResult)
+        ]
+    since = [bill for bill in bills if bill["at_ms"] >= record.timestamp]
+    last = max(place for place, bill in enumerate(since) if bill["attempt_id"] in carriers)
+    before = [bill for bill in bills if bill["at_ms"] < record.timestamp]
+    return {
+        "calls_waited": last + 1,
+        "calls_that_carry_it": len(carriers),
+        "wait_ms": max(at_ms for at_ms, tenant in results if tenant == "small") - record.timestamp,
+        "large_chunks_left": CHUNKS - sum(bill["inputs"] for bill in before),
+        "calls": len(bills),
+        "lost": CHUNKS + SMALL_CHUNKS - len(results),
+    }
+
+
+def all_there(course: Course, check: Callable[[], None]) -> Callable[[], Any]:
+    """A condition: whether every chunk has its result; raises once the worker is gone."""
+
+    async def there() -> bool:
+        check()
+        return await course.end(course.results) >= CHUNKS + SMALL_CHUNKS
+
+    return there
+
+
+def bars(figures: Mapping[str, Any]) -> dict[str, Any]:
+    """Each bar with what was measured and whether it is met."""
+    judged: dict[str, Any] = {}
+    for name in ("behind", "apart"):
+        beyond = figures[f"{name}_calls_waited"] - figures["least_calls"]
+        met = "yes" if beyond <= WITHIN and figures[f"{name}_lost"] == 0 else "no"
+        judged[name] = {"calls_beyond_the_least": beyond, "bar": f"<= {WITHIN}", "met": met}
+    return judged
