@@ -315,7 +315,7 @@ class Packer:
 
     def __len__(self) -> int:
         """Texts that wait for a call."""
-        again = sum(len(call.folds) + len(call.rest) for _, _, call in self._retries)
+        again = sum(len(call.folds) + len(call.rest) + len(call.spared) for _, _, call in self._retries)
         return again + sum(pool.load.inputs for pool in self._pools.values())
 
     def add(self, folds: Iterable[Fold], now: float, now_ms: int) -> None:
@@ -343,7 +343,7 @@ class Packer:
         ended: list[Fold] = []
         while self._retries and self._retries[0][0] <= now + ROUNDING_S:
             call = heapq.heappop(self._retries)[2]
-            ended += _without_unwanted(call)
+            ended += self._prune(call)
             if call.folds:
                 return call, ended
         pool = self._due_pool(now, patience_s, max_tokens)
@@ -398,16 +398,27 @@ class Packer:
     def let_go(self) -> list[Fold]:
         """Drop the folds that nobody wants any more, and return them."""
         dropped: list[Fold] = []
+        for _, _, call in self._retries:
+            dropped += self._prune(call)
+        self._retries = [waiting for waiting in self._retries if waiting[2].folds]
+        heapq.heapify(self._retries)
         for name, pool in list(self._pools.items()):
             dropped += pool.let_go()
             if not pool.load.inputs:
                 del self._pools[name]
-        for _, _, call in self._retries:
-            dropped += _without_unwanted(call)
-        kept = [entry for entry in self._retries if entry[2].folds]
-        if len(kept) < len(self._retries):
-            heapq.heapify(kept)
-            self._retries = kept
+        return dropped
+
+    def _prune(self, call: Call) -> list[Fold]:
+        """Take the folds that nobody wants out of a waiting call. A search goes on in its rest, or ends."""
+        dropped = [fold for fold in [*call.folds, *call.rest, *call.spared] if not fold.wanted]
+        if dropped:
+            call.folds, call.rest, call.spared = (
+                [fold for fold in folds if fold.wanted] for folds in (call.folds, call.rest, call.spared)
+            )
+            if not call.folds:
+                call.folds, call.rest = call.rest, []
+            if not call.folds:
+                self._put_back(call.spared)
         return dropped
 
     def _put_back(self, folds: Sequence[Fold], now: float = float("-inf")) -> None:
@@ -439,7 +450,8 @@ class Packer:
         cap = self._caps.get(model.name)
         if cap is not None:
             inputs, quarters = min(inputs, cap.inputs), min(quarters, cap.quarters)
-        return _Limits(inputs, quarters, model.max_bytes_per_call, float("inf") if max_tokens is None else max_tokens)
+        tokens = float("inf") if max_tokens is None else max(1, max_tokens)
+        return _Limits(inputs, quarters, model.max_bytes_per_call, tokens)
 
 
 def _quarters(fold: Fold) -> int:
@@ -455,14 +467,3 @@ def _due(fold: Fold, now: float, now_ms: int) -> float:
         if deadline_ms is not None:
             due = min(due, now + (deadline_ms - now_ms) / 1000)
     return due
-
-
-def _without_unwanted(call: Call) -> list[Fold]:
-    """Take the folds out of a waiting call that nobody wants any more. A search whose half is gone has its rest."""
-    dropped = [fold for fold in call.folds + call.rest if not fold.wanted]
-    if dropped:
-        call.folds = [fold for fold in call.folds if fold.wanted]
-        call.rest = [fold for fold in call.rest if fold.wanted]
-        if not call.folds:
-            call.folds, call.rest = call.rest, []
-    return dropped
