@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
 from aiokafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient
-from aiokafka.errors import KafkaError
+from aiokafka.errors import GroupCoordinatorNotAvailableError, KafkaError
 
 from processor.adapters import topics
 from processor.adapters.kafka import connection, unavailable
@@ -20,6 +21,8 @@ from processor.settings import Settings
 POLL_MS = 1_000
 IDLE_POLLS = 60
 """Empty polls in a row, short of the end, after which the broker is held to be gone."""
+COORDINATOR_WAIT_S, COORDINATOR_POLL_S = 10.0, 0.2
+"""How long a group's coordinator may take to appear, and between two looks for it."""
 
 
 class KafkaReader:
@@ -50,8 +53,13 @@ class KafkaReader:
 
     async def committed(self, topic: str) -> Mapping[int, int]:
         places = await self._places(topic)
-        async with self._admin() as admin:
-            found = await admin.list_consumer_group_offsets(self._group_id, partitions=places)
+        async with self._admin() as admin, asyncio.timeout(COORDINATOR_WAIT_S):
+            while True:
+                try:
+                    found = await admin.list_consumer_group_offsets(self._group_id, partitions=places)
+                    break
+                except GroupCoordinatorNotAvailableError:  # the first question about any group makes brokers get ready
+                    await asyncio.sleep(COORDINATOR_POLL_S)
         return {place.partition: known.offset for place, known in found.items() if known.offset >= 0}
 
     async def read(self, topic: str, begin: Mapping[int, int] | None = None) -> AsyncGenerator[Sequence[Record], None]:
