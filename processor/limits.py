@@ -170,47 +170,43 @@ class Bucket:
 
 
 class Typical(NamedTuple):
-    """Seconds of a call by the square root of its tokens, and how many calls were in flight meanwhile."""
+    """Seconds of a call by the square root of its tokens, over so many calls (the last eight count most)."""
 
     seconds: float
-    company: float
+    calls: int
 
 
 class Latency:
     """Whether calls are slower only because there are more of them.
 
-    Compared are calls of about the same size with those of fewer in flight: where at least half of the added calls
-    do nothing but wait, `queueing` holds.
+    Compared are calls of about the same size, with so many in flight and with half as many: when twice as many take
+    `QUEUEING` times as long, hardly more gets done, and what was added only waits.
     """
 
-    SLACK = 1.25
+    QUEUEING = 1.6
+    CALLS = 4
+    """Fewer of one kind say nothing."""
 
     def __init__(self) -> None:
-        self._typical: dict[int, Typical] = {}
-        self._excess = 1.0
+        self._typical: dict[int, dict[int, Typical]] = {}
 
-    @property
-    def queueing(self) -> bool:
-        return self._excess > self.SLACK
-
-    def forgive(self) -> None:
-        """Look again, with fewer in flight."""
-        self._excess = 1.0
-
-    def see(self, tokens: int, seconds: float, company: int, *, few: bool) -> None:
-        """A call that went well. `few`: as few are in flight as may be, so that slowness is the provider's own."""
+    def queues(self, tokens: int, seconds: float, company: int) -> bool:
+        """Take in a call that went well with so many in flight; whether it is clear now that such calls queue."""
         size = max(1, tokens)
         half_octave = int(2 * math.log2(size))  # sizes differ by 1.4 in one class, and seconds then by less than 1.2
-        seconds /= math.sqrt(size)
-        typical = self._typical.get(half_octave)
-        if typical is None or company < typical.company:
-            self._typical[half_octave] = Typical(seconds, company)
-        elif company == typical.company or few:
-            seconds = typical.seconds + (seconds - typical.seconds) / 4
-            self._typical[half_octave] = Typical(seconds, company)
-        else:
-            usual = typical.seconds * (1 + company / typical.company) / 2
-            self._excess += (seconds / usual - self._excess) / 4 if usual > 0 else 0.0
+        by_company = self._typical.setdefault(half_octave, {})
+        octave = max(2, company.bit_length())  # less than 4 in flight are one class: a server needs some to be busy
+        before = by_company.get(octave, Typical(0.0, 0))
+        calls = before.calls + 1
+        typical = before.seconds + (seconds / math.sqrt(size) - before.seconds) / min(calls, 8)
+        by_company[octave] = Typical(typical, calls)
+        fewer = max((other for other in by_company if other < octave), default=None)
+        if fewer is None or calls < self.CALLS:
+            return False
+        queues = typical > by_company[fewer].seconds * self.QUEUEING ** (octave - fewer)
+        if queues:
+            del by_company[octave]  # what comes of fewer calls is judged by itself
+        return queues
 
 
 class Permit:
@@ -343,10 +339,7 @@ class Gate:
         self._learn(permit, limits, now)
         self._well(permit)
         self._throttled_in_row = 0
-        self._latency.see(
-            tokens, seconds, max(permit.company, self.in_flight), few=int(self._concurrency) <= QUEUE_CALLS
-        )
-        if self._latency.queueing:
+        if self._latency.queues(tokens, seconds, max(permit.company, self.in_flight)):
             self._slow_down(permit, now, least=QUEUE_CALLS)
         elif permit.began <= self._full_at:  # nothing but the concurrency held calls up meanwhile
             step = 1.0 if self._doubling else 1.0 / self._concurrency
@@ -408,7 +401,6 @@ class Gate:
         self._concurrency = max(float(min(least, self._concurrency)), self._concurrency * DECREASE)
         self._decreased_at = now
         self._doubling = False
-        self._latency.forgive()
 
     def _well(self, permit: Permit) -> None:
         """The provider works, whatever it thinks of this call. What began before a pause doesn't end a wait."""
@@ -438,6 +430,9 @@ class Gate:
     def _throttled(self, permit: Permit, error: ProviderThrottled, now: float) -> None:
         self._throttled_in_row += 1
         policy, said_s = self._policy, error.retry_after_s
+        if permit.began > self._decreased_at:  # once a round trip, as the concurrency
+            self.requests.distrust(now)
+            self.tokens.distrust(now)
         if said_s is not None and 0 <= said_s < math.inf:
             wait_s = min(said_s, policy.retry_after_max_s)
             # When the wait is over the provider has room for just this call: our book says the same then.
@@ -447,9 +442,6 @@ class Gate:
             doublings = min(self._throttled_in_row - 1, 30)
             wait_s = self._jitter(0.0, min(policy.retry_initial_s * 2**doublings, policy.retry_max_s))
             self.tokens.at_most(0.0, now)
-        if permit.began > self._decreased_at:  # once a round trip, as the concurrency
-            self.requests.distrust(now)
-            self.tokens.distrust(now)
         self._closed_until = max(self._closed_until, now + wait_s)
 
     def _learn(self, permit: Permit, limits: RateLimits | None, now: float) -> None:
