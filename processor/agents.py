@@ -1,4 +1,4 @@
-"""What an engine drives: takes runs, feeds the pipeline, dispatches windows, and lets go of what is revoked."""
+"""What an engine drives: takes runs, feeds the pipeline, starts windows and calls, and lets go of what is revoked."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Coroutine, Iterable, Mapping, Sequence
 from typing import Any
 
+from processor.domain import Lane
 from processor.embed import Route
 from processor.pipeline import Pipeline, Ports
 from processor.ports import Lease, Run
@@ -13,6 +14,16 @@ from processor.work import DocumentKey, Fail, Job, Parcel, Policy, Ticket
 
 BYTES_A_TURN = 1_000_000
 """Of records and of what they become: a few hundred texts, which take a few milliseconds to admit."""
+
+LOOK_UPS = 4
+"""Windows that are looked up at the same time."""
+
+FILL_WAIT_S = 1.0
+"""While more is known to be in the log, a call waits so long at most for what would fill it."""
+
+ROOM_WAIT_CALLS, ROOM_WAIT_S = 2.0, 10.0
+"""While the read-ahead is full, it waits for so many typical call times, and no longer than this: calls in flight end,
+which makes room for more to be read."""
 
 
 class Worker:
@@ -27,13 +38,18 @@ class Worker:
         self._clock = ports.clock
         self._read_ahead_bytes = read_ahead_bytes
         self._fail = fail
-        self._slots = policy.max_concurrent_calls * 2
+        self._interactive = policy.lane is Lane.INTERACTIVE
+        self._slots = LOOK_UPS
         self._tickets: set[Ticket] = set()
         self._closing: set[Lease] = set()
         self._held_bytes = 0
+        self._behind: dict[tuple[str, int], int] = {}
+        self._full = False
         self._room = asyncio.Event()
         self._work = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
+        for deployment in route.deployments:
+            deployment.gate.changed = self._work.set
 
     def start(self) -> None:
         """Start dispatching windows; call within the running loop."""
@@ -52,7 +68,7 @@ class Worker:
 
     @property
     def queued_texts(self) -> int:
-        return len(self.pipeline.batcher)
+        return len(self.pipeline.batcher) + len(self.pipeline.packer)
 
     async def on_run(self, run: Run) -> None:
         """Steps 1 and 2 for each record of a fetched run; waits while the read-ahead is full.
@@ -62,11 +78,14 @@ class Worker:
         """
         known: list[Parcel] = []
         turn_bytes = 0
+        self._behind[run.lease.topic, run.lease.partition] = run.behind
         for record in run.records:
             while self._held_bytes >= self._read_ahead_bytes and not self._is_over(run.lease):
+                self._full = True
                 self._hand_on(known)
                 self._room.clear()
                 await self._room.wait()
+            self._full = False
             if self._is_over(run.lease):
                 break
             decoded = self.pipeline.decode(record, run)
@@ -95,6 +114,8 @@ class Worker:
     async def on_revoke(self, leases: Sequence[Lease], budget_s: float) -> None:
         """Let windows in flight end within the budget, then drop what is left of these leases."""
         self._closing = {lease for lease in self._closing if not lease.revoked} | set(leases)
+        for lease in leases:
+            self._behind.pop((lease.topic, lease.partition), None)
         self._room.set()
         tickets = [ticket for ticket in self._tickets if ticket.lease in self._closing]
         self._drop(_stuck(tickets))
@@ -113,7 +134,8 @@ class Worker:
             ticket.dropped = True
             ticket.close()
         self._forget(dropped)
-        self.pipeline.batcher.let_go()
+        self.pipeline.let_go()
+        self._work.set()
 
     def _is_over(self, lease: Lease) -> bool:
         return lease.revoked or lease in self._closing
@@ -135,26 +157,62 @@ class Worker:
         self._room.set()
 
     async def _dispatch(self) -> None:
-        """Close windows as they fall due while slots are free; under backlog it never waits for more."""
-        batcher = self.pipeline.batcher
+        """Start look-ups and calls as they fall due, while there is room for them."""
         while True:
-            window = batcher.take(self._clock.monotonic()) if self._slots > 0 else None
-            if window is not None:
-                self._slots -= 1
-                self._spawn(self.pipeline.process(window, self._release_slot))
-                continue
             self._work.clear()
-            due_at = batcher.due_at() if self._slots > 0 else None
-            if due_at is None:
-                await self._work.wait()
-                continue
-            timer = asyncio.ensure_future(self._clock.sleep(max(0.0, due_at - self._clock.monotonic())))
-            wake = asyncio.ensure_future(self._work.wait())
-            try:
-                await asyncio.wait({timer, wake}, return_when=asyncio.FIRST_COMPLETED)
-            finally:
-                timer.cancel()
-                wake.cancel()
+            now = self._clock.monotonic()
+            self._start_look_ups(now)
+            due_at = [await self._start_calls()]
+            if self._slots > 0:
+                due_at.append(self.pipeline.batcher.due_at())
+            await self._work_or(min((at for at in due_at if at is not None), default=None))
+
+    def _start_look_ups(self, now: float) -> None:
+        """Under backlog a window never waits for more: it is full."""
+        while self._slots > 0 and (window := self.pipeline.batcher.take(now)) is not None:
+            self._slots -= 1
+            self._spawn(self.pipeline.look_up(window, self._release_slot))
+
+    async def _start_calls(self) -> float | None:
+        """Make calls of what waits while a deployment takes them. When to look again; None: when something changes."""
+        packer, route = self.pipeline.packer, self.route
+        while True:
+            now, patience_s, most = self._clock.monotonic(), self._patience_s(), route.max_call_tokens
+            tokens = packer.next_tokens(now, patience_s, most)
+            if tokens is None:
+                return packer.due_at(now, patience_s)
+            on = route.choose(tokens)
+            if on is None:
+                return route.ready_at(tokens)
+            call, ended = packer.take(now, self._clock.now_ms(), patience_s, most)
+            if ended:
+                self._spawn(self.pipeline.give_up(ended))
+            if call is not None and (at := on.retry_at(call, now)) > now:
+                call.not_before = at  # what was not tried yet goes first
+                packer.retry(call)
+            elif call is not None:
+                self._spawn(self.pipeline.carry(call, on, on.begin(call)))
+            await asyncio.sleep(0)
+
+    def _patience_s(self) -> float:
+        """How long a call that is not full may wait for more: only while more is to come."""
+        if self._interactive:
+            return 0.0
+        if self._full:
+            return min(ROOM_WAIT_CALLS * self.route.call_seconds, ROOM_WAIT_S) if self.route.in_flight else 0.0
+        return FILL_WAIT_S if any(self._behind.values()) else 0.0
+
+    async def _work_or(self, due_at: float | None) -> None:
+        if due_at is None:
+            await self._work.wait()
+            return
+        timer = asyncio.ensure_future(self._clock.sleep(max(0.0, due_at - self._clock.monotonic())))
+        wake = asyncio.ensure_future(self._work.wait())
+        try:
+            await asyncio.wait({timer, wake}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            timer.cancel()
+            wake.cancel()
 
     def _release_slot(self) -> None:
         self._slots += 1
@@ -168,6 +226,7 @@ class Worker:
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
+        self._work.set()
         if not task.cancelled() and (error := task.exception()) is not None:
             self._fail(error)
 

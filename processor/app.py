@@ -31,7 +31,8 @@ from processor.agents import Worker
 from processor.aggregate import DAY_MS
 from processor.aggregator import Aggregator, FoldedTopics
 from processor.domain import Lane
-from processor.embed import Route
+from processor.embed import Deployment, Route
+from processor.limits import Gate, LimitPolicy
 from processor.metrics import Metrics
 from processor.pipeline import Ports
 from processor.ports import Events
@@ -81,6 +82,7 @@ def worker_policy(settings: Settings, reply_partitions: Mapping[str, int]) -> Po
         window_max_tokens=settings.window_max_tokens,
         window_max_wait_s=0.0 if settings.lane is Lane.INTERACTIVE else settings.window_max_wait_ms / 1000,
         max_concurrent_calls=settings.max_concurrent_calls,
+        tenant_weights=settings.tenant_weights,
         retry_initial_s=settings.retry_initial_s,
         retry_max_s=settings.retry_max_s,
         poison_attempts=settings.poison_attempts,
@@ -145,7 +147,7 @@ class WorkerProcess(Process):
     def __init__(self, settings: Settings) -> None:
         source = "queries" if settings.lane is Lane.INTERACTIVE else "requests"
         super().__init__(settings, {source, *WORKER_TOPICS}, {"/models": self._models})
-        events = Events(self.metrics.count, self.metrics.observe, lambda fields: log.info("window", **fields))
+        events = Events(self.metrics.count, self.metrics.observe, lambda fields: log.info("call", **fields))
         clock = SystemClock()
         self.catalogue = load_catalogue(settings)
         self.provider = open_provider(settings, self.catalogue)
@@ -153,7 +155,16 @@ class WorkerProcess(Process):
         self.cache = TieredCache(MemoryCache.from_settings(settings), self.redis, events)
         self.reply_partitions: dict[str, int] = {}
         policy = worker_policy(settings, self.reply_partitions)
-        self.route = Route(self.provider, self.outbox, clock, policy, new_attempt_id, events)
+        limits = LimitPolicy(
+            max_concurrent_calls=settings.max_concurrent_calls,
+            requests_per_minute=settings.requests_per_minute,
+            tokens_per_minute=settings.tokens_per_minute,
+            retry_initial_s=settings.retry_initial_s,
+            retry_max_s=settings.retry_max_s,
+            retry_after_max_s=settings.retry_after_max_s,
+        )
+        deployment = Deployment(self.provider.name, self.provider, Gate(clock, limits))
+        self.route = Route([deployment], self.outbox, clock, policy, new_attempt_id, events)
         self.worker = Worker(
             Ports(
                 decoder=self.codec,

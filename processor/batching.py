@@ -1,14 +1,11 @@
-"""Steps 2 and 4: fold equal texts, queue them by embedding function, close windows, pack misses into calls."""
+"""Step 2: fold equal texts, queue them by embedding function, close windows."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from processor.decode import too_long
-from processor.domain import CacheLevel, EmbeddingFunction, ErrorCode, Fault, TokenSource, Truncate
-from processor.ports import TokenCounter
-from processor.work import Fold, Outcome, Policy, Window, Work
+from processor.domain import EmbeddingFunction
+from processor.work import Fold, Policy, Window, Work
 
 
 def estimated_tokens(text: str) -> int:
@@ -127,102 +124,3 @@ class Batcher:
         if not queue.folds:
             del self._queues[queue.function.name]
         return window
-
-
-@dataclass(slots=True, eq=False)
-class Call:
-    """What goes into one provider call: folds with the text to send (prefix applied, cut if need be) and its count."""
-
-    function: EmbeddingFunction
-    folds: list[Fold]
-    texts: list[str] = field(repr=False)
-    counts: list[int]
-    token_source: TokenSource
-    truncated: list[bool]
-    failures: int = 0
-    successes_seen: int = 0
-
-    def halves(self) -> tuple[Call, Call]:
-        middle = len(self.folds) // 2
-        return self._part(slice(0, middle)), self._part(slice(middle, None))
-
-    def only(self, keep: Sequence[int]) -> Call:
-        """This call without the texts that nobody wants any more; its failures are remembered."""
-        picked = self._part(keep)
-        picked.failures, picked.successes_seen = self.failures, self.successes_seen
-        return picked
-
-    def _part(self, which: slice | Sequence[int]) -> Call:
-        positions = range(len(self.folds))[which] if isinstance(which, slice) else which
-        return Call(
-            self.function,
-            [self.folds[i] for i in positions],
-            [self.texts[i] for i in positions],
-            [self.counts[i] for i in positions],
-            self.token_source,
-            [self.truncated[i] for i in positions],
-        )
-
-
-def pack(misses: Sequence[Fold], counter: TokenCounter, now_ms: int) -> list[Call]:
-    """Step 4: decide deadlines and over-long texts once, on misses only, and fill calls up to the model's limits."""
-    for fold in misses:
-        _expire(fold, now_ms)
-    wanted = [fold for fold in misses if fold.live_works()]
-    if not wanted:
-        return []
-    function = wanted[0].function
-    model = function.model
-    texts = [function.prefix + fold.text for fold in wanted]
-    counts, source = counter.count(texts, model)
-    calls: list[Call] = []
-    room_texts = room_tokens = 0
-    for fold, text, count in zip(wanted, texts, counts, strict=True):
-        fold.fault = too_long(count, function)
-        if fold.fault is not None:
-            continue
-        cut = count > model.max_input_tokens
-        if cut:
-            text = _cut(fold.text, function, counter)
-            count = counter.count([text], model).counts[0]
-        if room_texts == 0 or room_tokens < count:
-            calls.append(Call(function, [], [], [], source, []))
-            room_texts, room_tokens = model.max_inputs_per_call, model.max_tokens_per_call
-        call = calls[-1]
-        call.folds.append(fold)
-        call.texts.append(text)
-        call.counts.append(count)
-        call.truncated.append(cut)
-        room_texts -= 1
-        room_tokens -= count
-    return calls
-
-
-def _cut(text: str, function: EmbeddingFunction, counter: TokenCounter) -> str:
-    """The text with its prefix, cut to the model's limit; the prefix stays whichever end is cut off."""
-    model, prefix = function.model, function.prefix
-    limit = model.max_input_tokens
-    if function.truncate is Truncate.END or not prefix:
-        return counter.truncate(prefix + text, model, limit, keep_end=function.truncate is Truncate.START)
-    room = limit - counter.count([prefix], model).counts[0]
-    while True:
-        cut = prefix + counter.truncate(text, model, max(0, room), keep_end=True)
-        # Where prefix and text meet, tokens may fall apart into more of them.
-        if room <= 0 or counter.count([cut], model).counts[0] <= limit:
-            return cut
-        room -= 1
-
-
-def _expire(fold: Fold, now_ms: int) -> None:
-    """A work past its request's deadline ends here; the next of its fold leads. Hits are delivered, late or not."""
-    for work in fold.works:
-        deadline_ms = work.job.request.deadline_ms
-        if work.outcome is None and deadline_ms is not None and deadline_ms < now_ms:
-            work.outcome = Outcome(
-                CacheLevel.MISS,
-                fault=Fault(
-                    ErrorCode.DEADLINE_EXCEEDED,
-                    "deadline_ms",
-                    "deadline_ms: had passed before the text was embedded",
-                ),
-            )

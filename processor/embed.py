@@ -1,23 +1,22 @@
 """Step 5: intent, call, verify, receipt, split. An attempt is one HTTP request and has an intent of its own.
 
-What a provider's failure means is decided here, once, from the class of the error:
+What a provider's failure means for the texts is decided here, once, from the class of the error; what it means for the
+pace of calls is the gate's (`limits.py`):
 
-    throttled, transient   wait with full jitter and try again; the batch stays whole
-    paused (key, quota)    the route stands still, health says why; the next real call probes, alone
-    composition, input     halve the call; a single text that fails alone is `provider_rejects`
-    model                  `provider_model_error` for its chunks
+    throttled, paused, transient   the whole call again, later; a paused deployment is probed by one call at a time
+    composition (size, timeout)    smaller calls from now on, of the same texts
+    input, or failed k times       a binary search for the text at fault, which fails alone as `provider_rejects`
+    model                          `provider_model_error` for its chunks
 """
 
 from __future__ import annotations
 
-import asyncio
 import random
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
-import numpy as np
-
-from processor.batching import Call
+from processor.answers import bill, split, verify
 from processor.domain import (
     CallItem,
     CallKind,
@@ -27,7 +26,6 @@ from processor.domain import (
     Fault,
     ProviderCall,
     TokenSource,
-    Vector,
 )
 from processor.errors import (
     CallTooLarge,
@@ -38,170 +36,230 @@ from processor.errors import (
     ProviderThrottled,
     ProviderTransient,
 )
+from processor.limits import Gate, Permit
+from processor.packing import Packer
 from processor.ports import Clock, Destination, EmbeddingProvider, Events, Outbox, ProviderAnswer
-from processor.work import Policy, Work
+from processor.work import Call, Fold, Policy, Work
 
-BREAKER_FAILURES = 5
-"""So many failures in a row open the breaker: then one call at a time probes the provider."""
+REJECTED = Fault(ErrorCode.PROVIDER_REJECTS, "chunks.text", "chunks.text: the provider refuses this text")
+MODEL_REFUSED = Fault(ErrorCode.PROVIDER_MODEL_ERROR, "model", "model: the provider refuses it; see the worker's log")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Deployment:
+    """One place that serves the route's models: an account, a region. `name` stands in the ledger."""
+
+    name: str
+    provider: EmbeddingProvider
+    gate: Gate
+
+    def retry_at(self, call: Call, now: float) -> float:
+        """When the budget for retries allows this call on the monotonic clock; a first try needs none."""
+        if call.attempts == 0 or self.gate.admits(call.tokens, retry=True):
+            return now
+        return self.gate.ready_at(call.tokens, retry=True) or now
+
+    def begin(self, call: Call) -> Permit:
+        return self.gate.begin(call.tokens, retry=call.attempts > 0)
 
 
 @dataclass(slots=True, eq=False)
 class Route:
-    """The provider as this worker sees it: a bound on calls in flight, a breaker, and why it is paused."""
+    """The deployments of one set of vector spaces, in order of preference, and what an attempt needs beside them."""
 
-    provider: EmbeddingProvider
+    deployments: Sequence[Deployment]
     outbox: Outbox
     clock: Clock
     policy: Policy
     new_id: Callable[[], str]
     events: Events = field(default_factory=Events)
     jitter: Callable[[float, float], float] = random.uniform
-    paused: str | None = None
     successes: int = 0
-    _failures_in_row: int = 0
-    room: asyncio.Semaphore = field(init=False)
-    probe: asyncio.Lock = field(init=False)
 
-    def __post_init__(self) -> None:
-        self.room = asyncio.Semaphore(self.policy.max_concurrent_calls)
-        self.probe = asyncio.Lock()
+    @property
+    def provider_name(self) -> str:
+        """In results and usage: the same whichever deployment answered."""
+        return self.deployments[0].provider.name
 
-    async def probes(self) -> bool:
-        """While the route is paused, waits to be the one call that probes it. Whether this one is."""
-        probing = self.paused is not None
-        if probing:
-            await self.probe.acquire()
-            probing = self.paused is not None
-            if not probing:  # the one before found the provider back
-                self.probe.release()
-        return probing
+    @property
+    def paused(self) -> str | None:
+        """Why nothing gets through: the first deployment's reason when all of them are paused."""
+        reasons = [deployment.gate.paused for deployment in self.deployments]
+        return reasons[0] if None not in reasons else None
 
-    def succeeded(self) -> None:
-        """An answer came and was verified: one that can't be used is no sign of a provider that works."""
-        self.successes += 1
-        self._closed()
+    @property
+    def in_flight(self) -> int:
+        return sum(deployment.gate.in_flight for deployment in self.deployments)
 
-    def failed(self, error: ProviderError) -> None:
-        if isinstance(error, InputRejected | CallTooLarge | ModelRejected):
-            self._closed()
-            return
-        self._failures_in_row += 1
-        if isinstance(error, ProviderPaused) or self._failures_in_row >= BREAKER_FAILURES:
-            self.paused = error.code
+    @property
+    def call_seconds(self) -> float:
+        """How long a call typically takes at present."""
+        return max(deployment.gate.call_seconds for deployment in self.deployments)
 
-    def _closed(self) -> None:
-        self._failures_in_row = 0
-        self.paused = None
+    @property
+    def max_call_tokens(self) -> int | None:
+        """The least of what the deployments want in one call."""
+        limits = [gate.max_call_tokens for gate in self._open_gates() if gate.max_call_tokens is not None]
+        return min(limits, default=None)
 
+    def choose(self, tokens: int) -> Deployment | None:
+        """The first that takes a call of about so many tokens now."""
+        return next((deployment for deployment in self.deployments if deployment.gate.admits(tokens)), None)
 
-async def embed(calls: Sequence[Call], route: Route) -> list[Awaitable[None]]:
-    """Step 5 for a window: entries or faults are set on the folds. Returns the receipts' acknowledgements to await."""
-    receipts = await asyncio.gather(*(_embed_call(call, route) for call in calls))
-    return [receipt for each in receipts for receipt in each]
+    def ready_at(self, tokens: int) -> float | None:
+        """When to ask again on the monotonic clock; None: when a call in flight ends."""
+        times = [deployment.gate.ready_at(tokens) for deployment in self.deployments]
+        return min((at for at in times if at is not None), default=None)
 
-
-async def _embed_call(call: Call, route: Route) -> list[Awaitable[None]]:
-    receipts: list[Awaitable[None]] = []
-    backoff_s = route.policy.retry_initial_s
-    while True:
-        async with route.room:
-            probing = await route.probes()
-            try:
-                leaders = [fold.leader() for fold in call.folds]
-                if None in leaders:
-                    call = call.only([i for i, leader in enumerate(leaders) if leader is not None])
-                    leaders = [leader for leader in leaders if leader is not None]
-                if not call.folds:
-                    return receipts
-                error = await _attempt(call, [work for work in leaders if work], route, receipts)
-                if error is None:
-                    return receipts
-                wait_s = _wait_s(error, backoff_s, route)
-                if route.paused is not None:
-                    # The prober keeps the lock while it waits, so an outage costs one attempt per backoff.
-                    await route.clock.sleep(wait_s)
-                    wait_s = 0.0
-            finally:
-                if probing:
-                    route.probe.release()
-        if isinstance(error, ModelRejected):
-            _fail(
-                call,
-                ErrorCode.PROVIDER_MODEL_ERROR,
-                "model",
-                "model: the provider refuses it; see the worker's log",
-            )
-            return receipts
-        if isinstance(error, InputRejected | CallTooLarge) or _is_poison(call, route):
-            if len(call.folds) == 1:
-                _fail(
-                    call,
-                    ErrorCode.PROVIDER_REJECTS,
-                    "chunks.text",
-                    "chunks.text: the provider refuses this text",
-                )
-                return receipts
-            for half in await asyncio.gather(*(_embed_call(part, route) for part in call.halves())):
-                receipts += half
-            return receipts
-        await route.clock.sleep(wait_s)
-        backoff_s = min(backoff_s * 2, route.policy.retry_max_s)
+    def _open_gates(self) -> list[Gate]:
+        gates = [deployment.gate for deployment in self.deployments]
+        return [gate for gate in gates if gate.paused is None] or gates
 
 
-def _wait_s(error: ProviderError, backoff_s: float, route: Route) -> float:
-    if isinstance(error, InputRejected | CallTooLarge | ModelRejected):
-        return 0.0
-    if isinstance(error, ProviderThrottled) and error.retry_after_s is not None:
-        return min(max(error.retry_after_s, 0.0), 300.0) + route.jitter(0.0, 0.1)
-    return route.jitter(0.0, backoff_s)
+class Embedded(NamedTuple):
+    """`done`: folds with an entry or a fault, or that nobody wants; `receipts`: acknowledgements to await in step 7."""
+
+    done: list[Fold]
+    receipts: list[Awaitable[None]]
 
 
-def _is_poison(call: Call, route: Route) -> bool:
-    """Failed k times while the provider succeeded for others: one of its texts is at fault, not the provider."""
-    return call.failures >= route.policy.poison_attempts and route.successes > call.successes_seen
+async def embed(call: Call, on: Deployment, permit: Permit, route: Route, packer: Packer) -> Embedded:
+    """Step 5 for a call: one attempt. What is to be tried again is back in the packer when this returns."""
+    wanted = [(fold, leader) for fold in call.folds if (leader := fold.leader()) is not None]
+    done = [fold for fold in call.folds if not fold.wanted]
+    call.folds = [fold for fold, _ in wanted]
+    if not wanted:
+        permit.cancelled()
+        packer.give_back([*call.rest, *call.spared], route.clock.monotonic())
+        return Embedded(done, [])
+    try:
+        error, receipts = await _attempt(call, [leader for _, leader in wanted], on, permit, route)
+    except BaseException:
+        permit.cancelled()
+        raise
+    if error is None:
+        done += call.folds
+        packer.fitted(call)
+        _search_rest(call, route, packer)
+        return Embedded(done, receipts)
+    # Before the call is made anew, so that no offset can be committed while the ledger may still lose this attempt.
+    for receipt in receipts:
+        await receipt
+    return Embedded(done + _again(call, error, on, route, packer), [])
+
+
+def _again(call: Call, error: ProviderError, on: Deployment, route: Route, packer: Packer) -> list[Fold]:
+    """Decide what becomes of a failed call. The folds that it ends."""
+    now = route.clock.monotonic()
+    if isinstance(error, ModelRejected):
+        return _fail([*call.folds, *call.rest, *call.spared], MODEL_REFUSED)
+    single = len(call.folds) == 1
+    if isinstance(error, CallTooLarge) and not single:
+        packer.give_back([*call.rest, *call.spared], now)
+        packer.too_large(call)
+        return []
+    refused = isinstance(error, InputRejected | CallTooLarge)
+    if refused or _is_poison(call, error, route):
+        if single:
+            packer.give_back([*call.rest, *call.spared], now)
+            return _fail(call.folds, REJECTED)
+        call.searching = call.searching or ("refusal" if refused else "failures")
+        _search(call, call.folds, packer, spared=[*call.spared, *call.rest])  # innocent unless they fail too
+        return []
+    call.attempts += 1
+    call.not_before = now
+    if not isinstance(error, ProviderThrottled | ProviderPaused):  # for those the gate waits
+        backoff_s = min(route.policy.retry_initial_s * 2 ** min(call.attempts - 1, 30), route.policy.retry_max_s)
+        call.not_before += route.jitter(0.0, backoff_s)
+    if on.gate.paused is not None:
+        # The next probe is for a call that did not just fail, if there is one: a text that always fails keeps nobody.
+        call.not_before = max(call.not_before, (on.gate.ready_at(call.tokens) or now) + route.policy.retry_initial_s)
+    packer.retry(call)
+    return []
+
+
+def _is_poison(call: Call, error: ProviderError, route: Route) -> bool:
+    """Failed k times while the provider succeeded for others: one of its texts is at fault, not the provider.
+
+    In a search for such a text one failure is enough to look closer, until it is alone.
+    """
+    if not isinstance(error, ProviderTransient):  # throttling and pauses say nothing about a text
+        return False
+    if call.failures == 0 and not call.searching:
+        call.successes_seen = route.successes
+    call.failures += 1
+    if route.successes <= call.successes_seen:
+        return False
+    return call.failures >= route.policy.poison_attempts or (call.searching == "failures" and len(call.folds) > 1)
+
+
+def _search(call: Call, suspects: list[Fold], packer: Packer, spared: list[Fold]) -> None:
+    """Halve the suspects: one half is called next; if that turns out well, the text at fault is in the other.
+
+    So one text among n is found by log2(n) calls, and one more to be certain; who was spared shares a call after them.
+    """
+    middle = (len(suspects) + 1) // 2
+    packer.retry(
+        Call(
+            call.function,
+            suspects[:middle],
+            attempts=1,
+            successes_seen=call.successes_seen,
+            searching=call.searching,
+            rest=suspects[middle:],
+            spared=spared,
+        )
+    )
+
+
+def _search_rest(call: Call, route: Route, packer: Packer) -> None:
+    """After a half that turned out well. The last suspect is called alone: what refused it may have passed."""
+    if call.rest:
+        _search(call, call.rest, packer, call.spared)
+    else:
+        packer.give_back(call.spared, route.clock.monotonic())
 
 
 async def _attempt(
-    call: Call, leaders: Sequence[Work], route: Route, receipts: list[Awaitable[None]]
-) -> ProviderError | None:
-    """One attempt: None when the folds have their entries, else why not."""
+    call: Call, leaders: Sequence[Work], on: Deployment, permit: Permit, route: Route
+) -> tuple[ProviderError | None, list[Awaitable[None]]]:
+    """One attempt: no error when the folds have their entries. With the acknowledgement of its receipt, if any."""
     started = route.clock.monotonic()
-    intent = _intent(call, leaders, route)
+    intent = _intent(call, leaders, on, route)
     await route.outbox.send([Destination("calls", intent)])
     answer: ProviderAnswer | None = None
     error: ProviderError | None = None
     try:
-        answer = await route.provider.embed(call.texts, call.function, intent.attempt_id)
-        vectors = verify(answer, call)
-        route.succeeded()
+        answer = await on.provider.embed([fold.sent for fold in call.folds], call.function, intent.attempt_id)
+        vectors = await verify(answer, call.function, len(call.folds), route.clock)
     except ProviderError as raised:
         error = raised
-        route.failed(raised)
-        if isinstance(raised, ProviderTransient):  # throttling and pauses say nothing about a text
-            if call.failures == 0:
-                call.successes_seen = route.successes
-            call.failures += 1
-        route.events.count("provider_errors", 1, {"code": raised.code})
-    receipt = _receipt(intent, call, answer, error, route, started)
-    if receipt is not None:
-        receipts.append(await route.outbox.post(Destination("calls", receipt)))
-    route.events.count(
-        "provider_calls", 1, {"outcome": receipt.outcome if receipt and receipt.outcome else "unanswered"}
-    )
-    route.events.observe("provider_call_seconds", route.clock.monotonic() - started, {})
+        if answer is not None:
+            error.limits = answer.limits
+        permit.failed(error)
+        route.events.count("provider_errors", 1, {"code": error.code})
+    else:
+        route.successes += 1
+        permit.succeeded(bill(answer, call)[0], answer.limits)
+    took_s = route.clock.monotonic() - started
+    receipt = _receipt(intent, call, answer, error, route, took_s)
+    outcome = receipt.outcome if receipt and receipt.outcome else "unanswered"
+    route.events.count("provider_calls", 1, {"outcome": outcome})
+    route.events.observe("provider_call_seconds", took_s, {})
+    receipts = [] if receipt is None else [await route.outbox.post(Destination("calls", receipt))]
     if answer is None or error is not None:
-        return error
-    billed, source = _bill(answer, call)
-    if call.token_source is TokenSource.TOKENIZER and billed != sum(call.counts):
+        return error, receipts
+    billed, source = bill(answer, call)
+    counts = [fold.tokens for fold in call.folds]
+    if call.folds[0].token_source is TokenSource.TOKENIZER and billed != sum(counts):
         route.events.count("counter_drift", 1, {"model": call.function.model.name})
     route.events.count("provider_tokens", billed, {"model": call.function.model.name})
-    shares = split(billed, call.counts)
-    for fold, leader, vector, tokens, cut in zip(call.folds, leaders, vectors, shares, call.truncated, strict=True):
-        fold.entry = Entry(vector, tokens, leader.item, intent.attempt_id, source, cut)
-    return None
+    for fold, leader, vector, tokens in zip(call.folds, leaders, vectors, split(billed, counts), strict=True):
+        fold.entry = Entry(vector, tokens, leader.item, intent.attempt_id, source, fold.truncated)
+    return None, receipts
 
 
-def _intent(call: Call, leaders: Sequence[Work], route: Route) -> ProviderCall:
+def _intent(call: Call, leaders: Sequence[Work], on: Deployment, route: Route) -> ProviderCall:
     now_ms = route.clock.now_ms()
     model = call.function.model
     price = model.price_at(now_ms)
@@ -210,14 +268,14 @@ def _intent(call: Call, leaders: Sequence[Work], route: Route) -> ProviderCall:
         attempt_id=route.new_id(),
         at_ms=now_ms,
         worker_id=route.policy.worker_id,
-        provider=route.provider.name,
+        provider=on.name,
         model=model.name,
         vector_space=str(call.function.space),
         items=[
-            CallItem(work.item.request_id, work.item.index, work.job.request.payer_id, tokens)
-            for work, tokens in zip(leaders, call.counts, strict=True)
+            CallItem(work.item.request_id, work.item.index, work.job.request.payer_id, fold.tokens)
+            for work, fold in zip(leaders, call.folds, strict=True)
         ],
-        estimated_tokens=sum(call.counts),
+        estimated_tokens=call.tokens,
         confirm_by_ms=now_ms + int(route.policy.confirm_after_s * 1000),
         price_nanos_per_million=price.nanos_per_million if price else None,
         price_version=price.version if price else None,
@@ -230,11 +288,11 @@ def _receipt(
     answer: ProviderAnswer | None,
     error: ProviderError | None,
     route: Route,
-    started: float,
+    took_s: float,
 ) -> ProviderCall | None:
     """U1: `ok`, `invalid` only if its usage was readable, `failed` only for an answered HTTP error; else none."""
     if answer is not None and error is None:
-        outcome, billed, status = CallOutcome.OK, _bill(answer, call)[0], 200
+        outcome, billed, status = CallOutcome.OK, bill(answer, call)[0], 200
     elif answer is not None and answer.billed_tokens is not None:
         outcome, billed, status = CallOutcome.INVALID, answer.billed_tokens, 200
     elif answer is None and error is not None and error.http_status is not None and error.http_status >= 400:
@@ -252,57 +310,13 @@ def _receipt(
         outcome=outcome,
         billed_tokens=billed,
         http_status=status,
-        time_taken_ms=int((route.clock.monotonic() - started) * 1000),
+        time_taken_ms=int(took_s * 1000),
         price_nanos_per_million=intent.price_nanos_per_million,
         price_version=intent.price_version,
     )
 
 
-def _bill(answer: ProviderAnswer, call: Call) -> tuple[int, TokenSource]:
-    """What the provider says it billed; a server that says nothing is taken at the local count, which is named."""
-    if answer.billed_tokens is None:
-        return sum(call.counts), call.token_source
-    return answer.billed_tokens, TokenSource.PROVIDER
-
-
-def verify(answer: ProviderAnswer, call: Call) -> list[Vector]:
-    """The vectors in the order of the call's texts, each finite, of the right dimension and not all zero.
-
-    Raises ProviderTransient with what is wrong; a paid answer that fails here is an `invalid` receipt.
-    """
-    count, dimensions = len(call.folds), call.function.dimensions
-    accepted = call.function.model.answers_as
-    if len(answer.vectors) != count or sorted(answer.indices) != list(range(count)):
-        raise ProviderTransient("wrong_count_or_indices")
-    if accepted is not None and answer.model not in accepted:
-        raise ProviderTransient("wrong_model")
-    ordered: list[Vector] = [answer.vectors[0]] * count
-    for vector, index in zip(answer.vectors, answer.indices, strict=True):
-        if vector.shape != (dimensions,):
-            raise ProviderTransient("wrong_dimension")
-        if not np.isfinite(vector).all():
-            raise ProviderTransient("not_finite")
-        if not vector.any():
-            raise ProviderTransient("all_zero")
-        ordered[index] = vector
-    return ordered
-
-
-def split(bill: int, counts: Sequence[int]) -> list[int]:
-    """Share a bill by local counts: largest remainder, ties by lower position (U1). The shares sum to the bill.
-
-    With exact counts (their sum is the bill) each share is the local count, in any batch.
-    """
-    total = sum(counts)
-    if total == 0:
-        counts, total = [1] * len(counts), len(counts)
-    shares = [bill * count // total for count in counts]
-    by_remainder = sorted(range(len(counts)), key=lambda i: (-(bill * counts[i] % total), i))
-    for i in by_remainder[: bill - sum(shares)]:
-        shares[i] += 1
-    return shares
-
-
-def _fail(call: Call, code: ErrorCode, field: str, message: str) -> None:
-    for fold in call.folds:
-        fold.fault = Fault(code, field, message)
+def _fail(folds: list[Fold], fault: Fault) -> list[Fold]:
+    for fold in folds:
+        fold.fault = fault
+    return folds

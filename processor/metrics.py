@@ -35,7 +35,8 @@ METRICS = (
     Metric("counter_drift", "counter", ("model",), "Bills that differ from an exact local count."),
     Metric("cache_lookups", "counter", ("level", "result"), "Cache look-ups of keys, by level: hit or miss."),
     Metric("cache_faults", "counter", ("kind",), "Shared-cache faults: unavailable, corrupt, not stored."),
-    Metric("window_seconds", "histogram", (), "Time of one window from look-up to acknowledgement."),
+    Metric("call_texts", "histogram", (), "Texts of one provider call.", TEXTS),
+    Metric("window_seconds", "histogram", (), "Time of one window's look-up and count."),
     Metric("window_texts", "histogram", (), "Texts of one window.", TEXTS),
     Metric(
         "read_ahead_bytes",

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-from processor.batching import Batcher, pack
+from processor.batching import Batcher
 from processor.cache import cache_key, hash_key, look_up, remember
 from processor.decode import EMPTY_TEXT, Checker, counts_as_usage, echoable, too_long
 from processor.domain import (
@@ -26,11 +26,13 @@ from processor.domain import (
     Result,
     Status,
 )
-from processor.embed import Route, embed
+from processor.embed import Deployment, Route, embed
 from processor.emit import Emitter
 from processor.errors import RegistryUnavailable
 from processor.identity import request_id
+from processor.limits import Permit
 from processor.ordering import DocumentOrder
+from processor.packing import Packer, measure
 from processor.ports import (
     Catalogue,
     Clock,
@@ -46,7 +48,7 @@ from processor.ports import (
 )
 from processor.results import chunk_result, messages, plain_result, request_result, settle, tombstones
 from processor.usage import charge, cost_of
-from processor.work import Fold, Instant, Job, Known, Outcome, Parcel, Plan, Policy, Ticket, Window, Work
+from processor.work import Call, Fold, Instant, Job, Known, Outcome, Parcel, Plan, Policy, Ticket, Window, Work
 
 LETHAL = Undecodable(DlqClass.LETHAL, "ended_its_processes")
 BYTES_IN_WORK = 4_000
@@ -82,6 +84,7 @@ class Pipeline:
         self.policy = policy
         self.route = route
         self.batcher = Batcher(policy)
+        self.packer = Packer(policy)
         self.order = DocumentOrder()
         self.paused: str | None = None
         self._finished = finished
@@ -120,29 +123,47 @@ class Pipeline:
         known += outcomes
         return ticket
 
-    async def process(self, window: Window, release: Callable[[], None]) -> None:
-        """Steps 3 to 8: carry a window of one embedding function to where its offsets may be committed.
+    async def look_up(self, window: Window, release: Callable[[], None]) -> None:
+        """Steps 3 and 4 for a window: hits go out, and misses wait for a call that is worth its while.
 
         `release` frees the window's slot before its outcomes wait for their turn.
         """
-        ports = self.ports
-        started = ports.clock.monotonic()
-        misses: list[Fold] = []
+        ports, started = self.ports, self.ports.clock.monotonic()
+        known: list[Fold] = []
         try:
             misses = await look_up(window.folds, ports.cache)  # 3. a cache that is gone is gone without
-            calls = pack(misses, ports.counter, ports.clock.now_ms())  # 4. few, full calls
-            receipts = await embed(calls, self.route)  # 5. intent first, receipt after
-            await remember(misses, ports.cache)  # 6. so a replay finds the payer
+            await measure(misses, ports.counter, ports.clock)  # 4. counted exactly, and cut if need be
+            self.packer.add([fold for fold in misses if fold.fault is None], started, ports.clock.now_ms())
+            known = [fold for fold in window.folds if fold.entry is not None or fold.fault is not None]
         finally:
             release()
-        await self.deliver(self._settle(window), receipts)  # 7 and 8
-        self._observe(window, misses, len(calls), ports.clock.monotonic() - started)
+        self._observe_window(window, ports.clock.monotonic() - started)
+        await self.deliver(self._settle(known))  # 7 and 8
+
+    async def carry(self, call: Call, on: Deployment, permit: Permit) -> None:
+        """Steps 5 to 8 for a call: once its outcomes are acknowledged, their offsets may be committed."""
+        started = self.ports.clock.monotonic()
+        done, receipts = await embed(call, on, permit, self.route, self.packer)  # 5. intent first, receipt after
+        await remember(done, self.ports.cache)  # 6. so a replay finds the payer
+        parcels = self._settle(done)
+        self._observe_call(call, on, done, self.ports.clock.monotonic() - started)
+        await self.deliver(parcels, receipts)  # 7 and 8
+
+    async def give_up(self, folds: Sequence[Fold]) -> None:
+        """Steps 7 and 8 for texts that no call is made of: their deadline has passed, or nobody wants them."""
+        await self.deliver(self._settle(folds))
 
     async def deliver(self, parcels: Sequence[Parcel], receipts: Sequence[Awaitable[None]] = ()) -> None:
         """Steps 7 and 8."""
         self._count(parcels)
         async for sent in self._emitter.emit(parcels, receipts):  # 7. every delivery awaited
             self._acknowledge(sent)  # 8. in offset order: the lease keeps the watermark
+
+    def let_go(self) -> None:
+        """Forget works that were dropped: while a provider is out each rebalance would leave as many again."""
+        self.batcher.let_go()
+        for fold in self.packer.let_go():
+            self.batcher.settled(fold)
 
     # Step 1
 
@@ -240,10 +261,10 @@ class Pipeline:
 
     # Between 6 and 7
 
-    def _settle(self, window: Window) -> list[Parcel]:
-        """Outcomes for the window's works; from here on an equal text starts anew and finds the cache."""
+    def _settle(self, folds: Sequence[Fold]) -> list[Parcel]:
+        """Outcomes for the works of these; from here on an equal text starts anew and finds the cache."""
         parcels: list[Parcel] = []
-        for fold in window.folds:
+        for fold in folds:
             self.batcher.settled(fold)
             if settle(fold):
                 parcels += fold.works
@@ -269,20 +290,23 @@ class Pipeline:
         for (level, code), texts in tally.items():
             self.ports.events.count("texts", texts, {"cache": level.value, "outcome": code.value if code else "ok"})
 
-    def _observe(self, window: Window, misses: Sequence[Fold], calls: int, took_s: float) -> None:
-        """One rich line a window."""
-        texts = sum(len(fold.works) for fold in window.folds)
+    def _observe_window(self, window: Window, took_s: float) -> None:
         self.ports.events.observe("window_seconds", took_s, {})
-        self.ports.events.observe("window_texts", texts, {})
-        self.ports.events.window(
+        self.ports.events.observe("window_texts", sum(len(fold.works) for fold in window.folds), {})
+
+    def _observe_call(self, call: Call, on: Deployment, done: Sequence[Fold], took_s: float) -> None:
+        """One rich line a call."""
+        self.ports.events.observe("call_texts", len(call.folds), {})
+        self.ports.events.call(
             {
-                "space": window.function.space_name,
-                "texts": texts,
-                "folds": len(window.folds),
-                "misses": len(misses),
-                "calls": calls,
-                "errors": sum(len(fold.works) for fold in window.folds if fold.entry is None),
-                "billed_tokens": sum(fold.entry.tokens for fold in misses if fold.entry is not None),
+                "deployment": on.name,
+                "space": call.function.space_name,
+                "texts": len(call.folds),
+                "tokens": call.tokens,
+                "works": sum(len(fold.works) for fold in done),
+                "errors": sum(len(fold.works) for fold in done if fold.entry is None),
+                "billed_tokens": sum(fold.entry.tokens for fold in done if fold.entry is not None),
+                "attempt": call.attempts + 1,
                 "took_ms": round(took_s * 1000),
             }
         )
@@ -320,7 +344,7 @@ class Pipeline:
                 status=Status.INVALID if fault else Status.VALID,
                 error=fault,
                 chunk_metadata=chunk.metadata,
-                provider=self.route.provider.name,
+                provider=self.route.provider_name,
                 model=model.name,
                 vector_space=function.space_name,
                 token_count=kept,
@@ -335,7 +359,7 @@ class Pipeline:
 
     def _write(self, parcels: Sequence[Parcel]) -> list[list[Destination]]:
         """The messages of each outcome; a request's usage follows its last one (U4)."""
-        policy, provider, now = self.policy, self.route.provider.name, Instant.of(self.ports.clock)
+        policy, provider, now = self.policy, self.route.provider_name, Instant.of(self.ports.clock)
         written = []
         for parcel in parcels:
             sent: list[Destination] = []

@@ -411,4 +411,4 @@ class Events:
 
     count: Callable[[str, float, Mapping[str, str]], None] = _ignore
     observe: Callable[[str, float, Mapping[str, str]], None] = _ignore
-    window: Callable[[Mapping[str, object]], None] = _ignore
+    call: Callable[[Mapping[str, object]], None] = _ignore

@@ -2,7 +2,7 @@
 
     Ticket  one source record, whatever it holds; Job: one that is a request
     Work    one chunk of a job                    Fold: works of one cache key, embedded once
-    Window  folds that go through steps 3 to 8 together
+    Window  folds that are looked up together     Call: misses that go to the provider together
     Parcel  one outcome on its way out: a Work, or one that was Known without
 
 A worker makes one or more of each for every record, so none of them is frozen: that costs four times the time.
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from processor.domain import (
     Action,
@@ -145,8 +145,8 @@ class Job(Ticket):
 
     @property
     def in_flight(self) -> bool:
-        """Whether all that it still waits for is in a window already."""
-        return all(work.outcome or (work.fold and work.fold.in_window) for work in self.works)
+        """Whether all that it still waits for is under way already."""
+        return all(work.outcome or (work.fold and work.fold.in_flight) for work in self.works)
 
     @property
     def document_key(self) -> DocumentKey | None:
@@ -239,6 +239,11 @@ class Fold:
         return self.works[0].chunk.text
 
     @property
+    def in_flight(self) -> bool:
+        """Looked up right now, or in a call: it does not wait for one."""
+        return self.in_call or (self.in_window and not self.tokens)
+
+    @property
     def wanted(self) -> bool:
         """Whether any request still waits for this text."""
         return any(work.outcome is None and work.ticket.live for work in self.works)
@@ -253,7 +258,7 @@ class Fold:
 
 @dataclass(slots=True, eq=False)
 class Window:
-    """Folds of one embedding function that go through steps 3 to 8 together."""
+    """Folds of one embedding function that are looked up together."""
 
     function: EmbeddingFunction
     folds: list[Fold]
@@ -264,8 +269,9 @@ class Call:
     """Folds that go to the provider together, in the order of their texts.
 
     A call that failed and is tried again whole keeps its `failures` (transient ones, since the route had
-    `successes_seen`) and waits until `not_before` on the monotonic clock. While a refused text is searched for,
-    `searching` holds, and `rest` is the other half: it comes next if this half turns out well.
+    `successes_seen`) and waits until `not_before` on the monotonic clock. `searching` says that a text is searched for
+    which is refused, or fails again and again; `rest` is the other half then: it comes next if this one turns out well.
+    `spared` are texts that the search has left behind: they join other calls once it ends.
     """
 
     function: EmbeddingFunction
@@ -274,8 +280,9 @@ class Call:
     failures: int = 0
     successes_seen: int = 0
     not_before: float = float("-inf")
-    searching: bool = False
+    searching: Literal["", "refusal", "failures"] = ""
     rest: list[Fold] = field(default_factory=list)
+    spared: list[Fold] = field(default_factory=list)
 
     @property
     def tokens(self) -> int:

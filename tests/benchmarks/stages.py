@@ -24,7 +24,8 @@ from processor.adapters.memory_cache import MemoryCache
 from processor.adapters.murmur2 import partitions_of
 from processor.app import GC_FIRST_THRESHOLD
 from processor.domain import Entry, Item, Record, TokenSource
-from processor.embed import Route
+from processor.embed import Deployment, Route
+from processor.limits import Gate, LimitPolicy
 from processor.pipeline import Pipeline, Ports
 from processor.ports import Run
 from processor.settings import load
@@ -73,7 +74,9 @@ class StageBench:
         self.cache = MemoryCache(max_bytes=64 * 1024 * 1024, ttl_s=3600)
         self.vector = a_vector(dimensions)
         policy = Policy(sink_view=False)
-        route = Route(BillingProvider(), self.outbox, self.clock, policy, lambda: "attempt-1")
+        gate = Gate(self.clock, LimitPolicy())
+        deployment = Deployment("fake", BillingProvider(), gate)
+        route = Route([deployment], self.outbox, self.clock, policy, lambda: "attempt-1")
         ports = Ports(
             decoder=self.codec,
             catalogue=load_catalogue(load(openai_api_key="tests")),
@@ -137,7 +140,7 @@ class StageBench:
         await pipeline.deliver(known)
         deliver_s = lap_s()
         for window in self.windows:
-            await pipeline.process(window, _released)
+            await pipeline.look_up(window, _released)
         assert self.finished == len(records), "some records did not come through"
         results, usage = ([each for each in outbox.sent if each.name == name] for name in ("results", "usage"))
         assert len(results) == len(usage) == len(records)

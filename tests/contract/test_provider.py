@@ -19,8 +19,8 @@ from processor.adapters.catalogue import load_catalogue
 from processor.adapters.onnx import LocalProvider
 from processor.adapters.providers import open_provider
 from processor.adapters.tokens import LocalTokenCounter
+from processor.answers import split
 from processor.domain import EmbeddingFunction, InputType, ModelSpec, Truncate
-from processor.embed import split
 from processor.errors import CallTooLarge, InputRejected, SettingsError
 from processor.ports import EmbeddingProvider, TokenCounts
 from processor.settings import Settings, load

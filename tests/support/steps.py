@@ -30,8 +30,9 @@ from processor.domain import (
     Tombstone,
     Usage,
 )
-from processor.embed import Route
+from processor.embed import Deployment, Route
 from processor.errors import LeaseLost
+from processor.limits import Gate, LimitPolicy
 from processor.pipeline import Ports
 from processor.ports import Destination, Found, Lease, ProviderAnswer, Run, TokenCounts
 from processor.work import Policy
@@ -267,13 +268,23 @@ class Bench:
         defaults: dict[str, Any] = {"reply_partitions": {"embedding-replies": 4}, "retry_initial_s": 1.0}
         self.policy = Policy(**(defaults | policy))
         ids = itertools.count(1)
+        limits = LimitPolicy(
+            max_concurrent_calls=self.policy.max_concurrent_calls,
+            retry_initial_s=self.policy.retry_initial_s,
+            retry_max_s=self.policy.retry_max_s,
+        )
+
+        def jitter(_low: float, high: float) -> float:
+            return high
+
+        self.gate = Gate(self.clock, limits, jitter=jitter)
         self.route = Route(
-            self.provider,
+            [Deployment(self.provider.name, self.provider, self.gate)],
             self.outbox,
             self.clock,
             self.policy,
             lambda: f"{self.worker_name}-{next(ids)}",
-            jitter=lambda low, high: high,
+            jitter=jitter,
         )
         self.worker_name = "attempt"
         self.worker = Worker(
@@ -311,7 +322,7 @@ class Bench:
 
     async def settle(self) -> None:
         """Let every task run until all of them wait, without moving time."""
-        for _ in range(60):
+        for _ in range(200):
             await asyncio.sleep(0)
 
     async def step(self) -> None:

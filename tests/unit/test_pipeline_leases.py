@@ -115,11 +115,11 @@ async def test_nothing_of_a_revoked_partition_stays_in_memory() -> None:
             await bench.publish(a_request(["also wanted"], correlation_id="mine"))
             jobs = [await come_and_go(generation) for generation in range(3)]
             assert jobs == [jobs[0]] * 3
-            assert bench.worker.queued_texts == 1
+            assert bench.worker.queued_texts == 2, "what waits for a window, and for a call"
             bench.provider.gate.set()
             await bench.run_until_idle()
             assert bench.lease.finished == [0, 1, 2]
-            assert sorted(map(sorted, bench.provider.asked)) == [["also wanted"], ["stuck"], ["stuck too"]]
+            assert sorted(map(sorted, bench.provider.asked)) == [["also wanted", "stuck too"], ["stuck"]]
     finally:
         gc.enable()
 

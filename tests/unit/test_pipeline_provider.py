@@ -80,7 +80,7 @@ async def test_a_shuffled_answer_is_put_in_order() -> None:
 
 
 async def test_one_refused_text_is_bisected_out() -> None:
-    """A permanent fault of one text fails that chunk alone, within 2 log2(n) further calls."""
+    """A permanent fault of one text fails that chunk alone; how few calls that takes is `test_search.py`'s."""
     async with Bench() as bench:
         bench.provider.refuses = lambda texts: (
             InputRejected("bad_input", http_status=400) if any("poison" in text for text in texts) else None
@@ -88,7 +88,6 @@ async def test_one_refused_text_is_bisected_out() -> None:
         await bench.handle(a_request([f"text {i}" for i in range(7)] + ["poison"]))
         codes = [r.error.code if r.error else "ok" for r in sorted(bench.outbox.results, key=lambda r: r.chunk_index)]
         assert codes == ["ok"] * 7 + ["provider_rejects"]
-        assert len(bench.provider.asked) <= 7
 
 
 async def test_a_text_that_always_crashes_the_provider_is_found_while_others_succeed() -> None:
@@ -145,9 +144,9 @@ async def test_an_outage_turns_no_work_into_errors() -> None:
 
 async def test_whoever_waited_to_probe_is_free_once_the_provider_is_back() -> None:
     """After an outage calls go side by side again: only a paused provider is probed by one call at a time."""
-    async with Bench(window_max_texts=1) as bench:
+    async with Bench() as bench:
         bench.provider.refuses = lambda texts: ProviderTransient("connection")
-        await bench.publish(*[a_request([f"t{i}"], correlation_id=f"c{i}") for i in range(4)])
+        await bench.publish(*[a_request([f"t{i}" + " w" * 9], correlation_id=f"c{i}") for i in range(16)])
         while bench.route.paused is None:
             await bench.step()
         for _ in range(10):
@@ -162,10 +161,10 @@ async def test_whoever_waited_to_probe_is_free_once_the_provider_is_back() -> No
         bench.provider.gate = asyncio.Event()
         await bench.settle()
         assert not bench.worker.waiting()
-        assert len(bench.provider.asked) == asked + 4
+        assert len(bench.provider.asked) >= asked + 3, "the probe, and those whose backoff is over"
         bench.provider.gate.set()
         await bench.run_until_idle()
-        assert len(bench.outbox.results) == 4
+        assert len(bench.outbox.results) == 16
 
 
 async def test_a_provider_whose_every_answer_is_unusable_pauses_and_fails_no_text() -> None:

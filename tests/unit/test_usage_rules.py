@@ -8,8 +8,8 @@ from decimal import ROUND_HALF_EVEN, Decimal
 from hypothesis import given
 from hypothesis import strategies as st
 
+from processor.answers import split
 from processor.domain import Result, Usage
-from processor.embed import split
 from processor.ordering import DocumentOrder
 from processor.usage import cost_nanos
 from processor.work import Parcel, Ticket
