@@ -104,9 +104,16 @@ class Residuals:
         return self.waste + self.rework + self.unclaimed + self.unconfirmed
 
 
-def check_outcomes(books: Books, *, vector_of: Callable[[str, int], np.ndarray[Any, Any]], dimensions: int) -> int:
+def check_outcomes(
+    books: Books,
+    *,
+    vector_of: Callable[[str, int], np.ndarray[Any, Any]],
+    dimensions: int,
+    refused: Mapping[str, str] | None = None,
+) -> int:
     """Laws 1 and 6: one outcome per accepted chunk, none invented, copies agree, each vector is its own text's.
 
+    A text that holds a marker of `refused` must have ended as an error of that code, and no other text as any.
     Returns how many records were copies beyond the first.
     """
     accepted = books.accepted()
@@ -115,17 +122,22 @@ def check_outcomes(books: Books, *, vector_of: Callable[[str, int], np.ndarray[A
     for _, result in books.results:
         request = accepted.get(result.request_id)
         assert request is not None, f"a result for nobody: {result.request_id}"
-        assert result.status == "ok", (result.status, result.error)
         assert 0 <= result.chunk_index < len(request.chunks), "a chunk that was never sent"
         chunk = request.chunks[result.chunk_index]
         assert (result.tenant_id, result.correlation_id) == (request.tenant_id, request.correlation_id)
         assert result.chunk_id == chunk.chunk_id
         assert dict(result.metadata) == dict(request.metadata)
-        assert result.vector is not None
-        assert result.vector.shape == (dimensions,)
-        assert np.isfinite(result.vector).all()
-        cosine = float(result.vector @ vector_of(chunk.text, dimensions) / np.linalg.norm(result.vector))
-        assert cosine > 0.99, f"the vector of another text: cosine {cosine:.3f}"
+        codes = [code for marker, code in (refused or {}).items() if marker in chunk.text]
+        if codes:
+            assert result.status == "error", result.status
+            assert [result.error and result.error.code] == codes
+        else:
+            assert result.status == "ok", (result.status, result.error)
+            assert result.vector is not None
+            assert result.vector.shape == (dimensions,)
+            assert np.isfinite(result.vector).all()
+            cosine = float(result.vector @ vector_of(chunk.text, dimensions) / np.linalg.norm(result.vector))
+            assert cosine > 0.99, f"the vector of another text: cosine {cosine:.3f}"
         place = (result.request_id, result.chunk_index)
         copies += place in outcomes
         first = outcomes.setdefault(place, result)
