@@ -74,7 +74,7 @@ class StageBench:
         self.cache = MemoryCache(max_bytes=64 * 1024 * 1024, ttl_s=3600)
         self.vector = a_vector(dimensions)
         policy = Policy(sink_view=False)
-        gate = Gate(self.clock, LimitPolicy())
+        gate = Gate(self.clock, LimitPolicy(max_concurrent_calls=4))
         deployment = Deployment("fake", BillingProvider(), gate)
         route = Route([deployment], self.outbox, self.clock, policy, lambda: "attempt-1")
         ports = Ports(
