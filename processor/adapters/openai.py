@@ -1,78 +1,52 @@
-"""EmbeddingProvider over the `openai` package: OpenAI itself and every server that speaks its embeddings API.
+"""EmbeddingProvider over the `openai` package: OpenAI, Azure OpenAI and every server that speaks their embeddings API.
 
-The package (3.x, on httpx2) carries the request; its answers are read here, since its own models would turn
-each vector into a Python list and refuse what a lenient reader can still bill. Its errors are translated in
-this one file, by status, code and type. None of the vendor's text goes any further: it may quote a customer.
+The package (3.x, on httpx2) carries the request. Body and answer are written and read here: its own types would walk
+through every text for 27 ms a call of 2,048, make a Python list of each vector, and refuse what a lenient reader can
+still bill. Its errors become ours here; what HTTP answers mean is said in `refusals`.
 """
 
 from __future__ import annotations
 
 import asyncio
-import binascii
-import email.utils
+import json
 import logging
-import math
-import re
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+import urllib.parse
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any, TypeVar, cast
 
-import numpy as np
+import httpx2
 from openai import (
     APIConnectionError,
     APIStatusError,
     APITimeoutError,
+    AsyncAzureOpenAI,
     AsyncOpenAI,
+    AsyncStream,
     DefaultAsyncHttpxClient,
     OpenAIError,
     Timeout,
-    omit,
 )
-from pydantic_core import from_json
 
-from processor.domain import EmbeddingFunction, Vector
-from processor.errors import (
-    CallTooLarge,
-    InputRejected,
-    ModelRejected,
-    ProviderError,
-    ProviderPaused,
-    ProviderThrottled,
-    ProviderTransient,
-    SettingsError,
-)
+from processor.adapters.openai_answers import parse_object, read_answer
+from processor.adapters.refusals import refusal, timed_out
+from processor.domain import EmbeddingFunction
+from processor.errors import InputRejected, ProviderError, ProviderTransient, SettingsError
 from processor.ports import ProviderAnswer
 
-MAX_BILL_TOKENS = 2**31 - 1
-"""More for one call is nonsense, and no usage that could be read."""
+T = TypeVar("T")
 
-_EMPTY: Vector = np.empty(0, np.float32)
-
-_QUOTA = frozenset({"insufficient_quota", "billing_hard_limit_reached", "billing_not_active", "access_terminated"})
-_AUTH = frozenset({"invalid_api_key", "authentication_error", "permission_error", "access_denied"})
-_RATE = frozenset({"rate_limit_exceeded", "rate_limit_error", "requests", "tokens"})
-_MODEL = frozenset({"model_not_found", "deploymentnotfound", "operationnotsupported", "unsupported_parameter"})
-_MODEL_PARAMS = frozenset({"model", "dimensions", "encoding_format"})
-_SIZE = frozenset(
-    {"context_length_exceeded", "max_tokens_per_request", "string_above_max_length", "array_above_max_length"}
-)
-# OpenAI and its look-alikes often leave the code empty and say it in words alone.
-_SIZE_WORDS = re.compile(
-    r"maximum context length|max(imum|\.)? (number of )?(tokens|inputs|batch size)|too many (tokens|inputs)"
-    r"|tokens per request|request too large|array too long|exceeds .{0,40}(tokens|length)",
-    re.IGNORECASE,
-)
-# A gateway's words: whether the provider behind it did the work, and billed it, nobody knows.
-_GATEWAY = frozenset({502, 504, 520, 522, 524})
+_TEXTS_A_TURN = 256
+"""Written as JSON before others have their turn: under a millisecond for chunks of usual size."""
 
 
 class OpenAIProvider:
     """One HTTP request per call: no retries, no redirects. `timeout_s` bounds the whole call.
 
-    `api_key` None is for servers that want none, and only with a `base_url`; else SettingsError.
+    `api_key` None is for servers that want none, and only with a `base_url`; else SettingsError. `models` maps a
+    model of the catalogue to its name there. With `azure_api_version` the `base_url` is that of an Azure resource,
+    and the names are its deployments.
     """
-
-    name = "openai"
 
     def __init__(
         self,
@@ -81,218 +55,122 @@ class OpenAIProvider:
         base_url: str | None,
         timeout_s: float,
         connect_timeout_s: float,
+        read_timeout_s: float | None = None,
+        name: str = "openai",
+        azure_api_version: str | None = None,
+        models: Mapping[str, str] | None = None,
         now_s: Callable[[], float] = time.time,
     ) -> None:
         if not api_key and not base_url:
             raise SettingsError("EMBEDDING_OPENAI_API_KEY: is missing; set it, or EMBEDDING_OPENAI_API_KEY_FILE")
         # It logs a line a request at INFO; ours is one line a window.
         logging.getLogger("httpx2").setLevel(logging.WARNING)
-        timeout = Timeout(timeout_s, connect=connect_timeout_s)
+        timeout = Timeout(timeout_s, connect=connect_timeout_s, read=read_timeout_s or timeout_s)
+        carrier = DefaultAsyncHttpxClient(timeout=timeout, follow_redirects=False)
+        self.name = name
         self._timeout_s = timeout_s
         self._now_s = now_s
-        self._client = AsyncOpenAI(
-            api_key=api_key or "none",
-            base_url=base_url or None,
-            timeout=timeout,
-            max_retries=0,
-            http_client=DefaultAsyncHttpxClient(timeout=timeout, follow_redirects=False),
-        )
+        self._names = dict(models or {})
+        self._names_back = {there: here for here, there in self._names.items()}
+        self._azure = azure_api_version is not None
+        self._client: AsyncOpenAI
+        if azure_api_version is not None:
+            self._client = AsyncAzureOpenAI(
+                api_key=api_key or "none",
+                azure_endpoint=base_url or "",
+                api_version=azure_api_version,
+                timeout=timeout,
+                max_retries=0,
+                http_client=carrier,
+            )
+        else:
+            self._client = AsyncOpenAI(
+                api_key=api_key or "none",
+                base_url=base_url or None,
+                timeout=timeout,
+                max_retries=0,
+                http_client=carrier,
+            )
 
     async def embed(self, texts: Sequence[str], function: EmbeddingFunction, attempt_id: str) -> ProviderAnswer:
-        """The answer as it came, unverified: a vector that can't be read is empty, a missing index is -1."""
-        model = function.model
+        """The answer as it came, unverified, with its model by the catalogue's name."""
+        model = self._names.get(function.model.name, function.model.name)
+        path = f"/deployments/{urllib.parse.quote(model, safe='')}/embeddings" if self._azure else "/embeddings"
 
-        async def call() -> bytes:
-            response = await self._client.embeddings.with_raw_response.create(
-                input=list(texts),
-                model=model.name,
-                encoding_format="base64",
-                dimensions=omit if function.dimensions == model.dimensions[0] else function.dimensions,
-                extra_headers={"X-Client-Request-Id": attempt_id},
+        async def call() -> ProviderAnswer:
+            response = cast(
+                httpx2.Response,
+                await self._client.post(
+                    path,
+                    cast_to=httpx2.Response,
+                    content=await _written(texts, model, function),
+                    options={"headers": {"X-Client-Request-Id": attempt_id, "x-ms-client-request-id": attempt_id}},
+                    stream=True,
+                    stream_cls=AsyncStream[object],
+                ),
             )
-            return response.content
+            try:
+                return await read_answer(
+                    response.aiter_bytes(), response.headers, texts=len(texts), now_s=self._now_s()
+                )
+            finally:
+                await response.aclose()
 
-        return read_answer(await self._ask(call))
+        answer = await self._ask(call, len(texts))
+        return answer._replace(model=self._names_back.get(answer.model, answer.model))
 
     async def list_models(self) -> Sequence[str]:
         async def call() -> bytes:
             return (await self._client.models.with_raw_response.list()).content
 
-        listed = _parse(await self._ask(call)).get("data")
+        listed = parse_object(await self._ask(call, 0)).get("data")
         rows = listed if isinstance(listed, list) else []
-        return [row["id"] for row in rows if isinstance(row, dict) and isinstance(row.get("id"), str)]
+        names = [row["id"] for row in rows if isinstance(row, dict) and isinstance(row.get("id"), str)]
+        return [self._names_back.get(name, name) for name in names]
 
     async def close(self) -> None:
         await self._client.close()
 
-    async def _ask(self, call: Callable[[], Any]) -> bytes:
+    async def _ask(self, call: Callable[[], Awaitable[T]], texts: int) -> T:
         try:
             async with asyncio.timeout(self._timeout_s):
-                body: bytes = await call()
-                return body
-        except OpenAIError as error:
-            failure = translate(error, self._now_s())
+                return await call()
+        except (OpenAIError, httpx2.HTTPError) as error:
+            failure = translate(error, self._now_s(), texts)
         except TimeoutError:
-            failure = ProviderTransient("timeout")
+            failure = timed_out(texts)
         except UnicodeEncodeError:
             failure = InputRejected("not_unicode")
         # Raised out here, so that no traceback drags the vendor's exception and its text along.
         raise failure
 
 
-def read_answer(body: bytes) -> ProviderAnswer:
-    """The body of an HTTP 200. Raises ProviderTransient when neither vectors nor a bill can be read from it.
-
-    An error in the body has no `http_status`: nobody says that the call was not billed.
-    """
-    parsed = _parse(body)
-    rows, error = parsed.get("data"), parsed.get("error")
-    if error and not rows:
-        raise _in_words(error)
-    billed_tokens = _bill(parsed.get("usage"))
-    if not isinstance(rows, list):
-        if billed_tokens is None:
-            raise ProviderTransient("broken_body")
-        rows = []
-    model = parsed.get("model")
-    return ProviderAnswer(
-        vectors=[_vector(row) for row in rows],
-        indices=[_index(row) for row in rows],
-        model=model if isinstance(model, str) else "",
-        billed_tokens=billed_tokens,
-    )
+async def _written(texts: Sequence[str], model: str, function: EmbeddingFunction) -> bytes:
+    """The request's body."""
+    options: dict[str, Any] = {"model": model, "encoding_format": "base64"}
+    if function.dimensions != function.model.dimensions[0]:
+        options["dimensions"] = function.dimensions
+    parts = [json.dumps(options)[:-1].encode(), b', "input": [']
+    for start in range(0, len(texts), _TEXTS_A_TURN):
+        if start:
+            await asyncio.sleep(0)
+            parts.append(b",")
+        parts.append(json.dumps(texts[start : start + _TEXTS_A_TURN], ensure_ascii=False)[1:-1].encode())
+    parts.append(b"]}")
+    return b"".join(parts)
 
 
-def _parse(body: bytes) -> dict[str, Any]:
-    try:
-        parsed = from_json(body)
-    except ValueError:
-        parsed = None
-    if not isinstance(parsed, dict):
-        raise ProviderTransient("broken_body")
-    return parsed
-
-
-def _bill(usage: object) -> int | None:
-    if isinstance(usage, dict):
-        for name in ("total_tokens", "prompt_tokens"):
-            tokens = usage.get(name)
-            if isinstance(tokens, int) and not isinstance(tokens, bool) and 0 <= tokens <= MAX_BILL_TOKENS:
-                return tokens
-    return None
-
-
-def _vector(row: object) -> Vector:
-    embedding = row.get("embedding") if isinstance(row, dict) else None
-    try:
-        if isinstance(embedding, str):
-            return np.frombuffer(binascii.a2b_base64(embedding, strict_mode=True), "<f4")
-        if isinstance(embedding, list):
-            with np.errstate(over="ignore"):
-                return np.asarray(embedding, np.float32)
-    except (ValueError, TypeError, OverflowError):
-        pass
-    return _EMPTY
-
-
-def _index(row: object) -> int:
-    index = row.get("index") if isinstance(row, dict) else None
-    return index if isinstance(index, int) else -1
-
-
-def translate(error: OpenAIError, now_s: float) -> ProviderError:
+def translate(error: OpenAIError | httpx2.HTTPError, now_s: float, texts: int = 1) -> ProviderError:
     """The error of ours that says what to do about the vendor's. `now_s`: UTC, for a Retry-After date."""
-    if isinstance(error, APITimeoutError):
-        return ProviderTransient("timeout")
+    cause = error.__cause__ if isinstance(error, APITimeoutError) else error
+    if isinstance(cause, httpx2.ConnectTimeout | httpx2.PoolTimeout):
+        return ProviderTransient("no_connection")
+    if isinstance(error, APITimeoutError | httpx2.TimeoutException):
+        return timed_out(texts)
     if isinstance(error, APIConnectionError):
         return ProviderTransient("no_connection")
+    if isinstance(error, httpx2.HTTPError):
+        return ProviderTransient("broken_body")
     if isinstance(error, APIStatusError):
-        return _refusal(error.status_code, error.body, retry_after_s(error.response.headers, now_s))
+        return refusal(error.status_code, error.body, error.response.headers, now_s, texts=texts)
     return ProviderTransient("unexpected_answer")
-
-
-def _refusal(status: int, error: object, wait_s: float | None, *, answered: bool = True) -> ProviderError:
-    """What an HTTP status means; `error` is the body's error object, if it has one.
-
-    `answered` False: the status is only inferred, and our error carries none.
-    """
-    words, param, message = _said(error)
-    too_large = bool(words & _SIZE) or _SIZE_WORDS.search(message) is not None
-    answer = status if answered else None
-    if words & _QUOTA:
-        return ProviderPaused("quota_exhausted", http_status=answer)
-    match status:
-        case 401 | 402 | 403:
-            code = {401: "key_refused", 402: "payment_required", 403: "forbidden"}[status]
-            return ProviderPaused(code, http_status=answer)
-        case 413:
-            return CallTooLarge("call_too_large", http_status=answer)
-        case 429 if too_large:
-            return CallTooLarge("call_too_large", http_status=answer)
-        case 429:
-            return ProviderThrottled("rate_limited", http_status=answer, retry_after_s=wait_s)
-        case 400 | 404 | 422 if words & _MODEL or param in _MODEL_PARAMS:
-            return ModelRejected("model_refused", http_status=answer)
-        case 404 if "model" in message.lower():
-            return ModelRejected("model_refused", http_status=answer)
-        case 400 | 422 if too_large:
-            return CallTooLarge("call_too_large", http_status=answer)
-        case 400 | 422:
-            return InputRejected("input_refused", http_status=answer)
-        case 408 | 409 | 425:
-            return ProviderTransient("try_again", http_status=answer)
-        case _ if status in _GATEWAY:
-            return ProviderTransient(f"gateway_{status}")
-        case _ if status >= 500 and wait_s is not None:
-            return ProviderThrottled("overloaded", http_status=answer, retry_after_s=wait_s)
-        case _ if status >= 500:
-            return ProviderTransient("server_error", http_status=answer)
-        case _:
-            # A redirect, a wrong path, an unknown method: the address is at fault, not the work.
-            return ProviderPaused("wrong_address", http_status=answer)
-
-
-def _in_words(error: object) -> ProviderError:
-    """What an error inside an HTTP 200 means."""
-    words, param, message = _said(error)
-    code = error.get("code") if isinstance(error, dict) else None
-    if isinstance(code, int) and 400 <= code < 600:
-        status = code
-    elif words & _AUTH:
-        status = 401
-    elif words & _RATE:
-        status = 429
-    elif words & (_QUOTA | _SIZE | _MODEL) or param or _SIZE_WORDS.search(message):
-        status = 400
-    else:
-        return ProviderTransient("error_in_answer")
-    return _refusal(status, error, None, answered=False)
-
-
-def _said(error: object) -> tuple[frozenset[str], str | None, str]:
-    """Code and type in lower case, parameter, message of an error object. The message is only matched on."""
-    if isinstance(error, str):
-        return frozenset(), None, error
-    if not isinstance(error, Mapping):
-        return frozenset(), None, ""
-    words = frozenset(str(error[name]).lower() for name in ("code", "type") if error.get(name) is not None)
-    param, message = error.get("param"), error.get("message")
-    return words, param if isinstance(param, str) else None, message if isinstance(message, str) else ""
-
-
-def retry_after_s(headers: Mapping[str, str], now_s: float) -> float | None:
-    """The wait by `retry-after-ms` or `retry-after` (seconds or an HTTP date); None: it did not say."""
-    for name, per_s in (("retry-after-ms", 1000.0), ("retry-after", 1.0)):
-        value = headers.get(name)
-        if value is None:
-            continue
-        try:
-            wait_s = float(value) / per_s
-        except ValueError:
-            try:
-                wait_s = email.utils.parsedate_to_datetime(value).timestamp() - now_s
-            except ValueError:
-                continue
-        if math.isfinite(wait_s):
-            return max(0.0, wait_s)
-    return None

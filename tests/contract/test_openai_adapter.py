@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import time
 import traceback
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import replace
+from email.utils import formatdate
 
 import numpy as np
 import pytest
@@ -20,7 +24,7 @@ from processor.errors import (
     ProviderThrottled,
     ProviderTransient,
 )
-from tests.support.provider_server import Faults, Options, ProviderServer, count_tokens, expected_vector
+from tests.support.provider_server import Faults, Limits, Options, ProviderServer, count_tokens, expected_vector
 
 CANARY = "canary-7d1f the customer's own words"
 
@@ -30,8 +34,22 @@ def a_function(dimensions: int = 1536, model: str = "text-embedding-3-small") ->
     return EmbeddingFunction(spec, spec.space(dimensions), InputType.DOCUMENT, "", Truncate.ERROR)
 
 
-def a_provider(server: ProviderServer, *, timeout_s: float = 5.0, key: str = "sk-test") -> OpenAIProvider:
-    return OpenAIProvider(api_key=key, base_url=server.base_url, timeout_s=timeout_s, connect_timeout_s=1.0)
+def a_provider(
+    server: ProviderServer,
+    *,
+    timeout_s: float = 5.0,
+    read_timeout_s: float | None = None,
+    key: str = "sk-test",
+    models: Mapping[str, str] | None = None,
+) -> OpenAIProvider:
+    return OpenAIProvider(
+        api_key=key,
+        base_url=server.base_url,
+        timeout_s=timeout_s,
+        read_timeout_s=read_timeout_s,
+        connect_timeout_s=1.0,
+        models=models,
+    )
 
 
 @pytest.fixture
@@ -94,6 +112,11 @@ async def test_dimensions_are_sent_only_when_they_are_not_the_models_own() -> No
         ("500", ProviderTransient, 500),
         ("503", ProviderTransient, 503),
         ("502", ProviderTransient, None),
+        ("too_many_inputs", CallTooLarge, 400),
+        ("overloaded", ProviderThrottled, 503),
+        ("out_of_memory", ProviderTransient, 500),
+        ("200_429", ProviderThrottled, None),
+        ("stalled_body", ProviderTransient, None),
         ("reset", ProviderTransient, None),
         ("reset_billed", ProviderTransient, None),
         ("truncated_body", ProviderTransient, None),
@@ -111,7 +134,7 @@ async def test_each_fault_has_its_error_and_none_quotes_the_text(
 ) -> None:
     """A status is named only if the provider itself answered; text and key stay out of errors and logs."""
     caplog.set_level(logging.DEBUG)
-    provider = a_provider(server, timeout_s=0.3 if fault == "hang" else 5.0, key="sk-canary-7d1f")
+    provider = a_provider(server, timeout_s=0.3 if fault in {"hang", "stalled_body"} else 5.0, key="sk-canary-7d1f")
     server.script(fault)
     with pytest.raises(ProviderError) as caught:
         await provider.embed([CANARY], a_function(), "a")
@@ -126,15 +149,139 @@ async def test_each_fault_has_its_error_and_none_quotes_the_text(
     assert "canary-7d1f" not in told
 
 
+def with_date(retry_after: str | None) -> str | None:
+    """ "date +90": the HTTP date of 90 seconds from now."""
+    if retry_after is None or not retry_after.startswith("date"):
+        return retry_after
+    return formatdate(time.time() + float(retry_after.removeprefix("date")), usegmt=True)
+
+
+@pytest.mark.parametrize(
+    "faults,least_s,most_s",
+    [
+        (Faults(retry_after="1.5"), 1.5, 1.5),
+        (Faults(retry_after="2", retry_after_ms="150"), 0.15, 0.15),
+        (Faults(retry_after="date +90"), 60, 90),
+        (Faults(retry_after="86400"), 86_400, 86_400),
+        (Faults(body_delay="1.2s"), 1.2, 1.2),
+        (Faults(body_delay="6m0s"), 360, 360),
+        (Faults(retry_after="-5", body_delay="20ms"), 0.02, 0.02),
+    ],
+    ids=["seconds", "milliseconds", "date", "absurd", "body", "minutes in the body", "negative, but the body says"],
+)
+@pytest.mark.parametrize("fault", ["429", "503"])
 async def test_the_wait_that_the_provider_asks_for_is_passed_on(
-    server: ProviderServer, provider: OpenAIProvider
+    fault: str, faults: Faults, least_s: float, most_s: float, server: ProviderServer, provider: OpenAIProvider
 ) -> None:
-    """Retry-After of a 429 and of a 503."""
-    server.set_faults(Faults(script=["429", "503"], retry_after="1.5"))
-    for code in ("rate_limited", "overloaded"):
+    """In the header, whatever its form, or in words alone; how much of it to obey is decided elsewhere."""
+    server.set_faults(replace(faults, script=[fault], retry_after=with_date(faults.retry_after)))
+    with pytest.raises(ProviderThrottled) as caught:
+        await provider.embed(["x"], a_function(), "a")
+    assert caught.value.retry_after_s is not None
+    assert least_s <= caught.value.retry_after_s <= most_s
+
+
+@pytest.mark.parametrize("retry_after", ["-1", "date -90", "soon", ""], ids=["negative", "past", "words", "none"])
+async def test_a_wait_that_says_nothing_is_none(
+    retry_after: str, server: ProviderServer, provider: OpenAIProvider
+) -> None:
+    """The caller backs off by its own measure then, instead of asking again at once."""
+    server.set_faults(Faults(script=["429"], retry_after=with_date(retry_after)))
+    with pytest.raises(ProviderThrottled) as caught:
+        await provider.embed(["x"], a_function(), "a")
+    assert caught.value.retry_after_s is None
+
+
+async def test_a_limit_inside_a_success_is_a_limit(server: ProviderServer, provider: OpenAIProvider) -> None:
+    """HTTP 200 with an error body asks to wait like any other, and leaves open what was billed."""
+    server.set_faults(Faults(script=["200_429"], body_delay="3s"))
+    with pytest.raises(ProviderThrottled) as caught:
+        await provider.embed(["x", "y"], a_function(), "a")
+    assert (caught.value.retry_after_s, caught.value.http_status) == (3.0, None)
+
+
+async def test_answers_and_refusals_tell_of_the_limits() -> None:
+    """What the headers say comes along with either, so the next call knows."""
+    limits = Limits(requests_per_minute=3, tokens_per_minute=60)
+    async with ProviderServer(Options(limits=limits)) as server:
+        provider = a_provider(server)
+        answer = await provider.embed(["one two three"], a_function(), "a")
         with pytest.raises(ProviderThrottled) as caught:
-            await provider.embed(["x"], a_function(), "a")
-        assert (caught.value.code, caught.value.retry_after_s) == (code, 1.5)
+            await provider.embed(["one two three " * 19], a_function(), "b")
+        await provider.close()
+    assert answer.limits is not None
+    assert (answer.limits.requests_per_minute, answer.limits.tokens_per_minute) == (3, 60)
+    assert (answer.limits.remaining_requests, answer.limits.remaining_tokens) == (2, 57)
+    assert answer.limits.reset_tokens_s == pytest.approx(3, abs=0.2)
+    assert caught.value.limits is not None
+    assert caught.value.limits.remaining_requests == 1
+    assert caught.value.retry_after_s is not None
+    assert 0 < caught.value.retry_after_s < 3
+
+
+async def test_stale_headers_on_an_answer_ask_for_no_wait(server: ProviderServer, provider: OpenAIProvider) -> None:
+    """A gateway may repeat the refusal's headers on the answer of the call made again: it is an answer all the same."""
+    server.set_faults(Faults(script=["429", "stale_headers"], retry_after="60"))
+    with pytest.raises(ProviderThrottled):
+        await provider.embed(["x"], a_function(), "a")
+    answer = await provider.embed(["x"], a_function(), "b")
+    assert (len(answer.vectors), answer.limits) == (1, None)
+
+
+@pytest.mark.parametrize("fault", ["hang", "hang_billed", "stalled_body"])
+@pytest.mark.parametrize("read_timeout_s", [None, 0.2], ids=["whole call", "read"])
+async def test_a_call_that_takes_too_long_is_too_large(
+    fault: str, read_timeout_s: float | None, server: ProviderServer
+) -> None:
+    """Smaller ones may pass in time; what became of it nobody knows, so no status is claimed."""
+    provider = a_provider(server, timeout_s=0.3 if read_timeout_s is None else 5.0, read_timeout_s=read_timeout_s)
+    server.script(fault)
+    started = time.monotonic()
+    with pytest.raises(CallTooLarge) as caught:
+        await provider.embed([CANARY, "y"], a_function(), "a")
+    assert time.monotonic() - started < 3
+    assert (caught.value.code, caught.value.http_status) == ("timeout", None)
+    assert (await provider.embed(["x"], a_function(), "b")).indices == [0]
+    await provider.close()
+
+
+async def test_a_server_out_of_memory_wants_smaller_calls(server: ProviderServer, provider: OpenAIProvider) -> None:
+    """A local server says so with a 500; the refusal is an answer, and bills nothing."""
+    server.script("out_of_memory")
+    with pytest.raises(CallTooLarge) as caught:
+        await provider.embed(["x", "y"], a_function(), "a")
+    assert (caught.value.code, caught.value.http_status) == ("out_of_memory", 500)
+
+
+async def test_a_cancelled_call_leaves_the_next_one_whole(server: ProviderServer, provider: OpenAIProvider) -> None:
+    """The connection of an answer that nobody reads to its end is not used again."""
+    server.script("stalled_body")
+    call = asyncio.create_task(provider.embed(["x"] * 50, a_function(), "a"))
+    async with asyncio.timeout(5):
+        while not (server.ledger and server.ledger[0].status == 200):
+            await asyncio.sleep(0.01)
+    call.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await call
+    answer = await provider.embed(["y"], a_function(), "b")
+    assert np.array_equal(answer.vectors[0], expected_vector("y", 1536))
+
+
+async def test_the_largest_call_there_is(server: ProviderServer, provider: OpenAIProvider) -> None:
+    """2,048 texts, each with a vector of its own, whatever is in them."""
+    texts = [f'{i} "quoted" }} \\ naïve 文 \x00' * 4 for i in range(2048)]
+    answer = await provider.embed(texts, a_function(), "a")
+    assert answer.indices == list(range(2048))
+    assert answer.billed_tokens == server.billed_tokens
+    for i in (0, 1, 1023, 2046, 2047):
+        assert np.array_equal(answer.vectors[i], expected_vector(texts[i], 1536))
+
+
+async def test_a_text_that_is_no_unicode_is_refused_here(server: ProviderServer, provider: OpenAIProvider) -> None:
+    """Half a surrogate pair can't be sent, so it is told before anything is."""
+    with pytest.raises(InputRejected):
+        await provider.embed(["x", "\ud800"], a_function(), "a")
+    assert server.ledger == []
 
 
 @pytest.mark.parametrize(

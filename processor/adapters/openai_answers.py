@@ -1,0 +1,143 @@
+"""Reads answers of the embeddings API while they arrive, in slices of whole rows.
+
+An answer of 2,048 texts is 16 MB: parsed in one piece it would hold the event loop for tens of milliseconds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import binascii
+import re
+import time
+from collections.abc import AsyncIterable, Mapping
+from typing import Any
+
+import numpy as np
+from pydantic_core import from_json
+
+from processor.adapters.refusals import in_words, rate_limits
+from processor.domain import Vector
+from processor.errors import ProviderTransient
+from processor.ports import ProviderAnswer
+
+SLICE_BYTES = 256 * 1024
+"""Parsed and decoded in about a millisecond."""
+
+MAX_BILL_TOKENS = 2**31 - 1
+"""More for one call is nonsense, and no usage that could be read."""
+
+_HEAD_BYTES = 4096
+_HEAD = re.compile(rb'\s*\{\s*(?:"\w+"\s*:\s*(?:"[^"\\]*"|[\w.+-]+)\s*,\s*)*"data"\s*:\s*\[\s*')
+"""The answer's beginning up to the first row, where nothing but plain members comes before the rows."""
+
+_EMPTY: Vector = np.empty(0, np.float32)
+
+
+async def read_answer(
+    chunks: AsyncIterable[bytes], headers: Mapping[str, str], *, texts: int, now_s: float | None = None
+) -> ProviderAnswer:
+    """The body of an HTTP 200 to a call of so many texts. Others have their turn between two slices.
+
+    A vector that can't be read is empty, a missing index is -1. Raises ProviderError when neither vectors nor a bill
+    can be read; without an `http_status`: nobody says that the call was not billed.
+    """
+    body = bytearray()
+    vectors: list[Vector] = []
+    indices: list[int] = []
+    head = taken = 0
+    sliced = True
+    async for chunk in chunks:
+        body += chunk
+        if not head and sliced:
+            found = _HEAD.match(body)
+            head = taken = found.end() if found else 0
+            sliced = bool(head) or len(body) < _HEAD_BYTES
+        # Rows hold no braces but their own: the first one that closes, past a slice, ends a row.
+        while head and sliced and (end := body.find(b"}", taken + SLICE_BYTES) + 1):
+            rows = _rows(body[taken:end])
+            if rows is None:  # the last rows and what follows them, or a layout of another kind
+                sliced = False
+                break
+            _add(rows, vectors, indices)
+            taken = end
+            await asyncio.sleep(0)
+    parsed = _parsed(body[:head] + body[taken:].lstrip(b", \t\r\n"))
+    if parsed is None or (vectors and not isinstance(parsed.get("data"), list)):
+        vectors, indices = [], []
+        parsed = _parsed(body)
+    if parsed is None:
+        raise ProviderTransient("broken_body")
+    rest, error = parsed.get("data"), parsed.get("error")
+    if error and not rest and not vectors:
+        raise in_words(error, headers, time.time() if now_s is None else now_s, texts=texts)
+    billed_tokens = _bill(parsed.get("usage"))
+    if not isinstance(rest, list):
+        if billed_tokens is None:
+            raise ProviderTransient("broken_body")
+        rest = []
+    _add(rest, vectors, indices)
+    model = parsed.get("model")
+    return ProviderAnswer(
+        vectors=vectors,
+        indices=indices,
+        model=model if isinstance(model, str) else "",
+        billed_tokens=billed_tokens,
+        limits=rate_limits(headers),
+    )
+
+
+def parse_object(body: bytes) -> dict[str, Any]:
+    """A JSON object; ProviderTransient when it is none."""
+    parsed = _parsed(body)
+    if parsed is None:
+        raise ProviderTransient("broken_body")
+    return parsed
+
+
+def _rows(piece: bytearray) -> list[object] | None:
+    try:
+        rows = from_json(b"[" + piece.lstrip(b", \t\r\n") + b"]")
+    except ValueError:
+        return None
+    return rows if isinstance(rows, list) else None
+
+
+def _parsed(body: bytes | bytearray) -> dict[str, Any] | None:
+    try:
+        parsed = from_json(body)
+    except ValueError:
+        return None
+    return parsed if isinstance(parsed, dict) else None
+
+
+def _add(rows: list[object], vectors: list[Vector], indices: list[int]) -> None:
+    for row in rows:
+        vectors.append(_vector(row))
+        indices.append(_index(row))
+
+
+def _vector(row: object) -> Vector:
+    embedding = row.get("embedding") if isinstance(row, dict) else None
+    try:
+        if isinstance(embedding, str):
+            return np.frombuffer(binascii.a2b_base64(embedding, strict_mode=True), "<f4")
+        if isinstance(embedding, list):
+            with np.errstate(over="ignore"):
+                return np.asarray(embedding, np.float32)
+    except (ValueError, TypeError, OverflowError):
+        pass
+    return _EMPTY
+
+
+def _index(row: object) -> int:
+    index = row.get("index") if isinstance(row, dict) else None
+    return index if isinstance(index, int) else -1
+
+
+def _bill(usage: object) -> int | None:
+    if isinstance(usage, dict):
+        for name in ("total_tokens", "prompt_tokens"):
+            tokens = usage.get(name)
+            if isinstance(tokens, int) and not isinstance(tokens, bool) and 0 <= tokens <= MAX_BILL_TOKENS:
+                return tokens
+    return None
