@@ -145,10 +145,10 @@ async def embed(call: Call, on: Deployment, permit: Permit, route: Route, packer
     # Before the call is made anew, so that no offset can be committed while the ledger may still lose this attempt.
     for receipt in receipts:
         await receipt
-    return Embedded(done + _again(call, error, on, route, packer), [])
+    return Embedded(done + _again(call, error, route, packer), [])
 
 
-def _again(call: Call, error: ProviderError, on: Deployment, route: Route, packer: Packer) -> list[Fold]:
+def _again(call: Call, error: ProviderError, route: Route, packer: Packer) -> list[Fold]:
     """Decide what becomes of a failed call. The folds that it ends."""
     now = route.clock.monotonic()
     if isinstance(error, ModelRejected):
@@ -171,9 +171,9 @@ def _again(call: Call, error: ProviderError, on: Deployment, route: Route, packe
     if not isinstance(error, ProviderThrottled | ProviderPaused):  # for those the gate waits
         backoff_s = min(route.policy.retry_initial_s * 2 ** min(call.attempts - 1, 30), route.policy.retry_max_s)
         call.not_before += route.jitter(0.0, backoff_s)
-    if on.gate.paused is not None:
+    if route.paused is not None:
         # The next probe is for a call that did not just fail, if there is one: a text that always fails keeps nobody.
-        call.not_before = max(call.not_before, (on.gate.ready_at(call.tokens) or now) + route.policy.retry_initial_s)
+        call.not_before = max(call.not_before, (route.ready_at(call.tokens) or now) + route.policy.retry_initial_s)
     packer.retry(call)
     return []
 

@@ -275,14 +275,14 @@ class Call:
     """
 
     function: EmbeddingFunction
-    folds: list[Fold]
+    folds: list[Fold] = field(repr=False)
     attempts: int = 0
     failures: int = 0
     successes_seen: int = 0
     not_before: float = float("-inf")
     searching: Literal["", "refusal", "failures"] = ""
-    rest: list[Fold] = field(default_factory=list)
-    spared: list[Fold] = field(default_factory=list)
+    rest: list[Fold] = field(default_factory=list, repr=False)
+    spared: list[Fold] = field(default_factory=list, repr=False)
 
     @property
     def tokens(self) -> int:

@@ -256,7 +256,14 @@ class BillingProvider:
 class Bench:
     """A worker on fakes: publish requests, run until idle, look at what was sent."""
 
-    def __init__(self, *, cache: MemoryCache | None = None, outbox: MemoryOutbox | None = None, **policy: Any) -> None:
+    def __init__(
+        self,
+        *,
+        cache: MemoryCache | None = None,
+        outbox: MemoryOutbox | None = None,
+        spare: BillingProvider | None = None,
+        **policy: Any,
+    ) -> None:
         self.clock = VirtualClock()
         self.outbox = outbox or MemoryOutbox()
         self.cache = cache or MemoryCache()
@@ -278,8 +285,9 @@ class Bench:
             return high
 
         self.gate = Gate(self.clock, limits, jitter=jitter)
+        spares = [] if spare is None else [Deployment("spare", spare, Gate(self.clock, limits, jitter=jitter))]
         self.route = Route(
-            [Deployment(self.provider.name, self.provider, self.gate)],
+            [Deployment(self.provider.name, self.provider, self.gate), *spares],
             self.outbox,
             self.clock,
             self.policy,
@@ -317,8 +325,10 @@ class Bench:
             for request in requests
         ]
 
-    async def publish(self, *requests: Request | bytes | None, lease: FakeLease | None = None) -> None:
-        await self.worker.on_run(Run(lease or self.lease, self.records(*requests, lease=lease)))
+    async def publish(
+        self, *requests: Request | bytes | None, lease: FakeLease | None = None, behind: int = 0
+    ) -> None:
+        await self.worker.on_run(Run(lease or self.lease, self.records(*requests, lease=lease), behind=behind))
 
     async def settle(self) -> None:
         """Let every task run until all of them wait, without moving time."""

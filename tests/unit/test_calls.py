@@ -1,0 +1,143 @@
+"""When calls are made, of what, and to whom: the worker's dispatcher on fakes."""
+
+from __future__ import annotations
+
+import asyncio
+
+from processor.agents import FILL_WAIT_S
+from processor.domain import CallKind, CallOutcome, Lane, Status
+from processor.errors import ProviderPaused
+from tests.support.builders import a_request
+from tests.support.steps import Bench, BillingProvider
+
+
+async def test_a_call_waits_to_be_full_only_while_more_is_to_come() -> None:
+    """Under backlog a call goes out when it is full; without, when its window is due."""
+    async with Bench(window_max_wait_s=0.05) as bench:
+        bench.provider.gate = asyncio.Event()
+        await bench.publish(a_request([f"a{i}" for i in range(5)]), behind=100)
+        await bench.step()  # its window closes
+        assert bench.clock.now_s < FILL_WAIT_S
+        assert bench.provider.asked == []
+        await bench.publish(a_request([f"b{i}" for i in range(5)], correlation_id="b"), behind=50)
+        await bench.step()
+        assert [len(texts) for texts in bench.provider.asked] == [8]
+        bench.provider.gate.set()
+        await bench.run_until_idle()
+        assert [len(texts) for texts in bench.provider.asked] == [8, 2]
+        assert bench.clock.now_s <= 2 * FILL_WAIT_S, "what never comes is waited for with an end"
+        before_s = bench.clock.now_s
+        await bench.handle(a_request(["alone"], correlation_id="c"))
+        assert bench.clock.now_s - before_s < 0.06
+
+
+async def test_the_interactive_lane_never_waits() -> None:
+    """A query goes out at once, whatever else is known to come."""
+    async with Bench(lane=Lane.INTERACTIVE, window_max_wait_s=0.0) as bench:
+        await bench.publish(a_request(["query"], action="generate_query"), behind=100)
+        await bench.settle()
+        assert len(bench.provider.asked) == 1
+        assert bench.clock.now_s == 0
+
+
+async def test_what_comes_while_every_slot_is_taken_shares_the_next_call() -> None:
+    """Texts of many requests go out together once a call can start: they make it fuller, not more of them."""
+    async with Bench(max_concurrent_calls=1, window_max_wait_s=0.0) as bench:
+        bench.provider.gate = asyncio.Event()
+        await bench.publish(a_request(["first"]))
+        await bench.settle()
+        for i in range(8):
+            await bench.publish(a_request([f"t{i}"], correlation_id=f"c{i}"))
+            await bench.settle()
+        bench.provider.gate.set()
+        await bench.run_until_idle()
+        assert [len(texts) for texts in bench.provider.asked] == [1, 8]
+
+
+async def test_a_call_that_hangs_holds_back_nobody_else() -> None:
+    """Hits and other calls of the same window are delivered while one call gets no answer."""
+    async with Bench(window_max_wait_s=0.0) as bench:
+        await bench.handle(a_request(["known"], correlation_id="before"))
+        hanging = asyncio.Event()
+        answer = bench.provider.embed
+
+        async def embed(texts, function, attempt_id):  # type: ignore[no-untyped-def]
+            if "hangs" in texts:
+                await hanging.wait()
+            return await answer(texts, function, attempt_id)
+
+        bench.provider.embed = embed  # type: ignore[method-assign]
+        await bench.publish(a_request(["known", "hangs", *(f"t{i} w w w w" for i in range(8))], document_id=None))
+        for _ in range(5):
+            await bench.step()
+        done = {result.chunk_index for result in bench.outbox.results if result.request.correlation_id != "before"}
+        assert 0 in done
+        assert 1 not in done
+        assert len(done) > 1
+        hanging.set()
+        await bench.run_until_idle()
+
+
+async def test_a_full_read_ahead_waits_for_room_while_calls_are_in_flight() -> None:
+    """Where the read-ahead can't hold another full call, calls in flight are waited for, and with an end."""
+    async with Bench(max_concurrent_calls=4) as bench:
+        await bench.handle(a_request(["warm"], correlation_id="warm"))
+        bench.gate.call_seconds = 2.0
+        bench.provider.gate = asyncio.Event()
+        bench.worker._read_ahead_bytes = 1
+        await bench.publish(a_request([f"a{i}" for i in range(8)], correlation_id="a"))
+        blocked = asyncio.ensure_future(bench.publish(a_request([f"b{i}" for i in range(3)], correlation_id="b")))
+        bench.worker._read_ahead_bytes = 1 << 30
+        bench.worker._room.set()
+        await bench.settle()
+        bench.worker._read_ahead_bytes = 1
+        more = asyncio.ensure_future(bench.publish(a_request(["c"], correlation_id="c")))
+        began_s = bench.clock.now_s
+        while len(bench.provider.asked) < 3:
+            assert bench.clock.now_s - began_s < 10
+            await bench.step()
+        assert len(bench.provider.asked[-1]) == 3
+        assert bench.clock.now_s - began_s >= 2.0
+        bench.provider.gate.set()
+        await bench.run_until_idle()
+        await asyncio.gather(blocked, more)
+        await bench.run_until_idle()
+
+
+async def test_a_paused_deployment_is_passed_over_for_the_next_of_its_space() -> None:
+    """Failover: the work goes on elsewhere, the ledger says where, and the first is used again once a probe gets by."""
+    spare = BillingProvider()
+    async with Bench(spare=spare) as bench:
+        bench.provider.refuses = lambda texts: ProviderPaused("quota_exhausted", http_status=429)
+        await bench.handle(*(a_request([f"t{i}"], correlation_id=f"c{i}") for i in range(4)))
+        assert [result.status for result in bench.outbox.results] == [Status.OK] * 4
+        assert bench.route.paused is None
+        assert not bench.worker.waiting()
+        receipts = [call for call in bench.outbox.calls if call.kind is CallKind.RECEIPT]
+        ends = [(receipt.provider, receipt.outcome) for receipt in receipts]
+        assert ends[0] == (bench.provider.name, CallOutcome.FAILED)
+        assert ends[-1] == ("spare", CallOutcome.OK)
+        assert {result.provider for result in bench.outbox.results} == {bench.provider.name}
+        bench.provider.refuses = lambda texts: None
+        asked = len(spare.asked)
+        for i in range(20):
+            await bench.step()
+            await bench.handle(a_request([f"later {i}"], correlation_id=f"later{i}"))
+        assert bench.gate.paused is None
+        assert len(spare.asked) - asked < 20
+
+
+async def test_every_deployment_paused_pauses_the_route() -> None:
+    """Nothing turns into an error while all of them are out; health says the first one's reason."""
+    spare = BillingProvider()
+    async with Bench(spare=spare) as bench:
+        bench.provider.refuses = lambda texts: ProviderPaused("key_refused", http_status=401)
+        spare.refuses = lambda texts: ProviderPaused("quota_exhausted", http_status=429)
+        await bench.publish(a_request(["text"]))
+        for _ in range(20):
+            await bench.step()
+        assert bench.route.paused == "key_refused"
+        assert bench.outbox.results == []
+        spare.refuses = lambda texts: None
+        await bench.run_until_idle()
+        assert bench.outbox.results[0].status is Status.OK
