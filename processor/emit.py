@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from dataclasses import dataclass
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 
 from processor.errors import LeaseLost
 from processor.ordering import DocumentOrder
@@ -11,16 +12,25 @@ from processor.ports import Clock, Destination, Outbox
 from processor.work import Known, Parcel
 
 LEASE_POLL_S = 0.1
+PARCELS_A_TURN = 128
+"""And what goes before them. To write and encode them takes 2 ms (d=1536, with the sink view)."""
+
+Write = Callable[[Sequence[Parcel]], Sequence[list[Destination]]]
 
 
 @dataclass(frozen=True, slots=True)
 class Emitter:
-    """Sends parcels in document order under their leases. `write` gives the messages of each outcome, once."""
+    """Sends parcels in document order under their leases. `write` gives the messages of each outcome, once.
+
+    A call can bring thousands of outcomes at once. They are written and encoded in slices, one slice of all emissions
+    between two turns of everybody else, and are under way together: no slice waits for another's acknowledgement.
+    """
 
     outbox: Outbox
     order: DocumentOrder
     clock: Clock
-    write: Callable[[Sequence[Parcel]], Sequence[list[Destination]]]
+    write: Write
+    _turn: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     async def emit(
         self, parcels: Sequence[Parcel], receipts: Sequence[Awaitable[None]] = ()
@@ -33,8 +43,9 @@ class Emitter:
         ready, waiting = self._divide(parcels)
         while ready or waiting:
             if ready:
-                ready = await self._send_before(ready)
-                sent = await self._send(ready, self.write(ready))
+                if any(isinstance(parcel, Known) and parcel.before for parcel in ready):
+                    ready = await self._send(ready, _before)
+                sent = await self._send(ready, self.write)
                 for receipt in receipts:
                     await receipt
                 receipts = ()
@@ -54,16 +65,29 @@ class Emitter:
                 (ready if self.order.ready(parcel) else waiting).append(parcel)
         return ready, waiting
 
-    async def _send_before(self, parcels: list[Parcel]) -> list[Parcel]:
-        before = [list(parcel.before) if isinstance(parcel, Known) else [] for parcel in parcels]
-        if not any(before):
-            return parcels
-        return [parcel for parcel in await self._send(parcels, before) if parcel.ticket.live]
+    async def _send(self, parcels: Sequence[Parcel], write: Write) -> list[Parcel]:
+        """Send each parcel's messages, in slices; returns the parcels whose lease was still held.
 
-    async def _send(self, parcels: Sequence[Parcel], batches: Sequence[list[Destination]]) -> Sequence[Parcel]:
-        """Send each parcel's messages; returns the parcels whose lease was still held.
+        No two of them are of one chunk, so that slices need no order among themselves.
+        """
+        sends: list[asyncio.Task[Sequence[Parcel]]] = []
+        try:
+            for some in _slices(parcels):
+                async with self._turn:
+                    # A ticket that was dropped while the slices before had their turn has forgotten its works: what
+                    # it was charged can't be written any more.
+                    live = [parcel for parcel in some if parcel.ticket.live]
+                    sends.append(asyncio.create_task(self._send_slice(live, write(live))))
+                    await asyncio.sleep(0)
+            return [parcel for sent in await asyncio.gather(*sends) for parcel in sent]
+        except BaseException:
+            for each in sends:
+                each.cancel()
+            await asyncio.gather(*sends, return_exceptions=True)
+            raise
 
-        A lease that is late without being revoked is waited for: dropping its work would leave a hole in the
+    async def _send_slice(self, parcels: Sequence[Parcel], batches: Sequence[list[Destination]]) -> Sequence[Parcel]:
+        """A lease that is late without being revoked is waited for: dropping its work would leave a hole in the
         watermark that nobody fills.
         """
         while True:
@@ -78,3 +102,20 @@ class Emitter:
             live = [parcel.ticket.live for parcel in parcels]
             batches = [batch for batch, alive in zip(batches, live, strict=True) if alive]
             parcels = [parcel for parcel, alive in zip(parcels, live, strict=True) if alive]
+
+
+def _before(parcels: Sequence[Parcel]) -> list[list[Destination]]:
+    return [list(parcel.before) if isinstance(parcel, Known) else [] for parcel in parcels]
+
+
+def _slices(parcels: Sequence[Parcel]) -> Iterator[list[Parcel]]:
+    some: list[Parcel] = []
+    size = 0
+    for parcel in parcels:
+        some.append(parcel)
+        size += 1 + len(parcel.before) if isinstance(parcel, Known) else 1
+        if size >= PARCELS_A_TURN:
+            yield some
+            some, size = [], 0
+    if some:
+        yield some
