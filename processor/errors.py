@@ -7,6 +7,7 @@ ProcessorError
 |- DeliveryFailed           the broker did not acknowledge in time: exit, be restarted, replay
 |- RecordTooLarge           a message of ours is over max_record_bytes: a bug of the step that made it
 |- CacheUnavailable         L2 did not answer in its budget: go without it
+|- QuotaUnavailable         the shared quota did not answer in its budget: keep to a configured part of the limits
 |- RegistryUnavailable      the schema registry did not answer: retry, nothing is lost
 |- RequestRefused           the client refuses what it was given: fix the named field; nothing was sent
 |- EmbeddedUnavailable      an embedded server is not installed or did not start: see the message
@@ -62,6 +63,10 @@ class BrokerUnavailable(ProcessorError):
 
 class CacheUnavailable(ProcessorError):
     """The shared cache did not answer within its budget. Steps go without it; check Redis."""
+
+
+class QuotaUnavailable(ProcessorError):
+    """The shared quota did not answer within its budget. Each worker keeps to its part of the limits; check Redis."""
 
 
 class RegistryUnavailable(ProcessorError):

@@ -82,11 +82,11 @@ class Bucket:
     """What may be spent of a rate now. It fills evenly, and a spending beyond `capacity` passes when it is full.
 
     `level` is below 0 after such a one; then all wait until it is paid off. While it is `leased` it does not fill by
-    itself: `add` does. `told`: a header said the rate, so that a refusal is no sign of another one.
+    itself: `add` does. `heard_at` is when a header last said the rate: a refusal is no sign of another one then.
     """
 
     def __init__(self, per_minute: float | None, *, capacity_s: float, least: float, start: float, now: float) -> None:
-        self.told = False
+        self.heard_at: float | None = None
         self.leased = False
         self.spent = 0.0
         self.level = 0.0
@@ -115,11 +115,11 @@ class Bucket:
         self._per_s = per_minute / 60 * PACE
         self.level = self.capacity if first else min(self.level, self.capacity)
 
-    def tell(self, per_minute: float, now: float) -> None:
-        """A header says the rate."""
+    def tell(self, per_minute: float, heard_at: float, now: float) -> None:
+        """A header said the rate."""
         if per_minute != self.per_minute:
             self.set_rate(per_minute, now)
-        self.told, self._trust = True, 1.0
+        self.heard_at, self._trust = heard_at, 1.0
 
     def flow(self, now: float) -> None:
         """What came in since the last look."""
@@ -155,6 +155,13 @@ class Bucket:
         elif not self.leased:
             self.level = min(self.level, self.capacity)
 
+    def missing(self, now: float) -> float:
+        """What would fill it up."""
+        if self.per_minute is None:
+            return 0.0
+        self.flow(now)
+        return self.capacity - self.level
+
     def at_most(self, level: float, now: float) -> None:
         """The provider's own book says that there is no more."""
         if self.per_minute is None:
@@ -164,7 +171,7 @@ class Bucket:
 
     def distrust(self, now: float) -> None:
         """Refused though there should have been enough: go slower, unless a header tells the rate."""
-        if self.per_minute is not None and not self.told:
+        if self.per_minute is not None and self.heard_at is None:
             self.flow(now)
             self._trust *= TRUST_CUT
 
@@ -242,13 +249,16 @@ class Gate:
     """Whether a deployment takes a call now. `admits`, then `begin`; the permit says how the call ended.
 
     `paused` is the code of the failure that opened the breaker. `changed` is called when a call ended or tokens came
-    in from outside: the time to ask again, as is `ready_at`. `call_seconds`: of a typical recent call, 0 before any.
+    in from outside: the time to ask again, as is `ready_at`. `spent` is called when less is left of the rates.
+    `call_seconds`: of a typical recent call, 0 before any. `asked_until`: the provider asked to wait until then.
     """
 
     def __init__(
         self, clock: Clock, policy: LimitPolicy, jitter: Callable[[float, float], float] = random.uniform
     ) -> None:
         self.changed: Callable[[], None] = lambda: None
+        self.spent: Callable[[], None] = lambda: None
+        self.asked_until = -math.inf
         self.paused: str | None = None
         self.in_flight = 0
         self.call_seconds = 0.0
@@ -308,7 +318,24 @@ class Gate:
             self._retries -= 1.0
         permit = Permit(self, self._numbers, tokens, now, probe=self.paused is not None)
         self._probing = self._probing or permit.probe
+        self.spent()
         return permit
+
+    def lease(self, on: bool) -> None:
+        """Whether the rates fill by `grant` alone, or each by itself."""
+        now = self._clock.monotonic()
+        for bucket in (self.requests, self.tokens):
+            bucket.flow(now)
+            bucket.leased = on
+        self.changed()
+
+    def grant(self, requests: float, tokens: float) -> None:
+        """A slice of a shared quota."""
+        now = self._clock.monotonic()
+        self.requests.add(requests, now)
+        self.tokens.add(tokens, now)
+        if requests or tokens:
+            self.changed()
 
     def snapshot(self) -> dict[str, float | str | None]:
         """For health: numbers with units, and why it is paused."""
@@ -363,6 +390,7 @@ class Gate:
             if isinstance(error, ProviderThrottled) or error.code in _OVERLOADED:
                 self._slow_down(permit, now, least=1)
             self._count_failure(permit, error, now)
+        self.spent()
         self._leave(permit)
 
     def cancelled(self, permit: Permit) -> None:
@@ -437,6 +465,7 @@ class Gate:
             wait_s = min(said_s, policy.retry_after_max_s)
             # When the wait is over the provider has room for just this call: our book says the same then.
             self.tokens.at_most(permit.tokens - self.tokens.per_s * wait_s, now)
+            self.asked_until = max(self.asked_until, now + wait_s)
             wait_s += self._jitter(0.0, WAIT_JITTER_S)
         else:
             doublings = min(self._throttled_in_row - 1, 30)
@@ -454,7 +483,7 @@ class Gate:
             (self.tokens, limits.tokens_per_minute, limits.remaining_tokens, permit.spent[1]),
         ):
             if limit is not None and 0 < limit < math.inf:
-                bucket.tell(limit * self._policy.share, now)
+                bucket.tell(limit * self._policy.share, now, now)
             if remaining is not None and math.isfinite(remaining) and not bucket.leased:
                 # It was counted when the call arrived: since then others were spent, and some came in.
                 since = bucket.per_s * (now - permit.began) - (bucket.spent - spent)

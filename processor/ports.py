@@ -229,6 +229,43 @@ class EmbeddingProvider(Protocol):
     async def close(self) -> None: ...
 
 
+class QuotaAsk(NamedTuple):
+    """What a worker would like of one limit, what it takes the lane's part of it to be, and when a header said so.
+
+    `heard_s` is how many seconds ago that was; None: nobody said it, it is configured.
+    """
+
+    wanted: float
+    per_minute: float | None
+    heard_s: float | None
+
+
+class QuotaGrant(NamedTuple):
+    """What the worker may spend, up to what it wanted, and what is known of the limit, as in `QuotaAsk`."""
+
+    granted: float
+    per_minute: float | None
+    heard_s: float | None
+
+
+class SharedQuota(Protocol):
+    """The requests and tokens a minute that all workers of a lane share on one account of a provider.
+
+    What was granted is spent, whatever becomes of it. Over any time no more is granted than flows in, and a second's
+    worth. A quota that is new, or was lost, begins empty. An unknown limit grants nothing.
+    """
+
+    async def lease(
+        self, account: str, requests: QuotaAsk, tokens: QuotaAsk, wait_s: float
+    ) -> tuple[QuotaGrant, QuotaGrant]:
+        """Take a slice, for calls to come. The newest header's word stands, whichever worker heard it.
+
+        `wait_s`: the provider asked this worker to wait so long, so nobody gets anything meanwhile. QuotaUnavailable
+        when it does not answer in time; what it may have granted then is lost.
+        """
+        ...
+
+
 class TokenCounts(NamedTuple):
     counts: Sequence[int]
     source: TokenSource
