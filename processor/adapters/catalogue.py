@@ -9,15 +9,27 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from processor.adapters import local_files
-from processor.adapters.tokens import WORDPIECE
-from processor.domain import InputType, ModelSpec, Price
+from processor.adapters.local_files import LocalFiles
+from processor.adapters.tokens import BPE, WORDPIECE
+from processor.domain import CallEstimator, InputType, ModelSpec, Price
 from processor.errors import SettingsError
 from processor.settings import Settings
 
 BUILTIN_FILE = Path(__file__).parent.parent / "catalogue.yaml"
+
+Maker = Literal["openai", "cohere", "local", "open"]
+
+_SERVES: Mapping[str, frozenset[Maker]] = {
+    "openai": frozenset({"openai", "open"}),
+    "azure": frozenset({"openai"}),
+    "cohere": frozenset({"cohere"}),
+    "local": frozenset({"local", "open"}),
+    "sentence-transformers": frozenset({"open"}),
+}
+"""EMBEDDING_PROVIDER -> whose models it can serve. Open models are served where EMBEDDING_MODELS names them."""
 
 
 class _Strict(BaseModel):
@@ -35,19 +47,29 @@ class _PriceEntry(_Strict):
 
 
 class _ModelEntry(_Strict):
-    provider: Literal["openai", "local"]
+    provider: Maker
     dimensions: list[Annotated[int, Field(gt=0, le=65_536)]] = Field(min_length=1)
     shortenable: bool = False
+    shortened: Literal["there", "here"] = "there"
     weights: str | None = None
     revision: str = "1"
     normalised: bool = True
     max_input_tokens: int = Field(gt=0)
     max_inputs_per_call: int = Field(2048, gt=0)
     max_tokens_per_call: int = Field(300_000, gt=0)
-    tokenizer: Literal["cl100k_base", "o200k_base"] | None = None
+    max_bytes_per_call: int = Field(8_000_000, gt=0)
+    call_estimator: CallEstimator = CallEstimator.TOKENS
+    tokenizer: str | None = None
     prefixes: dict[InputType, str] = Field(default_factory=dict)
     answers_as: list[str] | Literal["any"] | None = None
     prices: list[_PriceEntry] = Field(default_factory=list)
+
+    @field_validator("tokenizer")
+    @classmethod
+    def _is_known(cls, value: str | None) -> str | None:
+        if value is not None and value not in BPE and not Path(value).is_file():
+            raise ValueError(f"must be one of {', '.join(sorted(BPE))} or the path of a tokenizer.json that is there")
+        return value
 
     @model_validator(mode="after")
     def _a_text_fits_a_call(self) -> Self:
@@ -56,29 +78,28 @@ class _ModelEntry(_Strict):
         return self
 
     @model_validator(mode="after")
-    def _a_local_model_has_one_size(self) -> Self:
-        if self.provider == "local" and (self.shortenable or len(self.dimensions) != 1):
-            raise ValueError("a local model gives vectors of one size: list it alone, and no shortenable")
+    def _what_is_cut_is_larger(self) -> Self:
+        if self.shortened == "here" and max(self.dimensions) > self.dimensions[0]:
+            raise ValueError("shortened here: the first of dimensions must be the largest")
         return self
 
-    def spec(self, name: str, local_tokenizer: Path | None) -> ModelSpec:
-        tokenizer: str | None = self.tokenizer
-        if self.provider == "local":
-            tokenizer = f"{WORDPIECE}{local_tokenizer}" if local_tokenizer is not None else None
-        accepted = None if self.answers_as == "any" else frozenset(self.answers_as or [name])
+    def spec(self, name: str) -> ModelSpec:
         return ModelSpec(
             name=name,
             weights=self.weights or name,
             revision=self.revision,
             dimensions=tuple(self.dimensions),
             shortenable=self.shortenable,
+            shortened_here=self.shortened == "here",
             normalised=self.normalised,
             max_input_tokens=self.max_input_tokens,
             max_inputs_per_call=self.max_inputs_per_call,
             max_tokens_per_call=self.max_tokens_per_call,
-            tokenizer=tokenizer,
+            max_bytes_per_call=self.max_bytes_per_call,
+            call_estimator=self.call_estimator,
+            tokenizer=self.tokenizer if self.tokenizer in BPE or not self.tokenizer else WORDPIECE + self.tokenizer,
             prefixes=self.prefixes,
-            answers_as=accepted,
+            answers_as=None if self.answers_as == "any" else frozenset(self.answers_as or [name]),
             prices=tuple(entry.price() for entry in self.prices),
         )
 
@@ -136,32 +157,67 @@ class ModelCatalogue:
 def load_catalogue(settings: Settings) -> ModelCatalogue:
     """The catalogue as this process sees it. SettingsError with every fault, by setting or file, model and field.
 
-    With provider=local the model's files are read: their SHA-256 is its revision.
+    With a model on this machine its files are read: their SHA-256 is its revision, and what the catalogue does not
+    say of it they do.
     """
     listed = _read(BUILTIN_FILE)
     if settings.catalogue_file is not None:
         for name, fields in _read(settings.catalogue_file).items():
             listed[name] = {**listed.get(name, {}), **fields}
-    entries = _validate(listed, settings.catalogue_file or BUILTIN_FILE)
+    path = settings.catalogue_file or BUILTIN_FILE
+    on_this_machine = settings.provider in {"local", "sentence-transformers"}
+    if on_this_machine:
+        locate = local_files.locate if settings.provider == "local" else local_files.locate_weights
+        files = locate(settings.local_model_path)
+        name = _listed_name(files.name, listed, _SERVES[settings.provider])
+        listed[name] = {**_by_its_files(files, settings), **listed.get(name, {})}
+    entries = _validate(listed, path)
 
-    tokenizer = local_files.builtin_tokenizer()
-    of_route = [name for name, entry in entries.items() if entry.provider == settings.provider]
-    if settings.provider == "local":
-        files = local_files.locate(settings.local_model_path)
-        if files.name not in of_route:
-            raise SettingsError(
-                f"EMBEDDING_CATALOGUE_FILE: list the model {files.name} with provider local and its dimensions, "
-                f"for EMBEDDING_LOCAL_MODEL_PATH names it; see {BUILTIN_FILE.name} for the form"
-            )
-        tokenizer, of_route = files.tokenizer, [files.name]
-    specs = {name: entry.spec(name, tokenizer) for name, entry in entries.items()}
-    if settings.provider == "local":
-        specs[files.name] = replace(specs[files.name], revision=files.revision)
-    return _choose(settings, specs, of_route)
+    specs = {name: entry.spec(name) for name, entry in entries.items()}
+    builtin_tokenizer = local_files.builtin_tokenizer()
+    if builtin_tokenizer is not None:
+        builtin = specs[local_files.BUILTIN_NAME]
+        specs[builtin.name] = replace(builtin, tokenizer=f"{WORDPIECE}{builtin_tokenizer}")
+    if on_this_machine:
+        specs[name] = replace(
+            specs[name], revision=files.revision, tokenizer=f"{WORDPIECE}{files.tokenizer}", shortened_here=True
+        )
+        return _choose(settings, specs, [name], [name])
+    servable = [name for name, entry in entries.items() if entry.provider in _SERVES[settings.provider]]
+    unasked = [name for name in servable if entries[name].provider != "open"]
+    return _choose(settings, specs, servable, unasked)
 
 
-def _choose(settings: Settings, specs: Mapping[str, ModelSpec], of_route: Sequence[str]) -> ModelCatalogue:
-    served = list(settings.models) or list(of_route)
+def _listed_name(directory: str, listed: Mapping[str, Mapping[str, Any]], makers: frozenset[Maker]) -> str:
+    """The catalogue's name of the model in a directory of that name: e5-base-v2 is intfloat/e5-base-v2."""
+    fitting = [name for name, fields in listed.items() if fields.get("provider") in makers]
+    for found in (name for name in fitting if name == directory):
+        return found
+    return next((name for name in fitting if name.rpartition("/")[2] == directory), directory)
+
+
+def _by_its_files(files: LocalFiles, settings: Settings) -> dict[str, Any]:
+    """Fields of a model of this machine that its files give. SettingsError when they lack what must be known."""
+    found: dict[str, Any] = {
+        "provider": "local" if settings.provider == "local" else "open",
+        "normalised": files.normalised,
+        "prefixes": dict(files.prefixes),
+        # A call of a second or so: what a cancelled one still holds is bounded by it.
+        "max_inputs_per_call": 128,
+        "max_tokens_per_call": max(16_384, files.max_input_tokens or 0),
+    }
+    if files.dimensions is not None:
+        found["dimensions"] = [files.dimensions]
+    if files.max_input_tokens is not None:
+        found["max_input_tokens"] = files.max_input_tokens
+    return found
+
+
+def _choose(
+    settings: Settings, specs: Mapping[str, ModelSpec], of_route: Sequence[str], unasked: Sequence[str]
+) -> ModelCatalogue:
+    """`of_route` may be served, `unasked` are served when EMBEDDING_MODELS names none."""
+    served = list(settings.models) or list(unasked)
     default_model = settings.default_model or served[0]
     faults = [
         f"EMBEDDING_MODELS: {name} is no model of provider {settings.provider}; there are {', '.join(of_route)}"

@@ -1,0 +1,113 @@
+"""EmbeddingProvider for a model on this machine, run by sentence-transformers: on a GPU, or a kind that ONNX lacks.
+
+The package brings torch, gigabytes of it; the model is read from a directory, never downloaded.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from processor.adapters.local_calls import failure, tokenized
+from processor.adapters.local_files import SETTING, LocalFiles
+from processor.adapters.tokens import WordPiece
+from processor.domain import EmbeddingFunction, ModelSpec, Vector
+from processor.errors import ProviderError, SettingsError
+from processor.ports import ProviderAnswer
+
+PIECE_TEXTS = 32
+"""Texts that are run at once, of near-equal lengths; a cancelled call holds the model for no more than these."""
+
+
+class SentenceTransformersProvider:
+    """Runs one piece of a call after the other, off the event loop; torch spreads each over `threads` (0: its choice).
+
+    Billed tokens are those of the texts, special ones included.
+    """
+
+    name = "sentence-transformers"
+
+    def __init__(self, files: LocalFiles, model: ModelSpec, *, device: str = "cpu", threads: int = 0) -> None:
+        try:
+            import torch
+            from sentence_transformers import SentenceTransformer
+        except ImportError as error:
+            raise SettingsError(
+                f"EMBEDDING_PROVIDER: sentence-transformers needs {error.name}, "
+                "pip install 'embedding-processor[sentence-transformers]'"
+            ) from None
+        logging.getLogger("sentence_transformers").setLevel(logging.WARNING)
+        if threads:
+            torch.set_num_threads(threads)
+        try:
+            self._encoder: Any = SentenceTransformer(str(files.model), device=device, local_files_only=True)
+        except Exception as error:  # noqa: BLE001  (whatever loading a model and a device may raise)
+            raise SettingsError(
+                f"{SETTING}: {files.model} can't be loaded on EMBEDDING_LOCAL_DEVICE {device}: {type(error).__name__}"
+            ) from None
+        # Prefixes are the catalogue's, and whatever is too long was refused before: nothing is added or cut in there.
+        self._encoder.default_prompt_name = None
+        self._encoder.max_seq_length = model.max_input_tokens
+        self._tokenizer = WordPiece(files.tokenizer)
+        self._model = model
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="local-model")
+        size = len(self._encode(["size"], 1)[0])
+        if size != model.dimensions[0]:
+            raise SettingsError(
+                f"{model.name}: dimensions is {model.dimensions[0]} in the catalogue, but the model gives {size}"
+            )
+
+    async def embed(
+        self,
+        texts: Sequence[str],
+        function: EmbeddingFunction,  # noqa: ARG002  (there is one model)
+        attempt_id: str,  # noqa: ARG002  (there is nobody to tell it to)
+    ) -> ProviderAnswer:
+        """InputRejected for a text over the model's limit; nothing is cut here, and nothing was run then."""
+        loop = asyncio.get_running_loop()
+        tokens = await loop.run_in_executor(
+            self._thread, tokenized, self._tokenizer, texts, self._model.max_input_tokens
+        )
+        by_length = sorted(range(len(texts)), key=lambda index: len(tokens[index]))
+        places = [by_length[start : start + PIECE_TEXTS] for start in range(0, len(texts), PIECE_TEXTS)]
+        # Cancelling the call takes back what the thread has not begun.
+        done = await asyncio.gather(
+            *(
+                loop.run_in_executor(self._thread, self._encode, [texts[index] for index in piece], len(texts))
+                for piece in places
+            )
+        )
+        vectors: list[Vector] = [done[0][0]] * len(texts)
+        for piece, found in zip(places, done, strict=True):
+            for index, vector in zip(piece, found, strict=True):
+                vectors[index] = vector
+        return ProviderAnswer(vectors, range(len(texts)), self._model.name, sum(map(len, tokens)))
+
+    async def list_models(self) -> Sequence[str]:
+        return [self._model.name]
+
+    async def close(self) -> None:
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    def _encode(self, texts: Sequence[str], of: int) -> NDArray[np.float32]:
+        """Vectors (n, d) of n texts that are run at once, in a call `of` so many."""
+        failed: ProviderError
+        try:
+            found = self._encoder.encode(
+                list(texts),
+                batch_size=len(texts),
+                normalize_embeddings=self._model.normalised,
+                convert_to_numpy=True,
+                show_progress_bar=False,
+            )
+            vectors: NDArray[np.float32] = np.asarray(found, np.float32)
+            return vectors
+        except Exception as error:  # noqa: BLE001  (torch's classes share no base)
+            failed = failure(error, of)
+        raise failed
