@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import heapq
+import itertools
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -53,7 +54,7 @@ class Turns:
         self._ring: deque[_Tenant] = deque()
 
     def push(self, text: Text) -> None:
-        name = text.fold.works[0].job.request.tenant_id
+        name = _tenant_of(text)
         tenant = self._tenants.get(name)
         if tenant is None:
             tenant = self._tenants[name] = _Tenant(name, TURN_TOKENS * max(1, self._weights.get(name, 1)))
@@ -79,26 +80,51 @@ class Turns:
             self._begin_turn()
         return None
 
+    def borrow(self, most: int) -> list[Text]:
+        """Up to so many texts out of turn, each tenant's nearest due; `settle` must follow before anything else."""
+        borrowed: list[Text] = []
+        for tenant in itertools.islice(self._ring, most):
+            some = min(len(tenant.texts), max(1, most // len(self._ring)))
+            borrowed += [heapq.heappop(tenant.texts) for _ in range(some)]
+        return borrowed
+
+    def settle(self, *, charged: Sequence[Text], returned: Sequence[Text]) -> None:
+        """Of the borrowed texts: what is kept is charged like a turn's, what is returned waits as before."""
+        for text in charged:
+            self._tenants[_tenant_of(text)].credit -= text.tokens
+        for text in returned:
+            heapq.heappush(self._tenants[_tenant_of(text)].texts, text)
+        self._remove_idle()
+
     def nearest_due(self) -> float:
         return min((tenant.texts[0].due for tenant in self._ring), default=float("inf"))
 
     def drop(self, unwanted: Callable[[Text], bool]) -> list[Text]:
         dropped: list[Text] = []
-        for tenant in list(self._ring):
+        for tenant in self._ring:
             gone = [text for text in tenant.texts if unwanted(text)]
-            if not gone:
-                continue
-            dropped += gone
-            tenant.texts = [text for text in tenant.texts if not unwanted(text)]
-            heapq.heapify(tenant.texts)
-            if not tenant.texts:
-                first = self._ring[0] is tenant
-                self._ring.remove(tenant)
-                del self._tenants[tenant.name]
-                if first:
-                    self._begin_turn()
+            if gone:
+                dropped += gone
+                tenant.texts = [text for text in tenant.texts if not unwanted(text)]
+                heapq.heapify(tenant.texts)
+        self._remove_idle()
         return dropped
+
+    def _remove_idle(self) -> None:
+        """Tenants with nothing waiting leave, and their credit or debt with them."""
+        if all(tenant.texts for tenant in self._ring):
+            return
+        first = self._ring[0]
+        self._ring = deque(tenant for tenant in self._ring if tenant.texts)
+        self._tenants = {tenant.name: tenant for tenant in self._ring}
+        if not first.texts:
+            self._begin_turn()
 
     def _begin_turn(self) -> None:
         if self._ring:
             self._ring[0].credit += self._ring[0].grant
+
+
+def _tenant_of(text: Text) -> str:
+    """Texts of two tenants never share a fold."""
+    return text.fold.works[0].job.request.tenant_id

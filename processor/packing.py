@@ -26,9 +26,8 @@ HURRY_S = 60.0
 """A text without a deadline gives way to nearly due ones of its tenant for so long."""
 FULL = 0.98
 """Of one of its limits: such a call is not waited for or searched for any more."""
-FILLED = 0.95
 LOOK_AHEAD = 64
-"""Texts looked at to fill the gap at the end of a call; those left over go first into the next."""
+"""Texts looked at, beyond those whose turn it is, to fill the gap at the end of a call."""
 ROUNDING_S = 1e-6
 """A sleep until `due_at` may end a rounding error before it."""
 
@@ -140,7 +139,7 @@ class _Load:
 
 
 class _Pool:
-    """What waits for calls of one embedding function: first `front`, whose turn has come already, then by turns.
+    """What waits for calls of one embedding function: first those whose turn has come already, then by turns.
 
     `since` is when it began to fill for its next call, `nearest_due` a bound on the deadlines of what waits.
     """
@@ -177,25 +176,24 @@ class _Pool:
 
     def form(self, limits: _Limits, now: float, now_ms: int) -> tuple[list[Fold], list[Fold]]:
         """The folds of the next call in the order of their arrival, and those that ended instead."""
-        first = max(1, len(self._front))  # what an earlier call passed over is not passed over again
-        ended: list[Fold] = []
+        ended: list[Text] = []
         chosen: list[Text] = []
         load = _Load()
-        texts = self._next(now_ms, ended)
-        for text in texts:
+        for text in self._in_turn(now_ms, ended):
             if chosen and not load.has_room(text, limits):
-                if load.share(limits) >= FULL:
-                    self._front.appendleft(text)
+                if load.share(limits) < 1.0:
+                    chosen = self._fill(chosen, text, limits, now_ms, ended)
                 else:
-                    chosen = self._fill(chosen, first, text, texts, limits)
+                    self._front.appendleft(text)
                 break
             chosen.append(text)
             load.add(text)
         self.load.less(_load(chosen))
+        self.load.less(_load(ended))
         self.since = now
         self.nearest_due = min(self._turns.nearest_due(), min((text.due for text in self._front), default=float("inf")))
         chosen.sort(key=_arrival)
-        return [text.fold for text in chosen], ended
+        return [text.fold for text in chosen], [text.fold for text in ended]
 
     def let_go(self) -> list[Fold]:
         """Drop the folds that nobody wants any more."""
@@ -205,37 +203,36 @@ class _Pool:
             self.load.less(_load(dropped))
         return [text.fold for text in dropped]
 
-    def _next(self, now_ms: int, ended: list[Fold]) -> Iterator[Text]:
-        """Texts in fair order, each taken out; folds that end instead are set aside."""
+    def _in_turn(self, now_ms: int, ended: list[Text]) -> Iterator[Text]:
+        """Texts in fair order, each taken out; those that end instead are set aside."""
         while (text := self._front.popleft() if self._front else self._turns.pop()) is not None:
             if _goes_out(text, now_ms):
                 yield text
             else:
-                self.load.less(_load([text]))
-                ended.append(text.fold)
+                ended.append(text)
 
-    def _fill(
-        self, chosen: list[Text], first: int, next_text: Text, texts: Iterator[Text], limits: _Limits
-    ) -> list[Text]:
-        """The call that begins with `chosen`: the gap at its end is filled with the largest texts that fit.
+    def _fill(self, begun: list[Text], next_text: Text, limits: _Limits, now_ms: int, ended: list[Text]) -> list[Text]:
+        """The call begun so, its gap filled with the largest of some others that fit.
 
-        Where texts are large beside the limit that can leave a gap: then only the `first` ones are bound to go, and
-        the largest of all others fill the call, if that makes it fuller.
+        Texts that are large beside the limit may leave a gap all the same. Then only the first text is bound to go,
+        and the largest of all the others fill the call, if that makes it fuller; who gives way is in front after it.
         """
-        ahead = [next_text]
-        load = _load(ahead)
-        for text in itertools.islice(texts, LOOK_AHEAD):
-            ahead.append(text)
-            load.add(text)
-            if load.share(limits) >= 1.0:
-                break
-        best = _largest_first(chosen, ahead, limits)
-        if _load(best).share(limits) < FILLED:
-            other = _largest_first(chosen[:first], chosen[first:] + ahead, limits)
-            best = max(best, other, key=lambda texts: _load(texts).share(limits))
-        taken = {text.number for text in best}
-        self._front.extendleft(text for text in reversed(chosen + ahead) if text.number not in taken)
-        return best
+        ours = [next_text, *(self._front.popleft() for _ in range(min(LOOK_AHEAD, len(self._front))))]
+        borrowed: list[Text] = []
+        for text in self._turns.borrow(LOOK_AHEAD + 1 - len(ours)):
+            (borrowed if _goes_out(text, now_ms) else ended).append(text)
+        others = ours + borrowed
+        call = _largest_first(begun, others, limits)
+        if _load(call).share(limits) < FULL:
+            other = _largest_first(begun[:1], begun[1:] + others, limits)
+            call = max(call, other, key=lambda texts: _load(texts).share(limits))
+        taken = {text.number for text in call}
+        self._turns.settle(
+            charged=[text for text in borrowed if text.number in taken],
+            returned=[text for text in borrowed if text.number not in taken],
+        )
+        self._front.extendleft(text for text in reversed(begun + ours) if text.number not in taken)
+        return call
 
 
 def _arrival(text: Text) -> tuple[float, int]:
@@ -254,7 +251,11 @@ def _load(texts: Collection[Text]) -> _Load:
 def _largest_first(begun: Sequence[Text], others: Sequence[Text], limits: _Limits) -> list[Text]:
     """The call begun so, with the largest of the others that fit."""
     call, load = list(begun), _load(begun)
-    for text in sorted(others, key=lambda text: _load([text]).share(limits), reverse=True):
+
+    def size(text: Text) -> float:
+        return max(text.quarters / limits.quarters, text.body_bytes / limits.body_bytes, text.tokens / limits.tokens)
+
+    for text in sorted(others, key=size, reverse=True):
         if load.has_room(text, limits):
             call.append(text)
             load.add(text)
