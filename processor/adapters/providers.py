@@ -1,29 +1,148 @@
-"""The provider that the settings name."""
+"""The providers that the settings or the file of deployments name."""
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
 from processor.adapters import local_files
+from processor.adapters.catalogue import ModelCatalogue
+from processor.adapters.deployments import DeploymentEntry, read_deployments
+from processor.adapters.shortening import Shortening
 from processor.errors import SettingsError
 from processor.ports import Catalogue, EmbeddingProvider
 from processor.settings import Settings
 
 
-def open_provider(settings: Settings, catalogue: Catalogue) -> EmbeddingProvider:
-    """Ready to embed; nothing is sent yet. SettingsError when a key, a file or an extra is missing."""
-    if settings.provider == "local":
-        from processor.adapters.onnx import LocalProvider
+class NamedProvider(NamedTuple):
+    """A provider with the limits of its account, None: unknown. Equal `account`s share limits; it tells no key."""
 
-        files = local_files.locate(settings.local_model_path)
-        model = catalogue.find(files.name)
-        if model is None:
-            raise SettingsError(f"EMBEDDING_CATALOGUE_FILE: {files.name} is not in the catalogue")
-        return LocalProvider(files, model, threads=settings.local_threads)
+    name: str
+    provider: EmbeddingProvider
+    requests_per_minute: int | None
+    tokens_per_minute: int | None
+    account: str
+
+
+def open_deployments(settings: Settings, catalogue: ModelCatalogue) -> Sequence[NamedProvider]:
+    """In order of preference, at least one; nothing is sent yet. All serve the same models of the catalogue.
+
+    SettingsError with every fault of the file, or when a key is missing.
+    """
+    if settings.deployments_file is None:
+        provider = open_provider(settings, catalogue)
+        if settings.provider == "cohere":
+            base_url, key = settings.cohere_base_url, settings.secret("cohere_api_key")
+        else:
+            base_url, key = settings.openai_base_url or "", settings.secret("openai_api_key")
+        account = _account(settings.provider, base_url, key)
+        limits = settings.requests_per_minute, settings.tokens_per_minute
+        return [NamedProvider(provider.name, provider, *limits, account)]
+    served = [row["model"] for row in catalogue.describe() if row["served"]]
+    entries = read_deployments(settings.deployments_file, provider=settings.provider, served=served)
+    return [_deployed(settings, entry) for entry in entries]
+
+
+def _deployed(settings: Settings, entry: DeploymentEntry) -> NamedProvider:
+    key = entry.key()
+    if key is None and (entry.base_url is None or entry.provider != "openai"):
+        raise SettingsError(
+            f"EMBEDDING_DEPLOYMENTS_FILE: {entry.name}: api_key_file: is missing; name the key by it or by api_key_env"
+        )
+    provider: EmbeddingProvider
+    if entry.provider == "cohere":
+        from processor.adapters.cohere import CohereProvider
+
+        provider = CohereProvider(
+            api_key=key,
+            base_url=entry.base_url or settings.cohere_base_url,
+            timeout_s=settings.provider_timeout_s,
+            connect_timeout_s=settings.provider_connect_timeout_s,
+            read_timeout_s=settings.provider_read_timeout_s,
+            models=entry.models,
+        )
+    else:
+        from processor.adapters.openai import OpenAIProvider
+
+        provider = OpenAIProvider(
+            api_key=key,
+            base_url=entry.base_url,
+            timeout_s=settings.provider_timeout_s,
+            connect_timeout_s=settings.provider_connect_timeout_s,
+            read_timeout_s=settings.provider_read_timeout_s,
+            name=entry.provider,
+            azure_api_version=entry.api_version,
+            models=entry.models,
+        )
+    return NamedProvider(
+        entry.name,
+        Shortening(provider),
+        entry.requests_per_minute or settings.requests_per_minute,
+        entry.tokens_per_minute or settings.tokens_per_minute,
+        _account(entry.provider, entry.base_url or "", key),
+    )
+
+
+def _account(provider: str, base_url: str, key: str | None) -> str:
+    """Who is billed and limited, as a name that is safe to store: 16 hexadecimal digits."""
+    identity = hashlib.sha256()
+    for part in (provider, base_url.rstrip("/"), key or ""):
+        identity.update(f"{len(part)}:{part}".encode())
+    return identity.hexdigest()[:16]
+
+
+def open_provider(settings: Settings, catalogue: Catalogue) -> EmbeddingProvider:
+    """The one that the settings name, ready to embed. SettingsError when a key, a file or an extra is missing."""
+    return Shortening(_open(settings, catalogue))
+
+
+def _open(settings: Settings, catalogue: Catalogue) -> EmbeddingProvider:
+    if settings.provider in {"local", "sentence-transformers"}:
+        return _on_this_machine(settings, catalogue)
+    if settings.provider == "cohere":
+        from processor.adapters.cohere import CohereProvider
+
+        return CohereProvider(
+            api_key=settings.secret("cohere_api_key"),
+            base_url=settings.cohere_base_url,
+            timeout_s=settings.provider_timeout_s,
+            connect_timeout_s=settings.provider_connect_timeout_s,
+            read_timeout_s=settings.provider_read_timeout_s,
+        )
 
     from processor.adapters.openai import OpenAIProvider
 
+    if settings.provider == "azure" and settings.openai_base_url is None:
+        raise SettingsError(
+            "EMBEDDING_DEPLOYMENTS_FILE: list the deployments of Azure there, or set EMBEDDING_OPENAI_BASE_URL to "
+            "https://<resource>.openai.azure.com/openai/v1"
+        )
     return OpenAIProvider(
+        name=settings.provider,
         api_key=settings.secret("openai_api_key"),
         base_url=settings.openai_base_url,
         timeout_s=settings.provider_timeout_s,
         connect_timeout_s=settings.provider_connect_timeout_s,
+        read_timeout_s=settings.provider_read_timeout_s,
+    )
+
+
+def _on_this_machine(settings: Settings, catalogue: Catalogue) -> EmbeddingProvider:
+    """Serves one model, which the catalogue has named by the same files."""
+    model = catalogue.find(catalogue.default_model)
+    if model is None:
+        raise SettingsError(f"EMBEDDING_CATALOGUE_FILE: {catalogue.default_model} is not in the catalogue")
+    if settings.provider == "local":
+        from processor.adapters.onnx import LocalProvider
+
+        return LocalProvider(local_files.locate(settings.local_model_path), model, threads=settings.local_threads)
+
+    from processor.adapters.sentence_transformers import SentenceTransformersProvider
+
+    return SentenceTransformersProvider(
+        local_files.locate_weights(settings.local_model_path),
+        model,
+        device=settings.local_device,
+        threads=settings.local_threads,
     )

@@ -269,6 +269,8 @@ class ProviderServer:
         key = self.options.api_key
         if key is None or (self._dialect.api_key_header and request.headers.get("api-key") == key):
             return True
+        if "deployment" in request.match_info:
+            return False
         return request.headers.get("Authorization") == f"Bearer {key}"
 
     def _pick(self, texts: Sequence[str]) -> str:

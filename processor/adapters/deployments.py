@@ -1,0 +1,167 @@
+"""The file of deployments: several places that serve the same models, in order of preference, for failover.
+
+- name: main
+  provider: openai
+  api_key_file: /run/secrets/openai
+  requests_per_minute: 3000
+  tokens_per_minute: 1000000
+- name: twin
+  provider: azure
+  base_url: https://example.openai.azure.com
+  api_version: "2024-10-21"
+  api_key_env: AZURE_KEY
+  models: {text-embedding-3-small: embed-small}
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Literal, Self
+from urllib.parse import urlsplit
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from processor.errors import SettingsError
+
+SETTING = "EMBEDDING_DEPLOYMENTS_FILE"
+
+Kind = Literal["openai", "azure", "cohere"]
+
+_SAME_MODELS: dict[str, frozenset[Kind]] = {
+    "openai": frozenset({"openai", "azure"}),
+    "azure": frozenset({"openai", "azure"}),
+    "cohere": frozenset({"cohere"}),
+}
+"""EMBEDDING_PROVIDER -> who can serve its models too."""
+
+
+class DeploymentEntry(BaseModel):
+    """One deployment. `models`: name in the catalogue -> name there; None: the same names."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str = Field(min_length=1, max_length=100)
+    provider: Kind
+    base_url: str | None = None
+    api_key_file: Path | None = None
+    api_key_env: str | None = Field(None, min_length=1)
+    api_version: str | None = Field(None, min_length=1)
+    models: dict[str, str] | None = None
+    requests_per_minute: int | None = Field(None, gt=0)
+    tokens_per_minute: int | None = Field(None, gt=0)
+
+    @field_validator("base_url")
+    @classmethod
+    def _is_an_address(cls, value: str | None) -> str | None:
+        if value is not None and (urlsplit(value).scheme not in {"http", "https"} or not urlsplit(value).netloc):
+            raise ValueError("must begin with https:// or http:// and name a host")
+        return value.rstrip("/") if value is not None else None
+
+    @field_validator("models")
+    @classmethod
+    def _are_different(cls, value: dict[str, str] | None) -> dict[str, str] | None:
+        if value is not None and len(set(value.values())) != len(value):
+            raise ValueError("gives two models the same name there: each needs a deployment of its own")
+        return value
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.api_key_file is not None and self.api_key_env is not None:
+            raise ValueError("name the key by api_key_file or by api_key_env, not by both")
+        if self.api_version is not None and self.provider != "azure":
+            raise ValueError("api_version is for provider azure; remove it")
+        if self.provider == "azure":
+            path = urlsplit(self.base_url or "").path
+            if self.base_url is None:
+                raise ValueError("base_url is missing: https://<resource>.openai.azure.com")
+            if self.api_version is not None and path:
+                raise ValueError("base_url must end after the host where there is an api_version")
+            if self.api_version is None and not path.endswith("/openai/v1"):
+                raise ValueError("add api_version, or end base_url with /openai/v1, which needs none")
+        return self
+
+    def key(self) -> str | None:
+        """The API key. SettingsError when its file or variable is not there."""
+        if self.api_key_file is not None:
+            try:
+                return self.api_key_file.read_text(encoding="utf-8").strip()
+            except (OSError, UnicodeDecodeError) as error:
+                why = error.strerror if isinstance(error, OSError) else "is no text"
+                raise SettingsError(f"{SETTING}: {self.name}: api_key_file: can't read it: {why}") from None
+        if self.api_key_env is not None:
+            key = os.environ.get(self.api_key_env, "").strip()
+            if not key:
+                raise SettingsError(f"{SETTING}: {self.name}: api_key_env: set {self.api_key_env}, it is empty")
+            return key
+        return None
+
+
+def read_deployments(path: Path, *, provider: str, served: Iterable[str]) -> Sequence[DeploymentEntry]:
+    """The entries in order. SettingsError with every fault, by deployment and field.
+
+    `provider` is that of the settings, `served` the models of the catalogue that this worker serves: each deployment
+    must serve all of them, so that a text has the same vector wherever it is embedded.
+    """
+    entries, faults = _validated(_listed(path))
+    allowed = _SAME_MODELS.get(provider, frozenset())
+    wanted = list(served)
+    if not allowed:
+        faults.append(f"is for providers over HTTP; unset it, for EMBEDDING_PROVIDER is {provider}")
+    names = [entry.name for entry in entries]
+    for entry in entries:
+        if names.count(entry.name) > 1:
+            faults.append(f"{entry.name}: name: stands there twice; give each deployment its own")
+        if allowed and entry.provider not in allowed:
+            faults.append(
+                f"{entry.name}: provider: {entry.provider} does not serve the models of EMBEDDING_PROVIDER {provider}; "
+                f"use {' or '.join(sorted(allowed))}"
+            )
+        if entry.models is None:
+            continue
+        faults += [
+            f"{entry.name}: models: {model} is missing; say its name there, or take it out of EMBEDDING_MODELS"
+            for model in wanted
+            if model not in entry.models
+        ]
+        faults += [
+            f"{entry.name}: models: {model} is not served by this worker; remove it, or add it to EMBEDDING_MODELS"
+            for model in entry.models
+            if model not in wanted
+        ]
+    if faults:
+        raise SettingsError("\n".join(f"{SETTING}: {path}: {fault}" for fault in dict.fromkeys(faults)))
+    return entries
+
+
+def _listed(path: Path) -> list[object]:
+    try:
+        with path.open("rb") as file:
+            content = yaml.safe_load(file)
+    except OSError as error:
+        raise SettingsError(f"{SETTING}: {path}: can't be read: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        raise SettingsError(f"{SETTING}: {path}: is no YAML{f', line {mark.line + 1}' if mark else ''}") from None
+    if not isinstance(content, list) or not content:
+        raise SettingsError(f"{SETTING}: {path}: must be a list of deployments, each with name and provider")
+    return content
+
+
+def _validated(listed: Sequence[object]) -> tuple[list[DeploymentEntry], list[str]]:
+    entries: list[DeploymentEntry] = []
+    faults: list[str] = []
+    for place, fields in enumerate(listed, 1):
+        name = fields.get("name") if isinstance(fields, dict) else None
+        try:
+            entries.append(DeploymentEntry.model_validate(fields))
+        except ValidationError as error:
+            for fault in error.errors(include_input=False, include_url=False):
+                field = ".".join(map(str, fault["loc"])) or "fields"
+                what = fault["msg"].removeprefix("Value error, ")
+                if field == "api_key":
+                    what = "a key does not belong in this file; name it by api_key_file or api_key_env"
+                faults.append(f"{name if isinstance(name, str) else f'number {place}'}: {field}: {what}")
+    return entries, faults
