@@ -19,7 +19,7 @@ LOOK_UPS = 4
 """Windows that are looked up at the same time."""
 
 FILL_WAIT_S = 1.0
-"""While more is known to be in the log, a call waits so long at most for what would fill it."""
+"""While more is known to be in the log or on its way, a call waits so long at most for what would fill it."""
 
 ROOM_WAIT_CALLS, ROOM_WAIT_S = 2.0, 10.0
 """While the read-ahead is full, it waits for so many typical call times, and no longer than this: calls in flight end,
@@ -44,7 +44,7 @@ class Worker:
         self._closing: set[Lease] = set()
         self._held_bytes = 0
         self._behind: dict[tuple[str, int], int] = {}
-        self._full = False
+        self._admitting = False
         self._room = asyncio.Event()
         self._work = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -76,16 +76,22 @@ class Worker:
         Everybody else gets a turn every `BYTES_A_TURN`: a run can hold a thousand records, and one of them thousands
         of texts.
         """
+        self._behind[run.lease.topic, run.lease.partition] = run.behind
+        self._admitting = True
+        try:
+            await self._admit(run)
+        finally:
+            self._admitting = False
+            self._work.set()
+
+    async def _admit(self, run: Run) -> None:
         known: list[Parcel] = []
         turn_bytes = 0
-        self._behind[run.lease.topic, run.lease.partition] = run.behind
         for record in run.records:
-            while self._held_bytes >= self._read_ahead_bytes and not self._is_over(run.lease):
-                self._full = True
+            while self._is_full() and not self._is_over(run.lease):
                 self._hand_on(known)
                 self._room.clear()
                 await self._room.wait()
-            self._full = False
             if self._is_over(run.lease):
                 break
             decoded = self.pipeline.decode(record, run)
@@ -103,6 +109,9 @@ class Worker:
                 turn_bytes = 0
                 await asyncio.sleep(0)
         self._hand_on(known)
+
+    def _is_full(self) -> bool:
+        return self._held_bytes >= self._read_ahead_bytes
 
     def _hand_on(self, known: list[Parcel]) -> None:
         """Deliver what is known already, which empties the list, and let the dispatcher see what was queued."""
@@ -198,9 +207,10 @@ class Worker:
         """How long a call that is not full may wait for more: only while more is to come."""
         if self._interactive:
             return 0.0
-        if self._full:
+        if self._admitting and self._is_full():
             return min(ROOM_WAIT_CALLS * self.route.call_seconds, ROOM_WAIT_S) if self.route.in_flight else 0.0
-        return FILL_WAIT_S if any(self._behind.values()) else 0.0
+        more = self._admitting or self._slots < LOOK_UPS or any(self._behind.values())
+        return FILL_WAIT_S if more else 0.0
 
     async def _work_or(self, due_at: float | None) -> None:
         if due_at is None:
