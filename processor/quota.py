@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import random
+from collections.abc import Callable
 
 import structlog
 
@@ -10,31 +12,42 @@ from processor.errors import QuotaUnavailable
 from processor.limits import Bucket, Gate
 from processor.ports import Clock, QuotaAsk, QuotaGrant, SharedQuota
 
-AGAIN_S = 0.1
-"""While a slice was smaller than wanted the next one is asked for after so long."""
+EVERY_S = (0.05, 0.15)
+"""From one slice to the next: never the same, or who asks right before the others would get everything."""
 
 PAUSE_S = 1.0
 """A quota that did not answer is left alone for so long; the gate keeps to its own part meanwhile."""
 
-REFILL = 0.5
-"""Below this part of what it may hold a gate asks for more."""
+FULL = 0.99
+"""Of what a gate may hold: then nothing is asked for."""
 
 log = structlog.get_logger("embedding-processor")
 
 
 class QuotaShare:
-    """One gate's part in a shared quota: up to a few seconds' worth of what one of `sharers` workers would have.
+    """One gate's part in a shared quota: it holds up to a few seconds' worth of what one of `sharers` workers has.
 
-    A call makes no round trip: slices come in the background, while less than half of that is left.
+    A call makes no round trip: slices come in the background, a few a second, until the gate is full.
     """
 
-    def __init__(self, gate: Gate, quota: SharedQuota, clock: Clock, *, account: str, sharers: int) -> None:
+    def __init__(
+        self,
+        gate: Gate,
+        quota: SharedQuota,
+        clock: Clock,
+        *,
+        account: str,
+        sharers: int,
+        jitter: Callable[[float, float], float] = random.uniform,
+    ) -> None:
         self.shared: bool | None = None
         self._gate = gate
+        self._buckets = (gate.requests, gate.tokens)
         self._quota = quota
         self._clock = clock
         self._account = account
         self._sharers = sharers
+        self._jitter = jitter
         self._spent = asyncio.Event()
         gate.spent = self._spent.set
 
@@ -42,35 +55,35 @@ class QuotaShare:
         """Until it is cancelled."""
         while True:
             self._spent.clear()
-            wait_s = await self._refill()
-            if wait_s is None:
-                await self._spent.wait()
+            if self._wanting():
+                await self._clock.sleep(self._jitter(*EVERY_S) if await self._refill() else PAUSE_S)
             else:
-                await self._clock.sleep(wait_s)
+                await self._spent.wait()
 
-    async def _refill(self) -> float | None:
-        """Ask for a slice if one is wanted. How long to wait before the next; None: until something is spent."""
-        gate, now = self._gate, self._clock.monotonic()
-        buckets = (gate.requests, gate.tokens)
-        asked_wait_s = max(0.0, gate.asked_until - now)
-        if not asked_wait_s and not any(self._short(bucket, now) for bucket in buckets):
-            return None
+    def _wanting(self) -> bool:
+        now = self._clock.monotonic()
+        return self._gate.asked_until > now or any(
+            bucket.missing(now) > bucket.capacity * (1 - FULL) for bucket in self._buckets if bucket.per_minute
+        )
+
+    async def _refill(self) -> bool:
+        """Take a slice. Whether there was an answer."""
+        now = self._clock.monotonic()
         try:
-            granted = await self._quota.lease(
-                self._account, self._ask(gate.requests, now), self._ask(gate.tokens, now), asked_wait_s
+            slices = await self._quota.lease(
+                self._account,
+                self._ask(self._gate.requests, now),
+                self._ask(self._gate.tokens, now),
+                max(0.0, self._gate.asked_until - now),
             )
         except QuotaUnavailable as error:
             self._found(False, str(error))
-            return PAUSE_S
+            return False
         self._found(True)
-        now = self._clock.monotonic()
-        for bucket, grant in zip(buckets, granted, strict=True):
-            self._learn(bucket, grant, now)
-        gate.grant(granted[0].granted, granted[1].granted)
-        return AGAIN_S if any(self._short(bucket, now) for bucket in buckets) else None
-
-    def _short(self, bucket: Bucket, now: float) -> bool:
-        return bucket.per_minute is not None and bucket.missing(now) > bucket.capacity * REFILL
+        for bucket, part in zip(self._buckets, slices, strict=True):
+            self._learn(bucket, part, self._clock.monotonic())
+        self._gate.grant(*(part.granted for part in slices))
+        return True
 
     def _ask(self, bucket: Bucket, now: float) -> QuotaAsk:
         rate, heard_at = bucket.per_minute, bucket.heard_at
