@@ -165,6 +165,8 @@ class KafkaOutbox:
         try:
             async with self._turn:
                 self._check()
+                if (lost := _lost(leases)) is not None:
+                    raise lost  # before anything is encoded: whoever waits for its lease tries again and again
                 packed = self._pack(messages)
                 for topic in packed:
                     if topic not in self._partition_counts:

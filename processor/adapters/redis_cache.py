@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Self, cast
 
@@ -18,12 +18,15 @@ from processor.errors import CacheUnavailable, SettingsError
 from processor.ports import Events, Found
 from processor.settings import Settings
 
+KEYS_A_TRIP = 256
+"""So many go in one round trip: their values are packed or read in one piece, 3 ms at d=1536."""
+
 
 class RedisCache:
-    """Implements `ports.VectorCache`; raises CacheUnavailable when Redis refuses or exceeds `timeout_s` for a call.
+    """Implements `ports.VectorCache`; raises CacheUnavailable when Redis refuses or exceeds `timeout_s` for a trip.
 
-    One round trip a call. `prefix` goes before every key. Counts `cache_faults` of kind corrupt, and deletes such an
-    entry unless it is `read_only`.
+    One round trip for up to KEYS_A_TRIP keys. `prefix` goes before every key. Counts `cache_faults` of kind corrupt,
+    and deletes such an entry unless it is `read_only`.
     """
 
     def __init__(
@@ -71,19 +74,18 @@ class RedisCache:
         return None
 
     async def get_many(self, keys: Sequence[bytes], dimensions: int) -> Mapping[bytes, Found]:
-        if not keys:
-            return {}
-        async with self._budget():
-            values = cast("list[bytes | None]", await self._redis.mget([self._prefix + key for key in keys]))
         found, corrupt = {}, []
-        for key, value in zip(keys, values, strict=True):
-            if value is None:
-                continue
-            entry = decode(key, value, dimensions)
-            if entry is None:
-                corrupt.append(key)
-            else:
-                found[key] = Found(entry, CacheLevel.L2)
+        for some in _trips(keys):
+            async with self._budget():
+                values = cast("list[bytes | None]", await self._redis.mget([self._prefix + key for key in some]))
+            for key, value in zip(some, values, strict=True):
+                if value is None:
+                    continue
+                entry = decode(key, value, dimensions)
+                if entry is None:
+                    corrupt.append(key)
+                else:
+                    found[key] = Found(entry, CacheLevel.L2)
         if corrupt:
             self._events.count("cache_faults", len(corrupt), {"kind": "corrupt"})
         if corrupt and not self._read_only:
@@ -92,12 +94,11 @@ class RedisCache:
         return found
 
     async def put_many(self, entries: Mapping[bytes, Entry]) -> None:
-        if not entries:
-            return
-        async with self._budget(), self._redis.pipeline(transaction=False) as pipeline:
-            for key, entry in entries.items():
-                pipeline.set(self._prefix + key, encode(key, entry), nx=True, ex=self._ttl_s)
-            await pipeline.execute()
+        for some in _trips(list(entries)):
+            async with self._budget(), self._redis.pipeline(transaction=False) as pipeline:
+                for key in some:
+                    pipeline.set(self._prefix + key, encode(key, entries[key]), nx=True, ex=self._ttl_s)
+                await pipeline.execute()
 
     async def ping(self) -> str:
         """For health and doctor: "ok", or why not."""
@@ -119,3 +120,8 @@ class RedisCache:
         except (RedisError, OSError, TimeoutError) as error:
             # The class alone: a message can quote the command, or the address.
             raise CacheUnavailable(f"redis: {type(error).__name__}") from None
+
+
+def _trips(keys: Sequence[bytes]) -> Iterator[Sequence[bytes]]:
+    for begin in range(0, len(keys), KEYS_A_TRIP):
+        yield keys[begin : begin + KEYS_A_TRIP]

@@ -15,7 +15,7 @@ from redis.asyncio import Redis
 
 from processor.adapters.embedded import EmbeddedCache
 from processor.adapters.memory_cache import MemoryCache
-from processor.adapters.redis_cache import RedisCache
+from processor.adapters.redis_cache import KEYS_A_TRIP, RedisCache
 from processor.adapters.tiered_cache import PAUSE_S, TieredCache
 from processor.domain import CacheLevel, Entry, Item, TokenSource
 from processor.errors import CacheUnavailable, SettingsError
@@ -160,6 +160,14 @@ async def test_a_vector_in_the_cache_is_nobodys_to_change(case: Case) -> None:
     assert same((await case.cache.get_many([b"k"], D))[b"k"].entry, an_entry())
 
 
+async def test_the_vectors_of_a_full_call_are_kept_and_found(case: Case) -> None:
+    """However many go at once, all of them."""
+    entries = {b"%d" % i: an_entry(i) for i in range(2 * KEYS_A_TRIP + 1)}
+    await case.cache.put_many(entries)
+    found = await case.cache.get_many(list(entries), D)
+    assert all(same(found[key].entry, entry) for key, entry in entries.items())
+
+
 # --- Redis alone
 
 
@@ -193,6 +201,20 @@ async def test_a_spoilt_value_is_counted_deleted_and_a_miss(
     assert await client.get(name) is None
     await cache.close()
     await client.aclose()
+
+
+async def test_many_keys_go_in_several_round_trips(unique: str) -> None:
+    """None is so large that packing or reading it holds the loop."""
+    with EmbeddedCache() as server:
+        cache = RedisCache(server.url, timeout_s=5, ttl_s=TTL_S, prefix=unique.encode())
+        client = Redis.from_url(server.url)
+        keys = [b"%d" % i for i in range(2 * KEYS_A_TRIP + 1)]
+        await cache.put_many(dict.fromkeys(keys, an_entry()))
+        await cache.get_many(keys, D)
+        stats = await client.info("commandstats")
+        await cache.close()
+        await client.aclose()
+    assert stats["cmdstat_mget"]["calls"] == 3
 
 
 async def test_a_value_under_another_key_is_a_miss(redis_url: str, unique: str) -> None:

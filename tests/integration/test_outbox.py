@@ -163,6 +163,14 @@ async def test_without_its_lease_nothing_is_sent(kafka: Broker, unique: str) -> 
         assert len(await posted.values("results")) == 1
 
 
+async def test_a_lease_that_is_not_held_is_noticed_before_anything_is_encoded(kafka: Broker, unique: str) -> None:
+    """Whoever waits for a late lease tries ten times a second: that costs a look, not the encoding of thousands."""
+    large = Destination("results", a_result(a_request(metadata={"pad": "x" * 70_000})))
+    async with posting(kafka, unique, max_record_bytes=60_000, max_request_bytes=10_000) as posted:
+        with pytest.raises(LeaseLost):
+            await posted.outbox.send([large], leases=[ALease(is_held=False)])
+
+
 async def test_a_message_that_is_too_large_does_not_poison_the_producer(kafka: Broker, unique: str) -> None:
     """It is refused before anything of its call is sent, and what comes after it is delivered."""
     large = Destination("results", a_result(a_request(metadata={"pad": "x" * 70_000})))

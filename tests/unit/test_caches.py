@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from processor.adapters.cache_entry import decode, encode
-from processor.adapters.memory_cache import ENTRY_OVERHEAD_BYTES, MemoryCache
+from processor.adapters.memory_cache import ENTRIES_A_TURN, ENTRY_OVERHEAD_BYTES, MemoryCache
 from processor.adapters.tiered_cache import TieredCache
 from processor.domain import Entry, Item, TokenSource
 from processor.errors import CacheUnavailable
@@ -54,6 +55,18 @@ async def test_l1_never_exceeds_its_bytes(steps: list[tuple[str, int, bool]]) ->
     now[0] += 100
     await cache.get_many(keys(*"abcdefgh"), D)
     assert (len(cache), cache.size_bytes) == (0, 0)
+
+
+async def test_storing_many_gives_everybody_else_a_turn() -> None:
+    """The vectors of a full call are not copied in one piece."""
+    cache = MemoryCache(max_bytes=2048 * SIZE, ttl_s=60)
+    storing = asyncio.create_task(cache.put_many({b"%d" % i: an_entry() for i in range(2048)}))
+    looks = [0]
+    while not storing.done():
+        await asyncio.sleep(0)
+        looks.append(len(cache))
+    assert looks[-1] == 2048
+    assert max(after - before for before, after in pairwise(looks)) <= ENTRIES_A_TURN
 
 
 async def test_l1_of_no_bytes_keeps_nothing() -> None:
