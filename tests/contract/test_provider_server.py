@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import time
 import urllib.error
 import urllib.request
 from typing import Any
@@ -13,6 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.support.provider_limits import Account, duration
 from tests.support.provider_server import (
     BILLED_FAULTS,
     FAULTS,
@@ -93,9 +96,124 @@ async def test_a_limit_refuses_with_a_wait(limits: Limits) -> None:
     assert server.billed_tokens == 2
 
 
+async def test_the_headers_of_an_answer_tell_what_is_left() -> None:
+    """As OpenAI's: limits per minute, what is left of them, and the time until all of it is back."""
+    limits = Limits(requests_per_minute=60, tokens_per_minute=6000)
+    async with ProviderServer(Options(limits=limits)) as server, aiohttp.ClientSession() as client:
+        body = {"model": SMALL, "input": "x " * 1000}
+        async with client.post(f"{server.base_url}/embeddings", json=body) as answer:
+            told = {name.lower(): value for name, value in answer.headers.items() if "ratelimit" in name.lower()}
+    tokens = server.ledger[0].tokens
+    assert told == {
+        "x-ratelimit-limit-requests": "60",
+        "x-ratelimit-remaining-requests": "59",
+        "x-ratelimit-reset-requests": told["x-ratelimit-reset-requests"],
+        "x-ratelimit-limit-tokens": "6000",
+        "x-ratelimit-remaining-tokens": str(6000 - tokens),
+        "x-ratelimit-reset-tokens": told["x-ratelimit-reset-tokens"],
+    }
+    assert told["x-ratelimit-reset-requests"] in {"1s", "999ms", "998ms", "997ms"}
+    assert told["x-ratelimit-reset-tokens"].startswith(str(tokens // 100)[:1])
+
+
+class _Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@given(
+    st.lists(st.tuples(st.floats(0, 20), st.integers(1, 400)), min_size=1, max_size=200),
+    st.integers(1, 300),
+    st.integers(100, 5000),
+)
+def test_no_minute_lets_in_more_than_a_burst_and_what_flowed_in(
+    asked: list[tuple[float, int]], requests: int, tokens: int
+) -> None:
+    """Whatever the order of the requests; a call over what a bucket holds leaves a debt, and no more."""
+    clock = _Clock()
+    account = Account(Limits(requests_per_minute=requests, tokens_per_minute=tokens, burst=0.5), clock)
+    started, count, used, largest = clock.now, 0, 0, 0
+    for gap_s, size in asked:
+        clock.now += gap_s
+        refusal = account.admit(size)
+        assert (refusal is not None and refusal.wait_s is None) == (size > tokens)
+        if refusal is None:
+            count, used, largest = count + 1, used + size, max(largest, size)
+        minutes = (clock.now - started) / 60
+        assert count <= max(1, requests / 2) + requests * minutes + 1e-6
+        assert used <= tokens / 2 + tokens * minutes + max(0, largest - tokens / 2) + 1e-6
+
+
+def test_a_refused_request_passes_after_the_wait_it_was_told() -> None:
+    """And not before; asking meanwhile costs requests, as at OpenAI."""
+    clock = _Clock()
+    account = Account(Limits(requests_per_minute=60, tokens_per_minute=600), clock)
+    assert account.admit(600) is None
+    refusal = account.admit(100)
+    assert refusal is not None
+    assert (refusal.of, refusal.wait_s) == ("tokens", 10.0)
+    assert "Please try again in 10s." in str(refusal)
+    clock.now += 9.9
+    assert account.admit(100) is not None
+    clock.now += 0.2
+    assert account.admit(100) is None
+    before = account.headers()["x-ratelimit-remaining-requests"]
+    assert account.admit(1000) is not None
+    assert int(account.headers()["x-ratelimit-remaining-requests"]) == int(before) - 1
+
+
+def test_time_can_be_scaled_and_limits_changed_while_it_runs() -> None:
+    """With a scale of 10 a minute is over in 6 seconds; a change keeps what was used."""
+    clock = _Clock()
+    account = Account(Limits(tokens_per_minute=600, time_scale=10), clock)
+    assert account.admit(600) is None
+    clock.now += 3
+    told = account.headers()
+    assert told["x-ratelimit-limit-tokens"] == "6000"
+    assert (told["x-ratelimit-remaining-tokens"], told["x-ratelimit-reset-tokens"]) == ("300", "3s")
+    account.change(Limits(tokens_per_minute=200, time_scale=10))
+    assert account.headers()["x-ratelimit-remaining-tokens"] == "0"
+    account.change(Limits())
+    assert account.headers() == {}
+    assert account.admit(10**9) is None
+
+
+@pytest.mark.parametrize(
+    "seconds,written",
+    [(0, "0s"), (0.012, "12ms"), (1, "1s"), (1.5, "1.5s"), (360, "6m0s"), (3723.25, "1h2m3.25s"), (59.9999, "1m0s")],
+)
+def test_a_duration_is_written_as_in_these_headers(seconds: float, written: str) -> None:
+    """And never shorter than it is."""
+    assert duration(seconds) == written
+
+
+async def test_the_call_is_measured_by_the_providers_own_estimator() -> None:
+    """UTF-8 bytes / 4 over the limit is refused, whatever the tokens are; the last byte under it is not."""
+    async with ProviderServer(Options(max_call_tokens=100)) as server:
+        answers = [await ask(server, [" " * 200, "é" * 100 + "x" * more]) for more in (0, 1)]
+    assert [answer == 400 for answer in answers] == [False, True]
+    assert server.ledger[0].tokens != 100
+
+
+async def test_work_over_the_servers_own_capacity_waits_or_is_refused() -> None:
+    """One at a time takes as long as one after the other; a full house refuses."""
+    started = time.monotonic()
+    async with ProviderServer(Options(base_ms=100, max_concurrent=1)) as server:
+        assert all(isinstance(each, dict) for each in await asyncio.gather(*(ask(server, ["x"]) for _ in range(3))))
+        assert time.monotonic() - started >= 0.3
+        assert max(call.took_ms for call in server.ledger) >= 300
+    async with ProviderServer(Options(base_ms=100, refuse_over=2)) as server:
+        answers = await asyncio.gather(*(ask(server, ["x"]) for _ in range(3)))
+    assert sorted(answer == 503 for answer in answers) == [False, False, True]
+
+
 def test_as_a_process_it_is_driven_by_its_admin() -> None:
     """Faults are set, the ledger is read and forgotten over HTTP; it ends with its parent's pipe."""
     with ProviderProcess("--model", "tiny:4", "--tokens", "bytes4") as server:
+        server.admin("limits", {"requests_per_minute": 2})
         server.admin("faults", {"script": ["503"]})
         request = urllib.request.Request(
             f"{server.base_url}/embeddings", json.dumps({"model": "tiny", "input": "hello world"}).encode()
@@ -104,10 +222,12 @@ def test_as_a_process_it_is_driven_by_its_admin() -> None:
             urllib.request.urlopen(request, timeout=5)
         with urllib.request.urlopen(request, timeout=5) as answer:
             assert len(json.load(answer)["data"][0]["embedding"]) == 4
+        with pytest.raises(urllib.error.HTTPError, match="429"):
+            urllib.request.urlopen(request, timeout=5)
         ledger = server.admin("ledger")
         server.admin("reset", {})
         forgotten = server.admin("ledger")
-    assert [(call["tokens"], call["billed"]) for call in ledger["requests"]] == [(3, False), (3, True)]
+    assert [(call["tokens"], call["billed"]) for call in ledger["requests"]] == [(3, False), (3, True), (3, False)]
     assert (ledger["billed_tokens"], forgotten) == (3, {"requests": [], "billed_tokens": 0})
     assert server._process.returncode == 0
 
