@@ -164,15 +164,15 @@ class _Pool:
         self.nearest_due = float("-inf")
 
     def due_at(self, patience_s: float, limits: _Limits) -> float:
-        """When the next call is due: at once when it is full, counting a text of the usual size that would not fit."""
-        share = self.load.share(limits)
-        if share >= FULL or share + share / self.load.inputs > 1.0:
+        """When the next call is due: at once when it is full."""
+        if _is_full(self.load.share(limits), self.load.inputs):
             return float("-inf")
         return min(self.since + patience_s, self.nearest_due - patience_s)
 
     def expected_tokens(self, limits: _Limits) -> int:
         """Of the next call: what waits, or of more than a call takes its share by the usual size."""
-        return max(1, int(self.load.tokens / max(1.0, self.load.share(limits))))
+        calls = max(1.0, self.load.share(limits)) if self.load.inputs > 1 else 1.0
+        return int(self.load.tokens / calls)
 
     def form(self, limits: _Limits, now: float, now_ms: int) -> tuple[list[Fold], list[Fold]]:
         """The folds of the next call in the order of their arrival, and those that ended instead."""
@@ -233,6 +233,11 @@ class _Pool:
         )
         self._front.extendleft(text for text in reversed(begun + ours) if text.number not in taken)
         return call
+
+
+def _is_full(share: float, inputs: int) -> bool:
+    """Of so many inputs that fill that share of a limit: nearly all of it, or one more of their size would not fit."""
+    return share >= FULL or share + share / inputs > 1.0
 
 
 def _arrival(text: Text) -> tuple[float, int]:
@@ -384,7 +389,8 @@ class Packer:
         cap = self._caps.get(model.name)
         if cap is None:
             return
-        if len(call.folds) < 0.9 * cap.inputs and sum(map(_quarters, call.folds)) < 0.9 * cap.quarters:
+        share = max(len(call.folds) / cap.inputs, sum(map(_quarters, call.folds)) / cap.quarters)
+        if not _is_full(share, len(call.folds)):
             return
         cap.good += 1
         if cap.good >= cap.enough:
