@@ -51,9 +51,10 @@ class Worker:
         for deployment in route.deployments:
             deployment.gate.changed = self._work.set
 
-    def start(self) -> None:
-        """Start dispatching windows; call within the running loop."""
-        self._spawn(self._dispatch())
+    def start(self, *beside: Coroutine[Any, Any, None]) -> None:
+        """Start dispatching windows, and what runs as long as this worker does; call within the running loop."""
+        for work in (self._dispatch(), *beside):
+            self._spawn(work)
 
     async def stop(self) -> None:
         """End every task; what was not finished is delivered again to somebody else."""

@@ -6,6 +6,7 @@ One worker process serves one route (a provider and its models) on one lane; see
 from __future__ import annotations
 
 import gc
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
@@ -19,11 +20,13 @@ from processor.adapters.catalogue import load_catalogue
 from processor.adapters.clock import SystemClock, new_attempt_id, worker_id
 from processor.adapters.faust_engine import Engine
 from processor.adapters.http import InternalServer, Report
+from processor.adapters.loop_watch import LoopWatch
 from processor.adapters.memory_cache import MemoryCache
 from processor.adapters.outbox import KafkaOutbox
-from processor.adapters.providers import open_provider
+from processor.adapters.providers import NamedProvider, open_deployments
 from processor.adapters.reader import KafkaReader
 from processor.adapters.redis_cache import RedisCache
+from processor.adapters.redis_quota import RedisQuota
 from processor.adapters.sqlite_store import SqliteStore
 from processor.adapters.tiered_cache import TieredCache
 from processor.adapters.tokens import LocalTokenCounter
@@ -32,10 +35,11 @@ from processor.aggregate import DAY_MS
 from processor.aggregator import Aggregator, FoldedTopics
 from processor.domain import Lane
 from processor.embed import Deployment, Route
-from processor.limits import Gate, LimitPolicy
+from processor.limits import PACE, Gate, LimitPolicy
 from processor.metrics import Metrics
 from processor.pipeline import Ports
-from processor.ports import Events
+from processor.ports import Clock, Events
+from processor.quota import QuotaShare
 from processor.settings import Settings
 from processor.work import Policy
 
@@ -91,6 +95,21 @@ def worker_policy(settings: Settings, reply_partitions: Mapping[str, int]) -> Po
     )
 
 
+def open_gate(settings: Settings, provider: NamedProvider, sharers: int, clock: Clock) -> Gate:
+    """Its limits are this worker's part of the account's: its lane's, one of `sharers` equal ones."""
+    share = settings.lane_share / sharers
+    policy = LimitPolicy(
+        max_concurrent_calls=settings.max_concurrent_calls,
+        requests_per_minute=provider.requests_per_minute and provider.requests_per_minute * share,
+        tokens_per_minute=provider.tokens_per_minute and provider.tokens_per_minute * share,
+        share=share,
+        retry_initial_s=settings.retry_initial_s,
+        retry_max_s=settings.retry_max_s,
+        retry_after_max_s=settings.retry_after_max_s,
+    )
+    return Gate(clock, policy)
+
+
 class Process:
     """What a worker and an aggregator have in common."""
 
@@ -108,6 +127,8 @@ class Process:
             health=self._health,
             reports=reports,
         )
+        self.loop_watch = LoopWatch()
+        self.metrics.gauge("longest_loop_hold_seconds").set_function(lambda: self.loop_watch.longest_s)
         self._used_topics = set(used_topics)
 
     async def _start(self) -> None:
@@ -124,8 +145,10 @@ class Process:
         gc.collect()
         gc.freeze()
         gc.set_threshold(GC_FIRST_THRESHOLD, *gc.get_threshold()[1:])
+        self.loop_watch.start()
 
     async def _stop(self) -> None:
+        self.loop_watch.stop()
         await self.http.stop()
         await self.codec.close()
 
@@ -150,21 +173,23 @@ class WorkerProcess(Process):
         events = Events(self.metrics.count, self.metrics.observe, lambda fields: log.info("call", **fields))
         clock = SystemClock()
         self.catalogue = load_catalogue(settings)
-        self.provider = open_provider(settings, self.catalogue)
+        opened = open_deployments(settings, self.catalogue)
         self.redis = RedisCache.from_settings(settings, events) if settings.redis_url else None
         self.cache = TieredCache(MemoryCache.from_settings(settings), self.redis, events)
         self.reply_partitions: dict[str, int] = {}
         policy = worker_policy(settings, self.reply_partitions)
-        limits = LimitPolicy(
-            max_concurrent_calls=settings.max_concurrent_calls,
-            requests_per_minute=settings.requests_per_minute,
-            tokens_per_minute=settings.tokens_per_minute,
-            retry_initial_s=settings.retry_initial_s,
-            retry_max_s=settings.retry_max_s,
-            retry_after_max_s=settings.retry_after_max_s,
-        )
-        deployment = Deployment(self.provider.name, self.provider, Gate(clock, limits))
-        self.route = Route([deployment], self.outbox, clock, policy, new_attempt_id, events)
+        self.quota = RedisQuota.from_settings(settings, pace=PACE) if settings.redis_url else None
+        self.shares: list[QuotaShare] = []
+        deployments = []
+        accounts = Counter(each.account for each in opened)
+        for each in opened:
+            sharers = settings.limit_sharers * accounts[each.account]
+            gate = open_gate(settings, each, sharers, clock)
+            deployments.append(Deployment(each.name, each.provider, gate))
+            if self.quota is not None:
+                account = f"{each.account}:{settings.lane}"
+                self.shares.append(QuotaShare(gate, self.quota, clock, account=account, sharers=sharers))
+        self.route = Route(deployments, self.outbox, clock, policy, new_attempt_id, events)
         self.worker = Worker(
             Ports(
                 decoder=self.codec,
@@ -198,20 +223,27 @@ class WorkerProcess(Process):
         await super()._start()
         settings = self.settings
         self.reply_partitions |= await topics.partition_counts(settings, map(settings.topic, settings.reply_topics))
-        self.worker.start()
-        log.info("worker", id=worker_id(), lane=settings.lane, provider=self.provider.name, port=self.http.port)
+        self.worker.start(*(share.run() for share in self.shares))
+        provider = self.route.provider_name
+        log.info("worker", id=worker_id(), lane=settings.lane, provider=provider, port=self.http.port)
 
     async def _stop(self) -> None:
         await self.worker.stop()
         await super()._stop()
-        await self.provider.close()
-        if self.redis is not None:
-            await self.redis.close()
+        for deployment in self.route.deployments:
+            await deployment.provider.close()
+        for redis in (self.redis, self.quota):
+            if redis is not None:
+                await redis.close()
 
     async def _health(self) -> Mapping[str, Any]:
         return {
             **await super()._health(),
-            "provider": {"name": self.provider.name, "paused": self.route.paused},
+            "provider": {
+                "name": self.route.provider_name,
+                "paused": self.route.paused,
+                "deployments": {each.name: each.gate.snapshot() for each in self.route.deployments},
+            },
             "decoding": {"paused": self.worker.pipeline.paused},
             "cache": {"redis": await self.redis.ping() if self.redis is not None else "not configured"},
             "work": {"read_ahead_bytes": self.worker.held_bytes, "queued_texts": self.worker.queued_texts},

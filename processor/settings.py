@@ -193,13 +193,14 @@ class Settings(BaseSettings):
         10,
         ge=0,
         le=90,
-        description="Part of these limits that is reserved for the interactive lane; 0 when none runs.",
+        description="Part of these limits that is the interactive lane's; bulk has the rest. 0: each lane takes "
+        "all, for accounts of one lane.",
     )
     limit_sharers: int = Field(
         1,
         gt=0,
-        description="Workers of a lane that share the limits: without Redis, or when it is out of reach, each keeps to "
-        "this fraction.",
+        description="Workers of a lane that share the limits. With Redis they lease what they need; without it, or "
+        "while it is out of reach, each keeps to this fraction.",
     )
     retry_after_max_s: float = Field(
         300.0, gt=0, description="Longest wait that a Retry-After of the provider can ask for."
@@ -308,6 +309,14 @@ class Settings(BaseSettings):
                 "a result repeats a chunk's metadata beside its vector"
             )
         return self
+
+    @property
+    def lane_share(self) -> float:
+        """The part of an account's limits that all workers of this lane have, 0 to 1."""
+        if self.interactive_share_percent == 0:
+            return 1.0
+        percent = self.interactive_share_percent
+        return (percent if self.lane is Lane.INTERACTIVE else 100 - percent) / 100
 
     def topic(self, name: str) -> str:
         """The full name of a topic of ours."""
