@@ -46,6 +46,12 @@ METRICS = (
     ),
     Metric("queued_texts", "gauge", (), "Distinct texts waiting for a window."),
     Metric("provider_paused", "gauge", (), "1 while the provider's stream is paused; /health/detailed says why."),
+    Metric(
+        "longest_loop_hold_seconds",
+        "gauge",
+        (),
+        "Longest time that one piece of work kept all others waiting, in the last one to two minutes.",
+    ),
     Metric("extension_loaded", "gauge", ("name",), "1 if a compiled part of faust or aiokafka is in use; 0 is slow."),
     Metric("usage_events", "counter", ("outcome",), "Usage events folded: charged, duplicate or late."),
     Metric("stale_vectors_deleted", "counter", (), "Tombstones written for what a newer manifest left out."),
