@@ -92,6 +92,15 @@ async def test_a_quote_is_the_bill_of_a_worker(seed: int) -> None:
     assert quoted.cached_texts == 0
 
 
+@pytest.mark.parametrize("texts", [41, 64, 100, 145])
+async def test_windows_that_come_together_share_their_calls(texts: int) -> None:
+    """Though a worker looks up twenty at a time, its calls are as full as those of the quote: eight texts each."""
+    corpus = [a_request([f"{place} two three"], correlation_id=str(place)) for place in range(texts)]
+    async with Bench(window_max_texts=20) as bench:
+        await bench.handle(*corpus)
+    assert len(bench.provider.bills) == (await quote(*corpus)).total.calls == -(-texts // 8)
+
+
 @pytest.mark.parametrize("seed", range(5))
 async def test_each_text_is_counted_as_one_thing(seed: int) -> None:
     """To be embedded, repeated, in the cache or failed: together that is all texts."""
