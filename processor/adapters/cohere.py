@@ -6,7 +6,6 @@ model is the one that was asked for.
 
 from __future__ import annotations
 
-import asyncio
 import binascii
 import re
 import time
@@ -31,6 +30,7 @@ from processor.ports import ProviderAnswer
 _INPUT_TYPES = {InputType.DOCUMENT: "search_document", InputType.QUERY: "search_query"}
 # Cohere says in words alone what is wrong, and only of some statuses what they mean.
 _MODEL_WORDS = re.compile(r"output_dimension|input_type|embedding_types", re.IGNORECASE)
+_SIZE_WORDS = re.compile(r"too many tokens|number of texts must be at most", re.IGNORECASE)
 _MONTH = re.compile(r"/ ?month|monthly|per month", re.IGNORECASE)
 
 _EMPTY: Vector = np.empty(0, np.float32)
@@ -111,11 +111,13 @@ class CohereProvider:
                 if response.status == 200:
                     return body, response.headers
                 failure = _refused(response.status, body, response.headers, self._now_s(), texts)
-        except (aiohttp.ConnectionTimeoutError, aiohttp.ClientConnectorError):
+        except aiohttp.ConnectionTimeoutError:
             failure = ProviderTransient("no_connection")
         except TimeoutError:
             failure = timed_out(texts)
-        except (aiohttp.ClientError, asyncio.IncompleteReadError, OSError):
+        except aiohttp.ClientPayloadError:
+            failure = ProviderTransient("broken_body")
+        except (aiohttp.ClientError, OSError):
             failure = ProviderTransient("no_connection")
         except UnicodeEncodeError:
             failure = InputRejected("not_unicode")
@@ -133,6 +135,8 @@ def _refused(status: int, body: bytes, headers: Mapping[str, str], now_s: float,
     error = {"message": said}
     if _MODEL_WORDS.search(said):
         error["param"] = "model"
+    if _SIZE_WORDS.search(said):
+        error["code"] = "max_tokens_per_request"
     if status == 429 and _MONTH.search(said):
         error["code"] = "insufficient_quota"
     if status == 498:
