@@ -178,7 +178,7 @@ class Worker:
             await self._work_or(min((at for at in due_at if at is not None), default=None))
 
     def _start_look_ups(self, now: float) -> None:
-        """Under backlog a window never waits for more: it is full. Nor does the last one while others wait for a call."""
+        """Under backlog a window never waits for more: it is full. Nor does its end while others wait for a call."""
         rest = len(self.pipeline.packer) > 0 and not (self._admitting or any(self._behind.values()))
         while self._slots > 0 and (window := self.pipeline.batcher.take(now, flush=rest)) is not None:
             self._slots -= 1
