@@ -61,7 +61,7 @@ class Received:
 
 
 class CohereServer:
-    """The server in this event loop. `base_url` is there once it is entered; `ledger` is its bill, `received` the requests."""
+    """The server in this event loop; `base_url` is there once it is entered, `ledger` and `received` fill with calls."""
 
     def __init__(self, *, api_key: str | None = None, retry_after: str | None = None) -> None:
         self.ledger: list[Call] = []
