@@ -23,7 +23,7 @@ from processor.adapters.http import InternalServer, Report
 from processor.adapters.loop_watch import LoopWatch
 from processor.adapters.memory_cache import MemoryCache
 from processor.adapters.outbox import KafkaOutbox
-from processor.adapters.providers import NamedProvider, open_deployments
+from processor.adapters.providers import open_deployments
 from processor.adapters.reader import KafkaReader
 from processor.adapters.redis_cache import RedisCache
 from processor.adapters.redis_quota import RedisQuota
@@ -95,13 +95,15 @@ def worker_policy(settings: Settings, reply_partitions: Mapping[str, int]) -> Po
     )
 
 
-def open_gate(settings: Settings, provider: NamedProvider, sharers: int, clock: Clock) -> Gate:
-    """Its limits are this worker's part of the account's: its lane's, one of `sharers` equal ones."""
+def open_gate(
+    settings: Settings, requests_per_minute: int | None, tokens_per_minute: int | None, *, sharers: int, clock: Clock
+) -> Gate:
+    """Its limits are this worker's part of these, the account's: its lane's, one of `sharers` equal ones."""
     share = settings.lane_share / sharers
     policy = LimitPolicy(
         max_concurrent_calls=settings.max_concurrent_calls,
-        requests_per_minute=provider.requests_per_minute and provider.requests_per_minute * share,
-        tokens_per_minute=provider.tokens_per_minute and provider.tokens_per_minute * share,
+        requests_per_minute=requests_per_minute and requests_per_minute * share,
+        tokens_per_minute=tokens_per_minute and tokens_per_minute * share,
         share=share,
         retry_initial_s=settings.retry_initial_s,
         retry_max_s=settings.retry_max_s,
@@ -184,7 +186,8 @@ class WorkerProcess(Process):
         accounts = Counter(each.account for each in opened)
         for each in opened:
             sharers = settings.limit_sharers * accounts[each.account]
-            gate = open_gate(settings, each, sharers, clock)
+            limits = each.requests_per_minute, each.tokens_per_minute
+            gate = open_gate(settings, *limits, sharers=sharers, clock=clock)
             deployments.append(Deployment(each.name, each.provider, gate))
             if self.quota is not None:
                 account = f"{each.account}:{settings.lane}"

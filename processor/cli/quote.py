@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import asdict, dataclass, field, replace
+from math import inf
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -20,10 +21,11 @@ from processor.adapters import topics
 from processor.adapters.avro import Codec, encode_request
 from processor.adapters.catalogue import ModelCatalogue, load_catalogue
 from processor.adapters.clock import SystemClock
+from processor.adapters.deployments import read_deployments
 from processor.adapters.reader import KafkaReader
 from processor.adapters.redis_cache import RedisCache
 from processor.adapters.tokens import LocalTokenCounter
-from processor.app import worker_policy
+from processor.app import open_gate, worker_policy
 from processor.cli.console import err, money
 from processor.cli.produce import read_text, text_files
 from processor.cli.splitter import split_text
@@ -31,6 +33,7 @@ from processor.client.requests import check, split
 from processor.decode import Checker
 from processor.domain import Action, Chunk, ErrorCode, Fault, Lane, Request, Source, TokenSource
 from processor.errors import BrokerUnavailable, RequestRefused
+from processor.limits import Gate
 from processor.ports import Undecodable
 from processor.quote import Pace, Quote, Quoter
 from processor.settings import PREFIX, Settings
@@ -39,6 +42,7 @@ from processor.work import Policy
 TOPIC_NAME = re.compile(r"[A-Za-z0-9._-]{1,249}")
 CALL_S = 1.0
 """Assumed of a provider over the network, when neither its limits nor this are given."""
+ON_THIS_MACHINE = frozenset({"local", "sentence-transformers"})
 REDIS_TIMEOUT_MS = 5_000
 """Nobody waits for a vector here: a look-up may take longer than a worker's."""
 
@@ -201,6 +205,7 @@ async def _quote(settings: Settings, source: _Files | _Topic, wishes: Wishes) ->
     catalogue, policy = load_catalogue(settings), worker_policy(settings, source.reply_partitions)
     _refuse_what_nobody_serves(catalogue, policy, wishes)
     patient = settings.model_copy(update={"redis_timeout_ms": max(settings.redis_timeout_ms, REDIS_TIMEOUT_MS)})
+    gates = _gates(settings, catalogue)
     redis = RedisCache.from_settings(patient, read_only=True) if settings.redis_url and source.in_cache else None
     quoter = Quoter(
         policy,
@@ -208,7 +213,7 @@ async def _quote(settings: Settings, source: _Files | _Topic, wishes: Wishes) ->
         cache=redis,
         counter=LocalTokenCounter(),
         clock=SystemClock(),
-        max_call_tokens=None,
+        max_call_tokens=min((most for gate in gates if (most := gate.max_call_tokens) is not None), default=None),
     )
     columns = TextColumn("{task.description}"), TextColumn("{task.completed:,} texts")
     try:
@@ -222,7 +227,7 @@ async def _quote(settings: Settings, source: _Files | _Topic, wishes: Wishes) ->
     finally:
         if redis is not None:
             await redis.close()
-    pace = _pace(settings, wishes)
+    pace = _pace(settings, gates, wishes)
     found = pace.minutes(quote.total)
     minutes, bound_by = found or (None, None)
     assumed = [*_of_the_cache(settings, source, quote), *_of_the_pace(settings, pace), *_of_the_count(quote)]
@@ -238,43 +243,51 @@ def _refuse_what_nobody_serves(catalogue: ModelCatalogue, policy: Policy, wishes
         raise RequestRefused(f"{asked.message}; served are {served}" if of_model else asked.message)
 
 
-def _pace(settings: Settings, wishes: Wishes) -> Pace:
-    """The limits of the lane; without any, how many calls there are at a time and how long one is thought to take."""
-    requests, tokens = settings.requests_per_minute, settings.tokens_per_minute
-    unlimited = requests is None and tokens is None
-    call_s = wishes.call_s
-    if call_s is None and unlimited and settings.provider != "local":
-        call_s = CALL_S
-    part = _part(settings)
-    return Pace(
-        requests_per_minute=None if requests is None else requests * part,
-        tokens_per_minute=None if tokens is None else tokens * part,
+def _gates(settings: Settings, catalogue: ModelCatalogue) -> list[Gate]:
+    """A gate for each deployment, as one worker has it; no key is asked for."""
+    limits = [(settings.requests_per_minute, settings.tokens_per_minute)]
+    accounts: list[object] = [None]
+    if settings.deployments_file is not None:
+        served = [row["model"] for row in catalogue.describe() if row["served"]]
+        entries = read_deployments(settings.deployments_file, provider=settings.provider, served=served)
+        limits = [
+            (entry.requests_per_minute or limits[0][0], entry.tokens_per_minute or limits[0][1]) for entry in entries
+        ]
+        accounts = [(entry.provider, entry.base_url, entry.api_key_file, entry.api_key_env) for entry in entries]
+    return [
+        open_gate(settings, *limit, sharers=settings.limit_sharers * accounts.count(account), clock=SystemClock())
+        for limit, account in zip(limits, accounts, strict=True)
+    ]
+
+
+def _pace(settings: Settings, gates: Sequence[Gate], wishes: Wishes) -> Pace:
+    """All workers of the lane at what their gates let pass; without limits, so many calls at a time."""
+    requests = [gate.requests.per_s * 60 * settings.limit_sharers for gate in gates]
+    tokens = [gate.tokens.per_s * 60 * settings.limit_sharers for gate in gates]
+    pace = Pace(
+        requests_per_minute=sum(requests) if sum(requests) < inf else None,
+        tokens_per_minute=sum(tokens) if sum(tokens) < inf else None,
         concurrent_calls=settings.max_concurrent_calls * settings.limit_sharers,
-        call_s=call_s,
+        call_s=wishes.call_s,
     )
-
-
-def _part(settings: Settings) -> float:
-    """What the lane may use of the account's limits, 0 to 1."""
-    reserved = settings.interactive_share_percent
-    return (reserved if settings.lane is Lane.INTERACTIVE else 100 - reserved) / 100
+    unlimited = pace.requests_per_minute is None and pace.tokens_per_minute is None
+    if unlimited and pace.call_s is None and settings.provider not in ON_THIS_MACHINE:
+        return replace(pace, call_s=CALL_S)
+    return pace
 
 
 def _of_the_pace(settings: Settings, pace: Pace) -> Iterator[str]:
-    if pace.requests_per_minute is not None or pace.tokens_per_minute is not None:
-        limits = [
-            f"{limit:,} {name}"
-            for limit, name in (
-                (settings.requests_per_minute, "requests"),
-                (settings.tokens_per_minute, "tokens"),
-            )
-            if limit is not None
-        ]
-        yield f"{' and '.join(limits)} a minute, of which the {settings.lane} lane has {_part(settings):.0%}"
+    limits = [
+        f"{rate:,.0f} {name} a minute"
+        for rate, name in ((pace.requests_per_minute, "requests"), (pace.tokens_per_minute, "tokens"))
+        if rate is not None
+    ]
+    if limits:
+        yield f"{' and '.join(limits)}: what workers of the {settings.lane} lane use of the limits that are set"
     if pace.call_s is not None:
         yield f"{pace.concurrent_calls} calls at a time of {pace.call_s:g} s each (--call-seconds)"
-    elif pace.requests_per_minute is None and pace.tokens_per_minute is None:
-        yield "the time of a call of the local model is not known: measure one and give it as --call-seconds"
+    elif not limits:
+        yield "how long a call of a model on this machine takes is not known: measure it, give it as --call-seconds"
 
 
 def _of_the_cache(settings: Settings, source: _Files | _Topic, quote: Quote) -> Iterator[str]:
