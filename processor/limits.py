@@ -81,15 +81,17 @@ class LimitPolicy:
 class Bucket:
     """What may be spent of a rate now. It fills evenly, and a spending beyond `capacity` passes when it is full.
 
-    `level` is below 0 after such a one; then all wait until it is paid off. While it is `leased` it does not fill by
+    It starts empty, and the first spending passes whatever its size: that is all that happens at once at the start.
+    `level` is below 0 after a large one; then all wait until it is paid off. While it is `leased` it does not fill by
     itself: `add` does. `heard_at` is when a header last said the rate: a refusal is no sign of another one then.
     """
 
-    def __init__(self, per_minute: float | None, *, capacity_s: float, least: float, start: float, now: float) -> None:
+    def __init__(self, per_minute: float | None, *, capacity_s: float, least: float, now: float) -> None:
         self.heard_at: float | None = None
         self.leased = False
         self.spent = 0.0
         self.level = 0.0
+        self._fresh = True
         self._trust = 1.0
         self._capacity_s = capacity_s
         self._least = least
@@ -98,7 +100,6 @@ class Bucket:
         self.per_minute: float | None = None
         if per_minute is not None:
             self.set_rate(per_minute, now)
-            self.level = min(start, self.capacity)
 
     @property
     def per_s(self) -> float:
@@ -109,11 +110,11 @@ class Bucket:
         return max(self._least, self._per_s * self._capacity_s)
 
     def set_rate(self, per_minute: float, now: float) -> None:
-        """Another rate from now on; one that was unknown until now begins with a full bucket."""
+        """Another rate from now on; one that was unknown while calls were made begins with a full bucket."""
         self.flow(now)
-        first, self.per_minute = self.per_minute is None, per_minute
+        unknown, self.per_minute = self.per_minute is None, per_minute
         self._per_s = per_minute / 60 * PACE
-        self.level = self.capacity if first else min(self.level, self.capacity)
+        self.level = self.capacity if unknown and not self._fresh else min(self.level, self.capacity)
 
     def tell(self, per_minute: float, heard_at: float, now: float) -> None:
         """A header said the rate."""
@@ -136,7 +137,7 @@ class Bucket:
 
     def wait_s(self, amount: float, now: float) -> float:
         """0 when it may be spent now, else seconds until then; infinite when nothing flows in by itself."""
-        if self.per_minute is None:
+        if self.per_minute is None or self._fresh:
             return 0.0
         self.flow(now)
         missing = self.need(amount) - self.level
@@ -146,6 +147,7 @@ class Bucket:
 
     def add(self, amount: float, now: float) -> None:
         """What is spent (below 0), given back or corrected."""
+        self._fresh = self._fresh and amount >= 0
         if self.per_minute is None:
             return
         self.flow(now)
@@ -168,6 +170,7 @@ class Bucket:
             return
         self.flow(now)
         self.level = min(self.level, level)
+        self._fresh = self._fresh and level > 0
 
     def distrust(self, now: float) -> None:
         """Refused though there should have been enough: go slower, unless a header tells the rate."""
@@ -267,10 +270,8 @@ class Gate:
         self._jitter = jitter
         now = clock.monotonic()
         # OpenAI says that it may hold a limit a minute against every second of it.
-        self.requests = Bucket(policy.requests_per_minute, capacity_s=1.0, least=LATENESS, start=1.0, now=now)
-        self.tokens = Bucket(
-            policy.tokens_per_minute, capacity_s=60 / CALLS_A_MINUTE * LATENESS, least=1.0, start=math.inf, now=now
-        )
+        self.requests = Bucket(policy.requests_per_minute, capacity_s=1.0, least=LATENESS, now=now)
+        self.tokens = Bucket(policy.tokens_per_minute, capacity_s=60 / CALLS_A_MINUTE * LATENESS, least=1.0, now=now)
         self._concurrency = float(min(START_CALLS, policy.max_concurrent_calls))
         self._doubling = True
         self._full_at = -math.inf
