@@ -41,30 +41,29 @@ async def read_answer(
     A vector that can't be read is empty, a missing index is -1. Raises ProviderError when neither vectors nor a bill
     can be read; without an `http_status`: nobody says that the call was not billed.
     """
-    body = bytearray()
+    waiting = bytearray()
+    head = b""
     vectors: list[Vector] = []
     indices: list[int] = []
-    head = taken = 0
     sliced = True
     async for chunk in chunks:
-        body += chunk
-        if not head and sliced:
-            found = _HEAD.match(body)
-            head = taken = found.end() if found else 0
-            sliced = bool(head) or len(body) < _HEAD_BYTES
+        waiting += chunk
+        if sliced and not head:
+            found = _HEAD.match(waiting)
+            if found:
+                head = bytes(waiting[: found.end()])
+                del waiting[: found.end()]
+            sliced = bool(head) or len(waiting) < _HEAD_BYTES
         # Rows hold no braces but their own: the first one that closes, past a slice, ends a row.
-        while head and sliced and (end := body.find(b"}", taken + SLICE_BYTES) + 1):
-            rows = _rows(body[taken:end])
+        while sliced and head and (end := waiting.find(b"}", SLICE_BYTES) + 1):
+            rows = _rows(waiting[:end])
             if rows is None:  # the last rows and what follows them, or a layout of another kind
                 sliced = False
                 break
             _add(rows, vectors, indices)
-            taken = end
+            del waiting[:end]
             await asyncio.sleep(0)
-    parsed = _parsed(body[:head] + body[taken:].lstrip(b", \t\r\n"))
-    if parsed is None or (vectors and not isinstance(parsed.get("data"), list)):
-        vectors, indices = [], []
-        parsed = _parsed(body)
+    parsed = _parsed(head + waiting.lstrip(b", \t\r\n") if vectors else head + waiting)
     if parsed is None:
         raise ProviderTransient("broken_body")
     rest, error = parsed.get("data"), parsed.get("error")
