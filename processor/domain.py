@@ -366,7 +366,7 @@ class Entry:
     leader: Item
     attempt_id: str
     token_source: TokenSource
-    truncated: bool = False
+    cut_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -405,7 +405,7 @@ class Result:
     token_count: int = 0
     token_source: TokenSource = TokenSource.ESTIMATE
     cache: CacheLevel = CacheLevel.MISS
-    truncated: bool = False
+    cut_tokens: int = 0
     cost_nanos: int | None = None
     time_taken_ms: int = 0
     completed_at_ms: int = 0
@@ -457,6 +457,7 @@ class ReceivedResult:
     token_source: str
     cache: str
     truncated: bool
+    cut_tokens: int
     cost_nanos: int | None
     time_taken_ms: int
     completed_at_ms: int

@@ -255,7 +255,7 @@ async def _attempt(
         route.events.count("counter_drift", 1, {"model": call.function.model.name})
     route.events.count("provider_tokens", billed, {"model": call.function.model.name})
     for fold, leader, vector, tokens in zip(call.folds, leaders, vectors, split(billed, counts), strict=True):
-        fold.entry = Entry(vector, tokens, leader.item, intent.attempt_id, source, fold.truncated)
+        fold.entry = Entry(vector, tokens, leader.item, intent.attempt_id, source, fold.cut_tokens)
     return None, receipts
 
 

@@ -58,10 +58,10 @@ def _measure(folds: Sequence[Fold], texts: Sequence[str], function: EmbeddingFun
     counts, source = counter.count(texts, model)
     for fold, text, tokens in zip(folds, texts, counts, strict=True):
         fold.fault = too_long(tokens, function)
-        fold.truncated = fold.fault is None and tokens > model.max_input_tokens
-        if fold.truncated:
-            text = _cut(fold.text, function, counter)
+        if fold.fault is None and tokens > model.max_input_tokens:
+            text, whole = _cut(fold.text, function, counter), tokens
             tokens = counter.count([text], model).counts[0]
+            fold.cut_tokens = whole - tokens
         fold.sent = text
         fold.tokens = tokens
         fold.token_source = source

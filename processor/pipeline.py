@@ -349,7 +349,7 @@ class Pipeline:
                 vector_space=function.space_name,
                 token_count=kept,
                 token_source=counts.source,
-                truncated=fault is None and tokens > kept,
+                cut_tokens=0 if fault else tokens - kept,
                 cost_nanos=cost_of(kept, job),
             )
             parcels.append(Known(job, outcome=lambda _, result=result: result))  # type: ignore[misc]

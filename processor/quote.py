@@ -235,7 +235,7 @@ class Quoter:
                 self.quote.cache_unavailable, self._cache = str(error), None
         for fold in window.folds:
             if (hit := fold.entry) is not None:  # whoever paid for it: nobody does again
-                fold.entry = _entry(hit.tokens, hit.token_source, hit.truncated)
+                fold.entry = _entry(hit.tokens, hit.token_source, hit.cut_tokens)
         await measure(misses, self._counter, self._clock)
         self._packer.add([fold for fold in misses if fold.fault is None], self._now.monotonic_s, self._now.ms)
         self._settle(fold for fold in window.folds if fold.entry is not None or fold.fault is not None)
@@ -259,7 +259,7 @@ class Quoter:
             assert leader is not None
             if fold.token_source is not TokenSource.TOKENIZER:
                 self.quote.token_source = fold.token_source
-            fold.entry = Entry(NO_VECTOR, fold.tokens, leader.item, "", fold.token_source, fold.truncated)
+            fold.entry = Entry(NO_VECTOR, fold.tokens, leader.item, "", fold.token_source, fold.cut_tokens)
         self._settle(call.folds)
 
     def _settle(self, folds: Iterable[Fold]) -> None:
@@ -270,7 +270,7 @@ class Quoter:
             done += fold.works
             if (entry := fold.entry) is not None:
                 level = CacheLevel.COALESCED if fold.level is CacheLevel.MISS else fold.level
-                self._known[fold.key] = _again(level, entry.tokens, entry.token_source, entry.truncated)
+                self._known[fold.key] = _again(level, entry.tokens, entry.token_source, entry.cut_tokens)
         self._finish(done)
 
     def _finish(self, works: Sequence[Work]) -> None:
@@ -287,7 +287,7 @@ class Quoter:
                 quote.cached_texts += cached
                 quote.repeated_texts += not cached
             elif outcome.entry is not None:
-                quote.truncated_texts += outcome.entry.truncated
+                quote.truncated_texts += outcome.entry.cut_tokens > 0
             work.job.unsent -= 1
             if work.job.unsent == 0:
                 self._charge(work.job)
@@ -308,14 +308,14 @@ class Quoter:
 
 
 @lru_cache(maxsize=65_536)
-def _entry(tokens: int, source: TokenSource, truncated: bool) -> Entry:
+def _entry(tokens: int, source: TokenSource, cut_tokens: int) -> Entry:
     """Of a text that nobody pays for any more; one object for many of them."""
-    return Entry(NO_VECTOR, tokens, NOBODY, "", source, truncated)
+    return Entry(NO_VECTOR, tokens, NOBODY, "", source, cut_tokens)
 
 
 @lru_cache(maxsize=65_536)
-def _again(level: CacheLevel, tokens: int, source: TokenSource, truncated: bool) -> Outcome:
-    return Outcome(level, _entry(tokens, source, truncated))
+def _again(level: CacheLevel, tokens: int, source: TokenSource, cut_tokens: int) -> Outcome:
+    return Outcome(level, _entry(tokens, source, cut_tokens))
 
 
 def _add(counts: dict[W, int], word: W) -> None:

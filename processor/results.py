@@ -76,13 +76,12 @@ def chunk_result(work: Work, provider: str, now: Instant) -> Result:
         result.dimensions = function.dimensions
         result.token_count = entry.tokens
         result.token_source = entry.token_source
-        result.truncated = entry.truncated
+        result.cut_tokens = entry.cut_tokens
     else:
         result.status = Status.ERROR
         result.vector = None
-        result.dimensions = result.token_count = 0
+        result.dimensions = result.token_count = result.cut_tokens = 0
         result.token_source = TokenSource.ESTIMATE
-        result.truncated = False
     result.cost_nanos = cost_of(result.token_count, job)
     return result
 

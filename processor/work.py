@@ -213,7 +213,7 @@ class Fold:
     """Works of one cache key: embedded once. Works may join until it is settled; the leader is fixed by the intent.
 
     For a miss: `sent` is the text that goes out (prefix applied, cut if need be), `tokens` its local count, `estimated`
-    what the provider's own estimator makes of it, `sent_bytes` its UTF-8 bytes. `in_call` from when a call is made of
+    what the provider's own estimator makes of it, `sent_bytes` its UTF-8 bytes, `cut_tokens` how many were cut off. `in_call` from when a call is made of
     it until that is over for good.
     """
 
@@ -231,7 +231,7 @@ class Fold:
     token_source: TokenSource = TokenSource.ESTIMATE
     estimated: int = 0
     sent_bytes: int = 0
-    truncated: bool = False
+    cut_tokens: int = 0
     in_call: bool = False
 
     @property

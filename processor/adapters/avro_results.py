@@ -69,6 +69,7 @@ def _read(value: bytes, at: int) -> ReceivedResult | None:
     result.token_source, at = read_text(value, at)
     result.cache, at = read_text(value, at)
     result.truncated, at = read_bool(value, at)
+    result.cut_tokens, at = read_long(value, at)
     result.cost_nanos, at = read_optional_long(value, at)
     result.time_taken_ms, at = read_long(value, at)
     result.completed_at_ms, at = read_long(value, at)

@@ -1,7 +1,7 @@
 """A cache entry as bytes: what Redis holds.
 
-Little-endian: version, flags, lengths of the two ids (a byte each), CRC-32, tokens, leader's index, dimensions (4 bytes
-each), the vector as float32, the leader's request id and the attempt id as UTF-8. The checksum covers the key too, so
+Little-endian: version, token source, lengths of the two ids (a byte each), CRC-32, tokens, tokens cut off, leader's
+index, dimensions (4 bytes each), the vector as float32, the leader's request id and the attempt id as UTF-8. The checksum covers the key too, so
 a value that came under a wrong key is as bad as a broken one.
 """
 
@@ -14,21 +14,27 @@ import numpy as np
 
 from processor.domain import Entry, Item, TokenSource
 
-VERSION = 1
+VERSION = 2
 
-_HEADER = struct.Struct("<BBBBIIII")
+_HEADER = struct.Struct("<BBBBIIIII")
 _AFTER_CRC = 8
 _SOURCES = (TokenSource.PROVIDER, TokenSource.TOKENIZER, TokenSource.ESTIMATE)
-_TRUNCATED = 0x80
 
 
 def encode(key: bytes, entry: Entry) -> bytes:
     """The value to store under a key. Ids have at most 255 bytes."""
     request_id, attempt_id = entry.leader.request_id.encode(), entry.attempt_id.encode()
-    flags = _SOURCES.index(entry.token_source) | (_TRUNCATED if entry.truncated else 0)
     value = bytearray(
         _HEADER.pack(
-            VERSION, flags, len(request_id), len(attempt_id), 0, entry.tokens, entry.leader.index, entry.vector.size
+            VERSION,
+            _SOURCES.index(entry.token_source),
+            len(request_id),
+            len(attempt_id),
+            0,
+            entry.tokens,
+            entry.cut_tokens,
+            entry.leader.index,
+            entry.vector.size,
         )
     )
     value += entry.vector.astype("<f4", copy=False).tobytes()
@@ -41,7 +47,7 @@ def decode(key: bytes, value: bytes, dimensions: int) -> Entry | None:
     """The entry, or None when the value is not one of this key, version and number of dimensions."""
     if len(value) < _HEADER.size:
         return None
-    version, flags, request_bytes, attempt_bytes, crc, tokens, index, size = _HEADER.unpack_from(value)
+    version, source, request_bytes, attempt_bytes, crc, tokens, cut_tokens, index, size = _HEADER.unpack_from(value)
     ids = _HEADER.size + 4 * size
     if (
         version != VERSION
@@ -55,8 +61,8 @@ def decode(key: bytes, value: bytes, dimensions: int) -> Entry | None:
         tokens=tokens,
         leader=Item(value[ids : ids + request_bytes].decode(), index),
         attempt_id=value[ids + request_bytes :].decode(),
-        token_source=_SOURCES[flags & ~_TRUNCATED],
-        truncated=bool(flags & _TRUNCATED),
+        token_source=_SOURCES[source],
+        cut_tokens=cut_tokens,
     )
 
 

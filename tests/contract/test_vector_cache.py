@@ -90,7 +90,7 @@ def an_entry(seed: int = 1, dimensions: int = D, **overrides: Any) -> Entry:
         "leader": Item(f"request-{seed}", seed),
         "attempt_id": f"attempt-{seed}",
         "token_source": TokenSource.PROVIDER,
-        "truncated": False,
+        "cut_tokens": 0,
     }
     return Entry(**(fields | overrides))
 
@@ -99,17 +99,17 @@ def same(one: Entry, other: Entry) -> bool:
     return (
         one.vector.dtype == other.vector.dtype
         and np.array_equal(one.vector, other.vector, equal_nan=True)
-        and (one.tokens, one.leader, one.attempt_id, one.token_source, one.truncated)
-        == (other.tokens, other.leader, other.attempt_id, other.token_source, other.truncated)
+        and (one.tokens, one.leader, one.attempt_id, one.token_source, one.cut_tokens)
+        == (other.tokens, other.leader, other.attempt_id, other.token_source, other.cut_tokens)
     )
 
 
 @pytest.mark.parametrize("source", TokenSource)
-@pytest.mark.parametrize("truncated", [False, True])
-async def test_what_was_put_is_found_to_the_bit(case: Case, source: TokenSource, truncated: bool) -> None:
+@pytest.mark.parametrize("cut_tokens", [0, 7_000])
+async def test_what_was_put_is_found_to_the_bit(case: Case, source: TokenSource, cut_tokens: int) -> None:
     """Vector, share, leader and attempt come back as they were, with the level that had them."""
     entries = {
-        b"a" * 20: an_entry(1, token_source=source, truncated=truncated),
+        b"a" * 20: an_entry(1, token_source=source, cut_tokens=cut_tokens),
         b"b" * 20: an_entry(0, leader=Item("naïve", 2**31), vector=np.array([np.nan, -0.0] * 4, np.float32)),
     }
     await case.cache.put_many(entries)

@@ -148,10 +148,11 @@ def result_fields(result: Result) -> dict[str, Any]:
         "status",
     )
     own += ("vector_id", "provider", "model", "vector_space", "dimensions", "token_count", "token_source", "cache")
-    own += ("truncated", "cost_nanos", "time_taken_ms", "completed_at_ms")
+    own += ("cut_tokens", "cost_nanos", "time_taken_ms", "completed_at_ms")
     return {
         **_echo(request),
         **{name: getattr(result, name) for name in own},
+        "truncated": result.cut_tokens > 0,
         "input_type": request.input_type,
         "operation": None if action is None else OPERATION_OF.get(action),
         "reply_type": None if reply_to is None else reply_to.reply_type,

@@ -73,6 +73,7 @@ def answer_to(dimensions: int) -> Answer:
         "token_source": "provider",
         "cache": "l1",
         "truncated": False,
+        "cut_tokens": 0,
         "cost_nanos": 2_000,
         "time_taken_ms": 1,
         "completed_at_ms": 1_790_000_000_000,
