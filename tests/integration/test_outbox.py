@@ -20,7 +20,7 @@ from processor.adapters import topics
 from processor.adapters.avro import Codec
 from processor.adapters.faust_engine import Engine, engine
 from processor.adapters.murmur2 import partition_of
-from processor.adapters.outbox import KafkaOutbox
+from processor.adapters.outbox import REQUEST_BYTES, KafkaOutbox
 from processor.domain import DeadLetter, DlqClass, ReceivedResult
 from processor.errors import DeliveryFailed, LeaseLost, RecordTooLarge
 from processor.ports import Destination
@@ -310,6 +310,38 @@ async def test_the_producer_holds_one_batch_a_partition(
                     await until_sending(posted, call + 1)
                 assert [batch.record_count() for batch in batches] == [1]
         assert [batch.record_count() for batch in batches] == [1, 49]
+
+
+async def test_partitions_take_turns_in_requests_of_a_bounded_size(
+    kafka: Broker, unique: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many have full batches waiting: a larger request is packed in one piece, which holds the loop."""
+    big = a_request(metadata={"pad": "x" * (engine.BATCH_BYTES - 20_000)})  # one of them fills a batch
+    handed: list[tuple[TopicPartition, int]] = []
+    async with posting(kafka, unique) as posted:
+        send = posted.producer.send_batch
+
+        async def note_and_send(batch: Any, topic: str, *, partition: int) -> Any:
+            handed.append((TopicPartition(topic, partition), batch.size()))
+            return await send(batch, topic, partition=partition)
+
+        monkeypatch.setattr(posted.producer, "send_batch", note_and_send)
+        call = [
+            Destination(
+                "replies", a_result(big), topic=posted.settings.topic(topics.topics()[name].name), partition=each
+            )
+            for name in ("results", "replies")
+            for each in range(PARTITIONS)
+        ]
+        await posted.outbox.send(call)
+        handed.clear()
+        async with asyncio.TaskGroup() as group:
+            with frozen(kafka):
+                group.create_task(posted.outbox.send(call * 3))
+                await until_sending(posted, 1)
+                assert REQUEST_BYTES <= sum(size for _, size in handed) < REQUEST_BYTES + engine.BATCH_BYTES
+    assert len(handed) == 3 * len(call)
+    assert len({partition for partition, _ in handed[: len(call)]}) == len(call)
 
 
 async def test_a_broker_that_answers_nothing_fails_a_delivery_in_time(kafka: Broker, unique: str) -> None:
