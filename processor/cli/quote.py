@@ -309,7 +309,7 @@ def _of_the_count(quote: Quote) -> Iterator[str]:
 def print_report(report: Report, out: Console) -> None:
     """A few lines, a row for each vector space, and what was assumed."""
     quote, total = report.quote, report.quote.total
-    copies = f", {quote.copies:,} copies of them left out" if quote.copies else ""
+    copies = f", {quote.copies:,} of them sent again, counted once" if quote.copies else ""
     for line in (
         f"{quote.requests:,} requests with {quote.texts:,} texts of {quote.characters:,} characters{copies}",
         f"{total.texts:,} to embed, {quote.repeated_texts:,} repeated, {quote.cached_texts:,} in the cache"
