@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from math import ceil, inf
 from typing import TypeVar
 from uuid import UUID
@@ -47,7 +46,9 @@ PATIENCE_S = 1.0
 """Of a pool that is not full. All happens at one moment, so it never ends, but for a text whose deadline is nearer."""
 
 NO_VECTOR: Vector = np.empty(0, np.float32)
-NOBODY = Item("", 0)
+PAID = Entry(NO_VECTOR, 0, Item("", 0), "", TokenSource.PROVIDER)
+"""Of a text that nobody pays for any more, whoever did."""
+PAID_BEFORE = {level: Outcome(level, PAID) for level in CacheLevel}
 
 
 @dataclass(slots=True)
@@ -234,8 +235,8 @@ class Quoter:
             except CacheUnavailable as error:
                 self.quote.cache_unavailable, self._cache = str(error), None
         for fold in window.folds:
-            if (hit := fold.entry) is not None:  # whoever paid for it: nobody does again
-                fold.entry = _entry(hit.tokens, hit.token_source, hit.cut_tokens)
+            if fold.entry is not None:
+                fold.entry = PAID
         await measure(misses, self._counter, self._clock)
         self._packer.add([fold for fold in misses if fold.fault is None], self._now.monotonic_s, self._now.ms)
         self._settle(fold for fold in window.folds if fold.entry is not None or fold.fault is not None)
@@ -268,9 +269,9 @@ class Quoter:
             self._batcher.settled(fold)
             settle(fold)
             done += fold.works
-            if (entry := fold.entry) is not None:
-                level = CacheLevel.COALESCED if fold.level is CacheLevel.MISS else fold.level
-                self._known[fold.key] = _again(level, entry.tokens, entry.token_source, entry.cut_tokens)
+            if fold.entry is not None:
+                miss = fold.level is CacheLevel.MISS
+                self._known[fold.key] = PAID_BEFORE[CacheLevel.COALESCED if miss else fold.level]
         self._finish(done)
 
     def _finish(self, works: Sequence[Work]) -> None:
@@ -305,17 +306,6 @@ class Quoter:
             share.unpriced_tokens += billed.tokens
         else:
             share.cost_nanos += billed.cost_nanos
-
-
-@lru_cache(maxsize=65_536)
-def _entry(tokens: int, source: TokenSource, cut_tokens: int) -> Entry:
-    """Of a text that nobody pays for any more; one object for many of them."""
-    return Entry(NO_VECTOR, tokens, NOBODY, "", source, cut_tokens)
-
-
-@lru_cache(maxsize=65_536)
-def _again(level: CacheLevel, tokens: int, source: TokenSource, cut_tokens: int) -> Outcome:
-    return Outcome(level, _entry(tokens, source, cut_tokens))
 
 
 def _add(counts: dict[W, int], word: W) -> None:
