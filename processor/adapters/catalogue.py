@@ -126,6 +126,11 @@ class ModelCatalogue:
     def served(self, name: str) -> bool:
         return name in self._served
 
+    @property
+    def served_models(self) -> Sequence[str]:
+        """Their names, in the catalogue's order."""
+        return [name for name in self._models if name in self._served]
+
     def default_dimensions(self, model: ModelSpec) -> int:
         return self._default_dimensions.get(model.name, model.dimensions[0])
 

@@ -39,8 +39,7 @@ def open_deployments(settings: Settings, catalogue: ModelCatalogue) -> Sequence[
         account = _account(settings.provider, base_url, key)
         limits = settings.requests_per_minute, settings.tokens_per_minute
         return [NamedProvider(provider.name, provider, *limits, account)]
-    served = [row["model"] for row in catalogue.describe() if row["served"]]
-    entries = read_deployments(settings.deployments_file, provider=settings.provider, served=served)
+    entries = read_deployments(settings.deployments_file, provider=settings.provider, served=catalogue.served_models)
     return [_deployed(settings, entry) for entry in entries]
 
 

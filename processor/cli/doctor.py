@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from processor.adapters import topics
 from processor.adapters.catalogue import load_catalogue
-from processor.adapters.providers import open_provider
+from processor.adapters.providers import NamedProvider, open_deployments
 from processor.adapters.redis_cache import RedisCache
 from processor.adapters.registry import SchemaRegistry
 from processor.errors import (
@@ -43,7 +43,8 @@ async def examine(settings: Settings | None = None) -> AsyncIterator[Check]:
         yield check
     yield await _cache(settings)
     yield await _registry(settings)
-    yield await _provider(settings)
+    async for check in _providers(settings):
+        yield check
 
 
 async def _kafka(settings: Settings) -> AsyncIterator[Check]:
@@ -92,24 +93,33 @@ async def _registry(settings: Settings) -> Check:
     return Check("registry", "ok", "answers")
 
 
-async def _provider(settings: Settings) -> Check:
+async def _providers(settings: Settings) -> AsyncIterator[Check]:
     try:
         catalogue = load_catalogue(settings)
-        provider = open_provider(settings, catalogue)
+        deployments = open_deployments(settings, catalogue)
     except SettingsError as error:
-        return Check("provider", "error", str(error), "correct the named variables")
+        yield Check("provider", "error", str(error), "correct the named variables")
+        return
+    for deployment in deployments:
+        yield await _provider(settings, deployment, catalogue.default_model)
+
+
+async def _provider(settings: Settings, deployment: NamedProvider, default_model: str) -> Check:
+    name = deployment.name
     try:
-        models = await provider.list_models()
+        models = await deployment.provider.list_models()
     except ProviderPaused as error:
-        return Check("provider", "error", f"{provider.name}: {error}", "check the API key and the account's quota")
+        return Check("provider", "error", f"{name}: {error}", "check the API key and the account's quota")
     except ProviderError as error:
-        return Check(
-            "provider", "error", f"{provider.name}: {error}", "check EMBEDDING_OPENAI_BASE_URL and the network"
-        )
+        where = "EMBEDDING_OPENAI_BASE_URL"
+        if settings.deployments_file is not None:
+            where = f"base_url of {name} in EMBEDDING_DEPLOYMENTS_FILE"
+        elif settings.provider == "cohere":
+            where = "EMBEDDING_COHERE_BASE_URL"
+        return Check("provider", "error", f"{name}: {error}", f"check {where} and the network")
     finally:
-        await provider.close()
-    default = catalogue.default_model
-    if default not in models:
+        await deployment.provider.close()
+    if default_model not in models:
         fix = "set EMBEDDING_DEFAULT_MODEL to one that it lists, or ignore this if the server lists none"
-        return Check("provider", "warning", f"{provider.name} answers, but does not list {default}", fix)
-    return Check("provider", "ok", f"{provider.name} serves {default}")
+        return Check("provider", "warning", f"{name} answers, but does not list {default_model}", fix)
+    return Check("provider", "ok", f"{name} serves {default_model}")

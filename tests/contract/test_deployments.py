@@ -14,6 +14,7 @@ import yaml
 from processor.adapters.catalogue import load_catalogue
 from processor.adapters.deployments import read_deployments
 from processor.adapters.providers import NamedProvider, open_deployments
+from processor.cli import doctor
 from processor.domain import EmbeddingFunction, InputType, Truncate
 from processor.errors import (
     CallTooLarge,
@@ -190,6 +191,24 @@ async def test_a_server_with_too_many_requests_in_work_asks_to_wait(tmp_path: Pa
             with pytest.raises(ProviderThrottled) as caught:
                 await there.provider.embed(["x"], a_function(settings), "a")
     assert (caught.value.code, caught.value.http_status, caught.value.retry_after_s) == ("overloaded", 429, None)
+
+
+# --- doctor
+
+
+async def test_the_doctor_looks_at_each_deployment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second key may be the wrong one long before it is needed; nothing is embedded to find out."""
+    monkeypatch.setenv("TEST_KEY", "right")
+    monkeypatch.setenv("TEST_OTHER_KEY", "wrong")
+    async with ProviderServer(Options(api_key="right")) as server:
+        main = {**A, "base_url": server.base_url, "api_key_env": "TEST_KEY"}
+        twin = {**B, "base_url": server.base_url, "api_key_env": "TEST_OTHER_KEY"}
+        checks = [check async for check in doctor._providers(settings_with(tmp_path, [main, twin]))]
+    assert [(check.state, check.what) for check in checks] == [
+        ("ok", f"main serves {SMALL}"),
+        ("error", "twin: key_refused (HTTP 401)"),
+    ]
+    assert server.ledger == []
 
 
 # --- the file
