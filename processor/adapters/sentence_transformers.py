@@ -36,6 +36,7 @@ class SentenceTransformersProvider:
     def __init__(self, files: LocalFiles, model: ModelSpec, *, device: str = "cpu", threads: int = 0) -> None:
         try:
             import torch
+            import transformers
             from sentence_transformers import SentenceTransformer
         except ImportError as error:
             raise SettingsError(
@@ -43,6 +44,7 @@ class SentenceTransformersProvider:
                 "pip install 'embedding-processor[sentence-transformers]'"
             ) from None
         logging.getLogger("sentence_transformers").setLevel(logging.WARNING)
+        transformers.utils.logging.disable_progress_bar()
         if threads:
             torch.set_num_threads(threads)
         try:
@@ -54,6 +56,7 @@ class SentenceTransformersProvider:
         # Prefixes are the catalogue's, and whatever is too long was refused before: nothing is added or cut in there.
         self._encoder.default_prompt_name = None
         self._encoder.max_seq_length = model.max_input_tokens
+        self._encoder.tokenizer.split_special_tokens = True  # "[SEP]" in a text is ordinary text
         self._tokenizer = WordPiece(files.tokenizer)
         self._model = model
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="local-model")

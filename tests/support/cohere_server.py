@@ -61,7 +61,7 @@ class Received:
 
 
 class CohereServer:
-    """The server in this event loop; `base_url` is there once it is entered, `ledger` and `received` fill with calls."""
+    """The server in this event loop, with its `base_url` once it is entered; `ledger` and `received` hold the calls."""
 
     def __init__(self, *, api_key: str | None = None, retry_after: str | None = None) -> None:
         self.ledger: list[Call] = []

@@ -48,7 +48,7 @@ PARTS = (
         (
             *("aiohttp", "aiokafka", "bpe_openai", "fastavro", "numpy", "onnxruntime", "openai"),
             *("prometheus_client", "pydantic", "pydantic_core", "redis", "structlog", "tokenizers", "yaml"),
-            *("sentence_transformers", "torch", "httpx2"),
+            *("httpx2", "sentence_transformers", "torch", "transformers"),
         ),
     ),
     Part(("client*",), (*INNER, "settings", "adapters*", "client*"), ("aiokafka", "numpy", "structlog")),
