@@ -154,12 +154,10 @@ async def test_a_locked_key_is_answered_by_the_second_deployment(
 def deployments_of(*providers: ProviderProcess) -> str:
     """A deployments file of these servers, the first preferred."""
     return json.dumps(
-        {
-            "deployments": [
-                {"name": f"server-{number}", "provider": "openai", "base_url": provider.base_url}
-                for number, provider in enumerate(providers)
-            ]
-        }
+        [
+            {"name": f"server-{number}", "provider": "openai", "base_url": provider.base_url}
+            for number, provider in enumerate(providers)
+        ]
     )
 
 
