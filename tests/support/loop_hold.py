@@ -3,19 +3,20 @@
     python -m tests.support.loop_hold REPORT worker
 
 runs `embedding-processor worker` on asyncio's own loop and writes REPORT, JSON lines, when it ends: the pieces that
-took LEAST_MS or more, by where their task waits next. CPU time stands beside the clock's: on a busy machine a piece of
-a millisecond may be put aside for ten.
+took LEAST_MS or more, by where their task waits next, and the collections of garbage within them. CPU time stands
+beside the clock's: on a busy machine a piece of a millisecond may be put aside for ten.
 """
 
 from __future__ import annotations
 
 import asyncio
 import atexit
+import gc
 import json
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -37,20 +38,31 @@ class Holds:
     def __init__(self) -> None:
         self.by_name: dict[str, Hold] = {}
         self._run: Callable[[asyncio.Handle], None] = asyncio.Handle._run
+        self._collection_began = (0.0, 0.0)
 
     def watch(self) -> None:
         """From here on, for the rest of the process."""
         mock.patch.object(asyncio.Handle, "_run", lambda handle: self._timed(handle)).start()  # noqa: PLW0108  (a bound method would not get the handle)
 
+        gc.callbacks.append(self._collecting)
+
     def _timed(self, handle: asyncio.Handle) -> None:
-        began, began_cpu = time.perf_counter(), time.thread_time()
+        began = _times()
         self._run(handle)
-        took_ms = (time.perf_counter() - began) * 1000
-        if took_ms >= LEAST_MS and threading.current_thread() is threading.main_thread():
-            cpu_ms = (time.thread_time() - began_cpu) * 1000
-            name = _name(handle)
-            before = self.by_name.get(name, Hold(0, 0.0, 0.0))
-            self.by_name[name] = Hold(
+        if threading.current_thread() is threading.main_thread():
+            self._note(began, lambda: _name(handle))
+
+    def _collecting(self, phase: str, about: Mapping[str, int]) -> None:
+        if phase == "start":
+            self._collection_began = _times()
+        else:
+            self._note(self._collection_began, lambda: f"garbage collection {about['generation']}")
+
+    def _note(self, began: tuple[float, float], name: Callable[[], str]) -> None:
+        took_ms, cpu_ms = ((now - then) * 1000 for now, then in zip(_times(), began, strict=True))
+        if took_ms >= LEAST_MS:
+            before = self.by_name.get(name(), Hold(0, 0.0, 0.0))
+            self.by_name[name()] = Hold(
                 before.times + 1, max(before.longest_ms, took_ms), max(before.longest_cpu_ms, cpu_ms)
             )
 
@@ -61,6 +73,11 @@ class Holds:
             json.dumps({"piece": name} | {key: round(value, 1) for key, value in hold._asdict().items()})
             for name, hold in found
         ]
+
+
+def _times() -> tuple[float, float]:
+    """Seconds of the clock, and of this thread's CPU."""
+    return time.perf_counter(), time.thread_time()
 
 
 def _name(handle: asyncio.Handle) -> str:
