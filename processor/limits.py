@@ -49,6 +49,9 @@ CALLS_A_MINUTE = 20
 LATENESS = 1.1
 """The tokens of a call gather a tenth beyond it, so that a call that starts late loses nothing."""
 
+SPARE_S = 0.25
+"""So much of a minute's tokens gathers anyway, for small calls that come together."""
+
 TRUST_CUT, TRUST_BACK_S = 0.8, 600.0
 """A refusal while no header tells the limit leaves this part of the rate; all of it is back after so long."""
 
@@ -81,20 +84,24 @@ class LimitPolicy:
 class Bucket:
     """What may be spent of a rate now. It fills evenly, and a spending beyond `capacity` passes when it is full.
 
+    The capacity is one spending, the largest asked for; at least `least_s` of the rate and at most `most_s`.
+
     It starts empty, and the first spending passes whatever its size: that is all that happens at once at the start.
     `level` is below 0 after a large one; then all wait until it is paid off. While it is `leased` it does not fill by
     itself: `add` does. `heard_at` is when a header last said the rate: a refusal is no sign of another one then.
     """
 
-    def __init__(self, per_minute: float | None, *, capacity_s: float, least: float, now: float) -> None:
+    def __init__(self, per_minute: float | None, *, least_s: float, most_s: float, least: float, now: float) -> None:
         self.heard_at: float | None = None
         self.leased = False
         self.spent = 0.0
         self.level = 0.0
         self._fresh = True
         self._trust = 1.0
-        self._capacity_s = capacity_s
+        self._least_s = least_s
+        self._most_s = most_s
         self._least = least
+        self._largest = 0.0
         self._at = now
         self._per_s = math.inf
         self.per_minute: float | None = None
@@ -107,7 +114,8 @@ class Bucket:
 
     @property
     def capacity(self) -> float:
-        return max(self._least, self._per_s * self._capacity_s)
+        needed = min(self._largest, self._per_s * self._most_s)
+        return max(self._least, self._per_s * self._least_s, needed) * LATENESS
 
     def set_rate(self, per_minute: float, now: float) -> None:
         """Another rate from now on; one that was unknown while calls were made begins with a full bucket."""
@@ -137,6 +145,7 @@ class Bucket:
 
     def wait_s(self, amount: float, now: float) -> float:
         """0 when it may be spent now, else seconds until then; infinite when nothing flows in by itself."""
+        self._largest = max(self._largest, amount)
         if self.per_minute is None or self._fresh:
             return 0.0
         self.flow(now)
@@ -270,8 +279,8 @@ class Gate:
         self._jitter = jitter
         now = clock.monotonic()
         # OpenAI says that it may hold a limit a minute against every second of it.
-        self.requests = Bucket(policy.requests_per_minute, capacity_s=1.0, least=LATENESS, now=now)
-        self.tokens = Bucket(policy.tokens_per_minute, capacity_s=60 / CALLS_A_MINUTE * LATENESS, least=1.0, now=now)
+        self.requests = Bucket(policy.requests_per_minute, least_s=1.0, most_s=1.0, least=1.0, now=now)
+        self.tokens = Bucket(policy.tokens_per_minute, least_s=SPARE_S, most_s=60 / CALLS_A_MINUTE, least=1.0, now=now)
         self._concurrency = float(min(START_CALLS, policy.max_concurrent_calls))
         self._doubling = True
         self._full_at = -math.inf
@@ -417,6 +426,8 @@ class Gate:
         if retry and self.paused is None:
             self._spare_retries(now)
             wait_s = max(wait_s, (1.0 - self._retries) / RETRY_PER_S)
+        if wait_s == math.inf:
+            self.spent()  # a slice for so large a call may not have been asked for yet
         return max(now + wait_s, self._closed_until)
 
     def _spare_retries(self, now: float) -> None:

@@ -316,6 +316,18 @@ def test_there_is_no_burst_at_the_start() -> None:
         assert asked <= 5_000 + (at - start) * 1_000_000 / 60
 
 
+def test_after_a_pause_no_more_than_one_call_waits_to_be_made_at_once() -> None:
+    """What gathers while there is nothing to do is one call of the largest size seen, and a tenth."""
+    clock = Clock()
+    gate = a_gate(clock, tokens_per_minute=1_000_000)
+    for _ in range(3):
+        gate.begin(10_000).succeeded(10_000, None)
+        clock.now += 60
+    assert gate.admits(10_000)
+    gate.begin(10_000)
+    assert not gate.admits(10_000)
+
+
 def test_many_small_calls_keep_to_the_requests_of_every_second() -> None:
     """A limit of 600 requests a minute is held second by second: ten in each."""
     clock = Clock()
@@ -487,6 +499,7 @@ def test_what_the_provider_says_is_left_bounds_what_is_spent() -> None:
     """Somebody else's use of the account shows in what is left, and is respected before anything is refused."""
     clock = Clock()
     gate = a_gate(clock, tokens_per_minute=1_000_000)
+    gate.admits(20_000)
     gate.begin(1_000).cancelled()
     clock.now += 3
     assert gate.admits(20_000)
