@@ -1,17 +1,4 @@
-"""The file of deployments: several places that serve the same models, in order of preference, for failover.
-
-- name: main
-  provider: openai
-  api_key_file: /run/secrets/openai
-  requests_per_minute: 3000
-  tokens_per_minute: 1000000
-- name: twin
-  provider: azure
-  base_url: https://example.openai.azure.com
-  api_version: "2024-10-21"
-  api_key_env: AZURE_KEY
-  models: {text-embedding-3-small: embed-small}
-"""
+"""The file of deployments: several places that serve the same models, in order of preference (`docs/providers.md`)."""
 
 from __future__ import annotations
 

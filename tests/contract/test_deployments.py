@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from processor.adapters.catalogue import load_catalogue
-from processor.adapters.deployments import read_deployments
+from processor.adapters.deployments import DeploymentEntry, read_deployments
 from processor.adapters.providers import NamedProvider, open_deployments
 from processor.cli import doctor
 from processor.domain import EmbeddingFunction, InputType, Truncate
@@ -288,6 +288,17 @@ def test_a_fault_of_the_file_names_deployment_field_and_fix(listed: Any, told: s
     assert told in str(caught.value)
     assert str(caught.value).startswith("EMBEDDING_DEPLOYMENTS_FILE: ")
     assert "canary" not in str(caught.value)
+
+
+def test_the_example_in_the_docs_is_such_a_file(tmp_path: Path) -> None:
+    """What one copies from there is right."""
+    page = (Path(__file__).parents[2] / "docs/providers.md").read_text(encoding="utf-8")
+    file = tmp_path / "deployments.yaml"
+    file.write_text(page.partition("```yaml\n")[2].partition("```")[0], encoding="utf-8")
+    entries = read_deployments(file, provider="openai", served=[SMALL])
+    assert [(entry.name, entry.provider) for entry in entries] == [("main", "openai"), ("twin", "azure")]
+    fields = {name for name in DeploymentEntry.model_fields if f"`{name}`" in page}
+    assert fields == set(DeploymentEntry.model_fields)
 
 
 def test_all_faults_of_the_file_are_told_at_once(tmp_path: Path) -> None:
