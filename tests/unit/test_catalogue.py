@@ -10,7 +10,7 @@ import pytest
 from processor.adapters import local_files
 from processor.adapters.catalogue import load_catalogue
 from processor.adapters.tokens import tokenizer_of
-from processor.domain import InputType
+from processor.domain import CallEstimator, InputType
 from processor.errors import SettingsError
 from processor.settings import Settings, load
 
@@ -30,6 +30,9 @@ def settings(tmp_path: Path, yaml: str | None = None, **overrides: Any) -> Setti
         ("text-embedding-3-small", 1536, 20_000_000),
         ("text-embedding-3-large", 3072, 130_000_000),
         ("text-embedding-ada-002", 1536, 100_000_000),
+        ("embed-v4.0", 1536, 120_000_000),
+        ("embed-english-v3.0", 1024, 100_000_000),
+        ("embed-multilingual-v3.0", 1024, 100_000_000),
         ("all-MiniLM-L6-v2", 384, 1_000_000),
     ],
 )
@@ -40,6 +43,58 @@ def test_each_listed_model_has_dimensions_and_a_price(name: str, dimensions: int
     price = spec.price_at(MS_2026)
     assert price is not None
     assert (spec.dimensions[0], price.nanos_per_million) == (dimensions, nanos)
+
+
+@pytest.mark.parametrize(
+    "name,texts,tokens,estimator,text_tokens",
+    [
+        ("text-embedding-3-small", 2048, 300_000, CallEstimator.BYTES_4, 8192),
+        ("text-embedding-ada-002", 2048, 300_000, CallEstimator.BYTES_4, 8192),
+        ("embed-v4.0", 96, 128_000, CallEstimator.TOKENS, 128_000),
+        ("embed-english-v3.0", 96, 49_152, CallEstimator.TOKENS, 512),
+        ("BAAI/bge-m3", 256, 65_536, CallEstimator.TOKENS, 8192),
+    ],
+)
+def test_each_listed_model_has_the_limits_of_its_provider(
+    name: str, texts: int, tokens: int, estimator: CallEstimator, text_tokens: int, tmp_path: Path
+) -> None:
+    """Of a call and of a text, and how the provider counts a call before it takes it."""
+    spec = load_catalogue(settings(tmp_path)).find(name)
+    assert spec is not None
+    assert (spec.max_inputs_per_call, spec.max_tokens_per_call) == (texts, tokens)
+    assert (spec.call_estimator, spec.max_input_tokens) == (estimator, text_tokens)
+
+
+@pytest.mark.parametrize(
+    "name,document,query",
+    [
+        ("intfloat/e5-base-v2", "passage: ", "query: "),
+        ("intfloat/multilingual-e5-large", "passage: ", "query: "),
+        ("BAAI/bge-small-en-v1.5", None, "Represent this sentence for searching relevant passages: "),
+        ("BAAI/bge-m3", None, None),
+        ("nomic-embed-text", "search_document: ", "search_query: "),
+        ("sentence-transformers/all-mpnet-base-v2", None, None),
+        ("embed-v4.0", None, None),
+    ],
+)
+def test_a_model_that_tells_queries_by_a_prefix_gets_it(
+    name: str, document: str | None, query: str | None, tmp_path: Path
+) -> None:
+    """As its authors trained it; Cohere's are told by a parameter instead."""
+    spec = load_catalogue(settings(tmp_path)).find(name)
+    assert spec is not None
+    assert (spec.prefixes.get(InputType.DOCUMENT), spec.prefixes.get(InputType.QUERY)) == (document, query)
+
+
+def test_another_revision_is_another_space(tmp_path: Path) -> None:
+    """Weights that changed under the same name are never compared with the old ones, nor found in their cache."""
+    name = "intfloat/e5-base-v2"
+    before = load_catalogue(settings(tmp_path)).find(name)
+    after = load_catalogue(settings(tmp_path, f"models: {{{name}: {{revision: '2'}}}}")).find(name)
+    assert before is not None
+    assert after is not None
+    assert before.space(768) != after.space(768)
+    assert after.prefixes == before.prefixes
 
 
 def test_the_revision_of_the_local_model_is_that_of_its_files(tmp_path: Path) -> None:
@@ -62,6 +117,40 @@ def test_only_the_models_of_the_route_are_served(tmp_path: Path) -> None:
     assert local.served("all-MiniLM-L6-v2")
     assert not local.served("text-embedding-3-small")
     assert not openai.served("unheard-of")
+
+
+def test_an_open_model_is_served_where_it_is_named(tmp_path: Path) -> None:
+    """A worker that asks OpenAI does not offer what OpenAI does not have; one that asks a server of its own can."""
+    unnamed = load_catalogue(settings(tmp_path))
+    named = load_catalogue(settings(tmp_path, models="BAAI/bge-m3"))
+    assert not unnamed.served("BAAI/bge-m3")
+    assert (named.default_model, named.served("text-embedding-3-small")) == ("BAAI/bge-m3", False)
+    with pytest.raises(SettingsError, match="BAAI/bge-m3 is no model of provider cohere"):
+        load_catalogue(settings(tmp_path, provider="cohere", models="BAAI/bge-m3"))
+
+
+@pytest.mark.parametrize(
+    "provider,default,sizes",
+    [("azure", "text-embedding-3-small", (1536,)), ("cohere", "embed-v4.0", (1536, 1024, 512, 256))],
+)
+def test_each_vendor_serves_its_models(provider: str, default: str, sizes: tuple[int, ...], tmp_path: Path) -> None:
+    """Azure those of OpenAI, in the same vector space."""
+    catalogue = load_catalogue(settings(tmp_path, provider=provider))
+    spec = catalogue.find(catalogue.default_model)
+    assert spec is not None
+    assert (spec.name, spec.dimensions) == (default, sizes)
+    assert spec == load_catalogue(settings(tmp_path)).find(default)
+
+
+def test_a_tokenizer_of_ones_own_counts_for_a_server(tmp_path: Path) -> None:
+    """So that what a server would cut without a word is refused here, by the token."""
+    tokenizer = local_files.locate().tokenizer
+    yaml = f"models: {{intfloat/e5-base-v2: {{tokenizer: {tokenizer}}}}}"
+    spec = load_catalogue(settings(tmp_path, yaml)).find("intfloat/e5-base-v2")
+    assert spec is not None
+    counted = tokenizer_of(spec.tokenizer)
+    assert counted is not None
+    assert counted.count("hello world") == 4
 
 
 def test_the_operator_chooses_models_default_and_dimensions(tmp_path: Path) -> None:
@@ -117,7 +206,7 @@ def test_a_directory_of_ones_own_is_a_model_once_it_is_listed(tmp_path: Path) ->
     directory.mkdir()
     (directory / "model.onnx").write_bytes(b"some weights")
     (directory / "tokenizer.json").write_bytes(builtin.tokenizer.read_bytes())
-    with pytest.raises(SettingsError, match="list the model my-export"):
+    with pytest.raises(SettingsError, match=r"models\.my-export: dimensions"):
         load_catalogue(settings(tmp_path, provider="local", local_model_path=directory))
 
     yaml = "models: {my-export: {provider: local, dimensions: [384], max_input_tokens: 512}}"
@@ -151,8 +240,13 @@ def test_a_directory_of_ones_own_is_a_model_once_it_is_listed(tmp_path: Path) ->
             r"prices\.0\.from: ",
         ),
         ("models: {text-embedding-3-small: {prefixes: {other: x}}}", r"prefixes\.other"),
-        ("models: {all-MiniLM-L6-v2: {shortenable: true}}", "a local model gives vectors of one size"),
-        ("models: {all-MiniLM-L6-v2: {dimensions: [384, 128]}}", "a local model gives vectors of one size"),
+        (
+            "models: {nomic-embed-text: {dimensions: [256, 768]}}",
+            "nomic-embed-text: the model: Value error, shortened here: the first of dimensions must be the largest",
+        ),
+        ("models: {BAAI/bge-m3: {tokenizer: /no/such.json}}", r"bge-m3: tokenizer: Value error, must be one of cl100k"),
+        ("models: {BAAI/bge-m3: {call_estimator: guess}}", r"bge-m3: call_estimator: Input should be 'tokens' or"),
+        ("models: {BAAI/bge-m3: {shortened: somewhere}}", r"bge-m3: shortened: Input should be 'there' or 'here'"),
     ],
 )
 def test_a_fault_in_the_file_names_file_model_and_field(yaml: str, told: str, tmp_path: Path) -> None:
