@@ -35,9 +35,7 @@ class KafkaReader:
     async def spans(self, topic: str) -> Mapping[int, Span]:
         """Raises TopicsError when there is no such topic."""
         async with self._consumer(topic) as consumer:
-            spans = await _spans(consumer)
-            if not self._settings.producer_idempotent:
-                spans = await _with_last_batch(consumer, spans)
+            spans = await self._spans(consumer)
             return {place.partition: span for place, span in spans.items()}
 
     async def records_at(self, topic: str, offsets: Mapping[int, int]) -> Mapping[int, Record]:
@@ -64,13 +62,17 @@ class KafkaReader:
 
     async def read(self, topic: str, begin: Mapping[int, int] | None = None) -> AsyncGenerator[Sequence[Record], None]:
         async with self._consumer(topic) as consumer:
-            wanted = begin or {}
+            wanted, spans = begin or {}, await self._spans(consumer)
             first = {
                 place: offset if span.begin <= (offset := wanted.get(place.partition, -1)) <= span.end else span.begin
-                for place, span in (await _spans(consumer)).items()
+                for place, span in spans.items()
             }
-            async for _, records in _fetch(consumer, first):
+            async for _, records in _fetch(consumer, first, {place: span.end for place, span in spans.items()}):
                 yield [_record(record) for record in records]
+
+    async def _spans(self, consumer: Any) -> Mapping[TopicPartition, Span]:
+        spans = await _spans(consumer)
+        return spans if self._settings.producer_idempotent else await _with_last_batch(consumer, spans)
 
     async def _places(self, topic: str) -> list[TopicPartition]:
         """Every partition of the topic. TopicsError when there is none."""
@@ -130,12 +132,17 @@ async def _with_last_batch(consumer: Any, spans: Mapping[TopicPartition, Span]) 
 
 
 async def _fetch(
-    consumer: Any, begin: Mapping[TopicPartition, int], *, stop_after_first: bool = False
+    consumer: Any,
+    begin: Mapping[TopicPartition, int],
+    ends: Mapping[TopicPartition, int] | None = None,
+    *,
+    stop_after_first: bool = False,
 ) -> AsyncIterator[tuple[TopicPartition, Sequence[ConsumerRecord]]]:
-    """What these partitions hold from there to their present end, or each one's first fetch."""
-    ends = await consumer.end_offsets(consumer.assignment())
+    """What these partitions hold from there to these ends, by default the present ones, or each one's first fetch."""
+    ends = await consumer.end_offsets(consumer.assignment()) if ends is None else ends
     left = {place for place, offset in begin.items() if offset < ends[place]}
     consumer.pause(*(consumer.assignment() - left))
+    consumer.resume(*left)
     for place in left:
         consumer.seek(place, begin[place])
     idle = 0

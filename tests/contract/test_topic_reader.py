@@ -158,6 +158,7 @@ async def test_the_last_batch_of_the_embedded_broker_counts(embedded_broker: Bro
     )
     assert await reader.spans(unique) == {0: Span(0, 6), 1: Span(0, 0)}
     assert len(await all_of(reader, unique)) == 6
+    assert [len(await all_of(reader, unique, {0: offset})) for offset in (4, 5, 6, 7)] == [2, 1, 0, 6]
 
 
 @pytest.mark.parametrize("broker", ["kafka", "embedded_broker"])
