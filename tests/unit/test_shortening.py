@@ -25,7 +25,8 @@ def test_a_shortened_vector_has_length_one_and_the_direction_of_its_first_values
     head = vector[:size].astype(np.float64)
     length = float(np.sqrt(head @ head))
     found = shortened(vector, size)
-    assert (found.dtype, found.shape) == (np.float32, head.shape)
+    assert found.dtype == np.float32
+    assert found.shape == head.shape
     if length == 0:
         assert not found.any()
     else:
