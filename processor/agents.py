@@ -15,6 +15,9 @@ from processor.work import DocumentKey, Fail, Job, Parcel, Policy, Ticket
 BYTES_A_TURN = 1_000_000
 """Of records and of what they become: a few hundred texts, which take a few milliseconds to admit."""
 
+LARGE_RECORD_BYTES = 250_000
+"""To decode as much takes a millisecond, to check it and take its texts apart two: others come in between."""
+
 LOOK_UPS = 4
 """Windows that are looked up at the same time."""
 
@@ -101,15 +104,25 @@ class Worker:
                 decoded = await self.pipeline.fetch(record)
                 if self._is_over(run.lease):  # revoked meanwhile: nobody would ever let go of it
                     break
+            elif len(record.value or b"") >= LARGE_RECORD_BYTES:
+                await self._give_turn(known)
+                if self._is_over(run.lease):
+                    break
             ticket = self.pipeline.admit(record, decoded, run.lease, known)
             self._tickets.add(ticket)
             self._held_bytes += ticket.size_bytes
+            while isinstance(ticket, Job) and ticket.unplaced:
+                await self._give_turn(known)
+                self.pipeline.place(ticket, known)
             turn_bytes += ticket.size_bytes
             if turn_bytes >= BYTES_A_TURN:
-                self._hand_on(known)
                 turn_bytes = 0
-                await asyncio.sleep(0)
+                await self._give_turn(known)
         self._hand_on(known)
+
+    async def _give_turn(self, known: list[Parcel]) -> None:
+        self._hand_on(known)
+        await asyncio.sleep(0)
 
     def _is_full(self) -> bool:
         return self._held_bytes >= self._read_ahead_bytes

@@ -14,6 +14,7 @@ from processor.decode import EMPTY_TEXT, Checker, counts_as_usage, echoable, too
 from processor.domain import (
     Action,
     CacheLevel,
+    Chunk,
     DeadLetter,
     DlqClass,
     DocumentManifest,
@@ -46,7 +47,7 @@ from processor.ports import (
     Undecodable,
     VectorCache,
 )
-from processor.results import chunk_result, messages, plain_result, request_result, settle, tombstones
+from processor.results import Tombstones, chunk_result, messages, plain_result, request_result, settle
 from processor.usage import charge, cost_of
 from processor.work import Call, Fold, Instant, Job, Known, Outcome, Parcel, Plan, Policy, Ticket, Window, Work
 
@@ -54,6 +55,8 @@ LETHAL = Undecodable(DlqClass.LETHAL, "ended_its_processes")
 BYTES_IN_WORK = 4_000
 """What a text, an outcome or a tombstone takes beside its record's bytes and its vector until it is acknowledged;
 measured: 4,400 with the usage event of its request, 5,000 with the sink view."""
+TEXTS_A_TURN = 256
+"""Of one request: to hash and queue them takes a millisecond."""
 BY_REFERENCE = frozenset({DlqClass.TOO_LARGE, DlqClass.LETHAL})
 
 
@@ -114,7 +117,8 @@ class Pipeline:
     def admit(self, record: Record, decoded: Request | Undecodable, lease: Lease, known: list[Parcel]) -> Ticket:
         """Steps 1 and 2: queue what is to be embedded; outcomes that are known already are added to `known`.
 
-        Nothing can finish the record's ticket before the event loop has its next turn.
+        Of a large request only the first texts: `place` queues the rest. Nothing can finish the record's ticket before
+        all are placed and the event loop has had its next turn.
         """
         outcomes: list[Parcel] = []
         ticket = self._check(record, decoded, lease, outcomes)  # 1. bad input becomes a value
@@ -122,6 +126,18 @@ class Pipeline:
         self._group(ticket, outcomes)  # 2. equal texts are embedded once
         known += outcomes
         return ticket
+
+    def place(self, job: Job, known: list[Parcel]) -> None:
+        """Step 2 for the next works of a job that has `unplaced` ones."""
+        assert job.plan is not None
+        assert job.plan.function is not None
+        begin, job.placed = job.placed, job.placed + TEXTS_A_TURN
+        for work in job.works[begin : job.placed]:
+            if not work.chunk.text or work.chunk.text.isspace():
+                work.outcome = Outcome(fault=EMPTY_TEXT)
+                known.append(work)
+            else:
+                self._place(work, job.plan.function, job.started, known)
 
     async def look_up(self, window: Window, release: Callable[[], None]) -> None:
         """Steps 3 and 4 for a window: hits go out, and misses wait for a call that is worth its while.
@@ -239,12 +255,7 @@ class Pipeline:
         job.unsent = job.unacked = len(works)
         if document is not None:
             self.order.enter(document, works)
-        for work in works:
-            if not work.chunk.text or work.chunk.text.isspace():
-                work.outcome = Outcome(fault=EMPTY_TEXT)
-                known.append(work)
-            else:
-                self._place(work, plan.function, job.started, known)
+        self.place(job, known)
 
     def _place(self, work: Work, function: EmbeddingFunction, now: float, known: list[Parcel]) -> None:
         """What this process remembers needs no window; else the work goes into the fold of its cache key."""
@@ -323,7 +334,7 @@ class Pipeline:
             return lambda now: plain_result(job, index, chunk_id, Status.OK, now)
 
         return [
-            Known(job, chunk_id=chunk_id, outcome=deleted(index, chunk_id), before=list(tombstones(job, chunk_id)))
+            Known(job, chunk_id=chunk_id, outcome=deleted(index, chunk_id), before=Tombstones(job, chunk_id))
             for index, chunk_id in enumerate(ids)
         ]
 
@@ -331,29 +342,31 @@ class Pipeline:
         """What would happen to each chunk: valid or not, tokens and cost as estimates. Nothing is embedded."""
         request, function = job.request, plan.function
         assert function is not None
-        model = function.model
         job.unsent = job.unacked = len(request.chunks)
-        counts = self.ports.counter.count([function.prefix + chunk.text for chunk in request.chunks], model)
-        now = Instant.of(self.ports.clock)
-        parcels = []
-        for index, (chunk, tokens) in enumerate(zip(request.chunks, counts.counts, strict=True)):
-            fault = too_long(tokens, function) if chunk.text.strip() else EMPTY_TEXT
-            kept = min(tokens, model.max_input_tokens)
-            result = replace(
-                plain_result(job, index, chunk.chunk_id, Status.VALID, now),
-                status=Status.INVALID if fault else Status.VALID,
-                error=fault,
-                chunk_metadata=chunk.metadata,
-                provider=self.route.provider_name,
-                model=model.name,
-                vector_space=function.space_name,
-                token_count=kept,
-                token_source=counts.source,
-                cut_tokens=0 if fault else tokens - kept,
-                cost_nanos=cost_of(kept, job),
-            )
-            parcels.append(Known(job, outcome=lambda _, result=result: result))  # type: ignore[misc]
-        return parcels
+
+        def validity(index: int, chunk: Chunk) -> Callable[[Instant], Result]:
+            return lambda now: self._validity(job, function, index, chunk, now)
+
+        return [Known(job, outcome=validity(index, chunk)) for index, chunk in enumerate(request.chunks)]
+
+    def _validity(self, job: Job, function: EmbeddingFunction, index: int, chunk: Chunk, now: Instant) -> Result:
+        model = function.model
+        counts, source = self.ports.counter.count([function.prefix + chunk.text], model)
+        fault = too_long(counts[0], function) if chunk.text.strip() else EMPTY_TEXT
+        kept = min(counts[0], model.max_input_tokens)
+        return replace(
+            plain_result(job, index, chunk.chunk_id, Status.VALID, now),
+            status=Status.INVALID if fault else Status.VALID,
+            error=fault,
+            chunk_metadata=chunk.metadata,
+            provider=self.route.provider_name,
+            model=model.name,
+            vector_space=function.space_name,
+            token_count=kept,
+            token_source=source,
+            cut_tokens=0 if fault else counts[0] - kept,
+            cost_nanos=cost_of(kept, job),
+        )
 
     # Steps 7 and 8
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 from processor.domain import (
     ACTION_ALIASES,
@@ -138,9 +138,18 @@ def messages(result: Result, policy: Policy) -> list[Destination]:
     return sent
 
 
-def tombstones(job: Job, chunk_id: str) -> Iterable[Destination]:
-    """One tombstone for each vector space a delete names."""
-    request = job.request
-    for space in request.vector_spaces:
-        name = vector_id(request.tenant_id, request.collection, request.document_id, chunk_id, space)
-        yield Destination("sink", Tombstone(name, job.source.version))
+class Tombstones(Sequence[Destination]):
+    """One tombstone for each vector space that a delete names. Made as they are sent: they can be 65,000."""
+
+    def __init__(self, job: Job, chunk_id: str) -> None:
+        self._job = job
+        self._chunk_id = chunk_id
+
+    def __len__(self) -> int:
+        return len(self._job.request.vector_spaces)
+
+    def __getitem__(self, index: int) -> Destination:  # type: ignore[override]  # nobody wants a slice
+        request = self._job.request
+        space = request.vector_spaces[index]
+        name = vector_id(request.tenant_id, request.collection, request.document_id, self._chunk_id, space)
+        return Destination("sink", Tombstone(name, self._job.source.version))

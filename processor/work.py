@@ -129,7 +129,8 @@ class Ticket:
 class Job(Ticket):
     """An accepted request in work. `plan` is None when the request was refused as a whole.
 
-    `price` is that of its model when the record was appended, None when there was none.
+    `price` is that of its model when the record was appended, None when there was none. `placed` of its works are
+    queued, or have their outcome.
     """
 
     request: Request
@@ -137,11 +138,17 @@ class Job(Ticket):
     plan: Plan | None = None
     price: Price | None = None
     works: list[Work] = field(default_factory=list, repr=False)
+    placed: int = 0
 
     def close(self) -> None:
         for work in self.works:
             work.fold = None
         self.works = []
+
+    @property
+    def unplaced(self) -> bool:
+        """Whether some of its works are not queued yet; one that is over has none any more."""
+        return self.placed < len(self.works)
 
     @property
     def in_flight(self) -> bool:
