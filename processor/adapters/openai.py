@@ -26,6 +26,7 @@ from openai import (
     DefaultAsyncHttpxClient,
     OpenAIError,
     Timeout,
+    omit,
 )
 
 from processor.adapters.openai_answers import parse_object, read_answer
@@ -35,6 +36,8 @@ from processor.errors import InputRejected, ProviderError, ProviderTransient, Se
 from processor.ports import ProviderAnswer
 
 T = TypeVar("T")
+
+_OPENAI_URL = "https://api.openai.com/v1"
 
 _TEXTS_A_TURN = 256
 """Written as JSON before others have their turn: under a millisecond for chunks of usual size."""
@@ -73,12 +76,16 @@ class OpenAIProvider:
         self._names = dict(models or {})
         self._names_back = {there: here for here, there in self._names.items()}
         self._azure = azure_api_version is not None
+        # The package takes what is not said from variables of its own: a key must not go to the address in one of them,
+        # nor the ids of an organisation to other servers.
+        headers = cast(Mapping[str, str], {"OpenAI-Organization": omit, "OpenAI-Project": omit} if base_url else {})
         self._client: AsyncOpenAI
         if azure_api_version is not None:
             self._client = AsyncAzureOpenAI(
                 api_key=api_key or "none",
                 azure_endpoint=base_url or "",
                 api_version=azure_api_version,
+                default_headers=headers,
                 timeout=timeout,
                 max_retries=0,
                 http_client=carrier,
@@ -86,7 +93,8 @@ class OpenAIProvider:
         else:
             self._client = AsyncOpenAI(
                 api_key=api_key or "none",
-                base_url=base_url or None,
+                base_url=base_url or _OPENAI_URL,
+                default_headers=headers,
                 timeout=timeout,
                 max_retries=0,
                 http_client=carrier,

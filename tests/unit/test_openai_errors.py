@@ -376,6 +376,38 @@ def test_a_key_is_needed_where_openai_itself_is_asked() -> None:
         OpenAIProvider(api_key=None, base_url=None, timeout_s=1, connect_timeout_s=1)
 
 
+@pytest.mark.parametrize(
+    "options,host,header",
+    [
+        ({"base_url": None}, "api.openai.com", "authorization"),
+        ({"base_url": "http://one.test/v1"}, "one.test", "authorization"),
+        ({"base_url": "http://two.test", "azure_api_version": "2024-10-21"}, "two.test", "api-key"),
+    ],
+    ids=["OpenAI", "another server", "Azure"],
+)
+async def test_a_key_goes_nowhere_but_to_its_own_address(
+    options: dict[str, Any], host: str, header: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The package's own variables change neither address nor key, and ids of an organisation stay with OpenAI."""
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://elsewhere.test/v1")
+    monkeypatch.setenv("AZURE_OPENAI_AD_TOKEN", "another")
+    monkeypatch.setenv("OPENAI_ORG_ID", "org")
+    sent: list[httpx2.Request] = []
+
+    async def note(request: httpx2.Request, *args: object, **others: object) -> httpx2.Response:
+        sent.append(request)
+        raise httpx2.ConnectError("not now")
+
+    provider = OpenAIProvider(api_key="sk-own", timeout_s=1, connect_timeout_s=1, **options)
+    monkeypatch.setattr(provider._client._client, "send", note)
+    with pytest.raises(errors.ProviderTransient):
+        await provider.list_models()
+    await provider.close()
+    assert sent[0].url.host == host
+    assert sent[0].headers[header].removeprefix("Bearer ") == "sk-own"
+    assert ("openai-organization" in sent[0].headers) == (host == "api.openai.com")
+
+
 @pytest.mark.parametrize("tokens", [-1, 2**31, 10**30, True, 1.5, "7", None])
 async def test_a_nonsensical_bill_is_none(tokens: Any) -> None:
     """A figure that no call can cost is not read, so it reaches neither a charge nor a cache entry."""
