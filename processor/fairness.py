@@ -89,9 +89,10 @@ class Turns:
         return borrowed
 
     def settle(self, *, charged: Sequence[Text], returned: Sequence[Text]) -> None:
-        """Of the borrowed texts: what is kept is charged like a turn's, what is returned waits as before."""
+        """Of the borrowed texts: what is kept is charged, up to a turn's debt; what is returned waits as before."""
         for text in charged:
-            self._tenants[_tenant_of(text)].credit -= text.tokens
+            tenant = self._tenants[_tenant_of(text)]
+            tenant.credit = max(tenant.credit - text.tokens, -tenant.grant)
         for text in returned:
             heapq.heappush(self._tenants[_tenant_of(text)].texts, text)
         self._remove_idle()

@@ -22,7 +22,8 @@ from processor.domain import (
     TokenSource,
     Truncate,
 )
-from processor.packing import HURRY_S, LOOK_AHEAD, Packer, measure
+from processor.fairness import Text, Turns
+from processor.packing import LOOK_AHEAD, Packer, measure
 from processor.ports import TokenCounts
 from processor.work import Call, Fold, Job, Outcome, Policy, Work
 from tests.support.builders import NOW_MS, a_request, a_source
@@ -287,10 +288,13 @@ def test_a_call_costs_what_it_holds_and_not_what_waits() -> None:
         @revoked.setter
         def revoked(self, value: bool) -> None: ...
 
-    lease = Lease()
-    packer = a_packer(*[a_fold(tokens=1 + i % 7, tenant=f"t{i % 3}", lease=lease) for i in range(5000)])
+    function, lease = a_function(max_inputs_per_call=99), Lease()
+    packer = a_packer(
+        *[a_fold(tokens=9, function=function, tenant=f"t{i % 3}", lease=lease) for i in range(3000)],
+    )
     call = taken(packer)
-    assert asked <= len(call.folds) + LOOK_AHEAD + 1
+    assert len(call.folds) == 4
+    assert asked <= 4 + 1 + LOOK_AHEAD
 
 
 # Fairness
@@ -336,6 +340,40 @@ def test_tenants_get_tokens_by_their_weights() -> None:
         assert long / call.tokens == pytest.approx(0.75, abs=0.12)
 
 
+def test_what_fills_a_gap_is_paid_for() -> None:
+    """Small texts that always fit beside large ones bring their tenant no more than its share."""
+    function = a_function(max_tokens_per_call=100)
+    folds = [a_fold(tokens=60, function=function, tenant="large") for _ in range(600)]
+    folds += [a_fold(tokens=20, function=function, tenant="small") for _ in range(1800)]
+    packer = a_packer(*folds)
+    went = [fold for _ in range(300) for fold in taken(packer).folds]
+    tokens = {name: sum(fold.tokens for fold in went if tenants([fold]) == [name]) for name in ("large", "small")}
+    assert tokens["small"] == pytest.approx(tokens["large"], rel=0.15)
+
+
+def test_a_debt_is_bounded() -> None:
+    """A tenant whose texts filled the calls of others for long pays for a turn of that, and no more."""
+    turns = Turns({})
+    for number in range(1000):
+        fold = a_fold(tokens=100, tenant="ab"[number % 2])
+        turns.push(Text(0.0, number, fold, 100, 400, 1))
+    for _ in range(200):
+        turns.settle(charged=turns.borrow(1), returned=[])
+    went = [text.fold for _ in range(60) if (text := turns.pop()) is not None]
+    assert tenants(went).count("a") >= 20
+
+
+@pytest.mark.parametrize("gone", ["", "ad"], ids=["all", "some"])
+def test_tenants_come_in_the_order_in_which_they_came(gone: str) -> None:
+    """Nobody loses a turn when the tenant before is let go or has nothing left."""
+    lost = FakeLease()
+    packer = a_packer(*[a_fold(tenant=tenant, lease=lost if tenant in gone else None) for tenant in "abcdef"])
+    lost.revoked = True
+    packer.let_go()
+    order = [tenant for call in all_calls(packer, max_tokens=1) for tenant in tenants(call.folds)]
+    assert order == [tenant for tenant in "abcdef" if tenant not in gone]
+
+
 def test_who_leaves_takes_no_credit_along() -> None:
     """A tenant that had nothing waiting has no claim on what it did not use."""
     function = a_function(max_tokens_per_call=10_000, max_inputs_per_call=2048)
@@ -357,8 +395,8 @@ def test_nearly_due_texts_go_first_within_a_tenant() -> None:
 def test_nearly_due_texts_starve_nobody() -> None:
     """What has no deadline gives way to those who have for a minute, and then goes before them."""
     packer = a_packer(a_fold("patient", arrived=0.0))
-    packer.add([a_fold("soon", arrived=HURRY_S, deadline_ms=NOW_MS + 1000)], HURRY_S, NOW_MS)
-    assert taken(packer, now=HURRY_S, max_tokens=1).folds[0].sent == "patient"
+    packer.add([a_fold("soon", arrived=60.0, deadline_ms=NOW_MS + 1000)], 60.0, NOW_MS)
+    assert taken(packer, now=60.0, max_tokens=1).folds[0].sent == "patient"
 
 
 # Deadlines and leases
@@ -418,13 +456,20 @@ def test_what_nobody_wants_is_let_go() -> None:
     assert all(fold.wanted for call in calls for fold in call.folds)
 
 
-def test_a_revoked_tenant_makes_room_for_the_next() -> None:
-    """Turns go on when the tenant whose turn it is has nothing left to send."""
+def test_what_is_kept_keeps_its_order() -> None:
+    """When texts and calls are let go, what is due first among the others still goes first."""
     lost = FakeLease()
-    packer = a_packer(a_fold(tenant="a", lease=lost), a_fold(tenant="b"), a_fold(tenant="c"))
+    packer = a_packer(
+        a_fold("lost", deadline_ms=NOW_MS + 1000, lease=lost),
+        a_fold("last", deadline_ms=NOW_MS + 9000),
+        a_fold("next", deadline_ms=NOW_MS + 5000),
+    )
+    for not_before, lease in ((-9.0, lost), (-1.0, FakeLease()), (-5.0, FakeLease())):
+        packer.retry(Call(TINY, [a_fold(lease=lease)], not_before=not_before))
     lost.revoked = True
     packer.let_go()
-    assert tenants(taken(packer).folds) == ["b", "c"]
+    assert [taken(packer).not_before for _ in range(2)] == [-5.0, -1.0]
+    assert [taken(packer, max_tokens=1).folds[0].sent for _ in range(2)] == ["next", "last"]
 
 
 # When a call is due
@@ -588,7 +633,7 @@ def test_innocent_texts_of_a_search_go_at_once() -> None:
     call = taken(packer)
     packer.add([a_fold("fresh") for _ in range(3)], 1.0, NOW_MS)
     packer.give_back(call.folds, 1.0)
-    assert packer.due_at(1.0, 100.0) == 1.0
-    again, _ = packer.take(1.0, NOW_MS, 100.0, 2)
+    assert packer.due_at(1.0, 10.0) == 1.0
+    again, _ = packer.take(1.0, NOW_MS, 10.0, 2)
     assert again is not None
     assert again.folds == call.folds
