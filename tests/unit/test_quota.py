@@ -9,9 +9,11 @@ from contextlib import asynccontextmanager
 
 import pytest
 
+from processor.app import open_gate
 from processor.errors import ProviderThrottled, RateLimits
 from processor.limits import Gate, LimitPolicy
 from processor.quota import PAUSE_S, QuotaShare
+from processor.settings import load
 from tests.support.quota import MemoryQuota
 from tests.support.steps import VirtualClock
 
@@ -184,3 +186,31 @@ async def test_a_wait_that_one_was_asked_for_is_kept_by_all() -> None:
         since = clock.now_s
         await pass_s(clock, 31)
         assert tokens(crew, since) >= 0.85 * TOKENS_PER_MINUTE / 2
+
+
+@pytest.mark.parametrize(
+    "lane, percent, sharers, part",
+    [
+        ("bulk", 10, 1, 0.9),
+        ("interactive", 10, 1, 0.1),
+        ("bulk", 25, 4, 0.1875),
+        ("bulk", 0, 1, 1.0),
+        ("interactive", 0, 2, 0.5),
+    ],
+)
+def test_a_worker_has_its_lane_s_part_of_the_limits(lane: str, percent: int, sharers: int, part: float) -> None:
+    """The lanes' parts are reserved and make up the whole, and headers are shared out as the settings are."""
+    settings = load(lane=lane, interactive_share_percent=percent)
+    gate = open_gate(settings, 600, 1_000_000, sharers=sharers, clock=VirtualClock())
+    assert gate.tokens.per_minute == pytest.approx(1_000_000 * part)
+    assert gate.requests.per_minute == pytest.approx(600 * part)
+    gate.begin(1).succeeded(1, RateLimits(300, 500_000))
+    assert gate.tokens.per_minute == pytest.approx(500_000 * part)
+    assert gate.requests.per_minute == pytest.approx(300 * part)
+
+
+def test_limits_that_nobody_knows_are_none() -> None:
+    """Neither settings nor headers say any, so nothing is paced."""
+    gate = open_gate(load(), None, None, sharers=4, clock=VirtualClock())
+    assert gate.requests.per_minute is None
+    assert gate.max_call_tokens is None
