@@ -1,11 +1,10 @@
-"""Step 4: what misses measure, how full and how fair the calls made of them are, and when they are due."""
+"""Step 4, second half: how full the calls are that are made of misses, and when they are due."""
 
 from __future__ import annotations
 
-import itertools
 import json
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -14,150 +13,13 @@ from hypothesis import strategies as st
 
 from processor.domain import (
     CallEstimator,
-    EmbeddingFunction,
     ErrorCode,
-    InputType,
-    Item,
-    ModelSpec,
-    TokenSource,
-    Truncate,
 )
-from processor.fairness import Text, Turns
-from processor.packing import LOOK_AHEAD, Packer, measure
-from processor.ports import TokenCounts
-from processor.work import Call, Fold, Job, Outcome, Policy, Work
-from tests.support.builders import NOW_MS, a_request, a_source
-from tests.support.steps import MODEL, FakeLease, VirtualClock, WordCounter
-
-NUMBERS = itertools.count()
-
-
-def a_function(prefix: str = "", truncate: Truncate = Truncate.ERROR, **model: Any) -> EmbeddingFunction:
-    """Of the tiny model (10 words a text, 8 texts and 40 words a call) unless fields of it are given."""
-    spec = replace(MODEL, **model)
-    return EmbeddingFunction(spec, spec.space(4), InputType.DOCUMENT, prefix, truncate)
-
-
-TINY = a_function()
-
-
-def a_fold(
-    text: str = "hello",
-    tokens: int = 1,
-    *,
-    function: EmbeddingFunction = TINY,
-    tenant: str = "acme",
-    arrived: float = 0.0,
-    deadline_ms: int | None = None,
-    lease: FakeLease | None = None,
-) -> Fold:
-    """A measured miss of one work; its text is what its size in bytes is taken from."""
-    number = next(NUMBERS)
-    request = a_request([text], tenant_id=tenant, deadline_ms=deadline_ms)
-    job = Job(lease or FakeLease(), a_source(number), 1, arrived, request=request, request_id=f"r{number}")
-    work = Work(job, chunk_id="c0", chunk=request.chunks[0], item=Item(f"r{number}", 0))
-    fold = work.fold = Fold(b"%d" % number, function, [work], arrived, tokens)
-    fold.sent, fold.tokens, fold.estimated, fold.sent_bytes = text, tokens, tokens, len(text.encode())
-    return fold
-
-
-def a_packer(*folds: Fold, now: float = 0.0, **policy: Any) -> Packer:
-    packer = Packer(Policy(**policy))
-    packer.add(folds, now, NOW_MS)
-    return packer
-
-
-def taken(packer: Packer, *, now: float = 0.0, max_tokens: int | None = None) -> Call:
-    """The next call, without any patience."""
-    call, ended = packer.take(now, NOW_MS, 0.0, max_tokens)
-    assert call is not None
-    assert not ended
-    return call
-
-
-def all_calls(packer: Packer, max_tokens: int | None = None) -> list[Call]:
-    calls = []
-    while packer.next_tokens(0.0, 0.0, max_tokens) is not None:
-        calls.append(taken(packer, max_tokens=max_tokens))
-    return calls
-
-
-def tenants(folds: Iterable[Fold]) -> list[str]:
-    return [fold.works[0].job.request.tenant_id for fold in folds]
-
-
-# Measuring
-
-
-async def measured(*texts: str, **function: Any) -> list[Fold]:
-    """The folds of these texts as `measure` leaves them, counted in words."""
-    folds = [a_fold(text, 0, function=a_function(**function)) for text in texts]
-    for fold in folds:
-        fold.sent = ""
-    await measure(folds, WordCounter(), VirtualClock())
-    return folds
-
-
-async def test_a_miss_is_counted_exactly_with_its_prefix() -> None:
-    """What limits and bills go by is what goes out: the prefix counts."""
-    (fold,) = await measured("grün ist es", prefix="query: ")
-    assert fold.sent == "query: grün ist es"
-    assert (fold.tokens, fold.token_source, fold.cut_tokens, fold.fault) == (4, TokenSource.TOKENIZER, 0, None)
-    assert fold.sent_bytes == len("query: grün ist es") + 1
-
-
-@pytest.mark.parametrize(
-    "estimator, estimated", [(CallEstimator.TOKENS, 3), (CallEstimator.BYTES_4, 4)], ids=["tokens", "bytes"]
-)
-async def test_a_provider_counts_calls_in_its_own_way(estimator: CallEstimator, estimated: int) -> None:
-    """A call is held to the provider's own estimate, which may be UTF-8 bytes x 0.25."""
-    (fold,) = await measured("grün ist es.", call_estimator=estimator)
-    assert fold.estimated == estimated
-
-
-async def test_a_text_over_the_limit_is_a_fault_of_its_own() -> None:
-    """By default an over-long text fails, and its neighbours go out."""
-    long, short = await measured("w " * 11, "w " * 10)
-    assert long.fault is not None
-    assert long.fault.code is ErrorCode.TEXT_TOO_LONG
-    assert (short.fault, short.tokens) == (None, 10)
-
-
-@pytest.mark.parametrize("truncate, kept", [(Truncate.END, "w0 w1"), (Truncate.START, "w10 w11")])
-async def test_a_text_is_cut_around_its_prefix(truncate: Truncate, kept: str) -> None:
-    """Law 6: the prefix is part of the embedding function, so no cut may take it away."""
-    (fold,) = await measured(" ".join(f"w{i}" for i in range(12)), prefix="search query: ", truncate=truncate)
-    assert fold.sent.startswith("search query: ")
-    assert kept in fold.sent
-    assert fold.cut_tokens > 0
-    assert fold.tokens == len(fold.sent.split()) == 10
-
-
-async def test_a_prefix_that_leaves_no_room_stands_alone() -> None:
-    """Cutting ends, whatever the operator's prefix."""
-    (fold,) = await measured("a b c", prefix="p " * 10, truncate=Truncate.START)
-    assert fold.sent == "p " * 10
-
-
-async def test_counting_gives_others_a_turn() -> None:
-    """No more than some 16 KB of text are counted between two turns of the event loop."""
-    turns: list[int] = []
-    counted = 0
-
-    class Clock(VirtualClock):
-        async def sleep(self, seconds: float) -> None:
-            turns.append(counted)
-
-    class Counter(WordCounter):
-        def count(self, texts: Sequence[str], model: ModelSpec) -> TokenCounts:
-            nonlocal counted
-            counted += sum(map(len, texts))
-            return super().count(texts, model)
-
-    await measure([a_fold("w" * 1000) for _ in range(100)], Counter(), Clock())
-    assert counted == 100_000
-    assert max(later - before for before, later in itertools.pairwise([0, *turns])) <= 17_000
-
+from processor.packing import LOOK_AHEAD
+from processor.work import Call, Fold, Outcome
+from tests.support.builders import NOW_MS
+from tests.support.folds import TINY, a_fold, a_function, a_packer, all_calls, taken
+from tests.support.steps import FakeLease
 
 # Packing
 
@@ -295,108 +157,6 @@ def test_a_call_costs_what_it_holds_and_not_what_waits() -> None:
     call = taken(packer)
     assert len(call.folds) == 4
     assert asked <= 4 + 1 + LOOK_AHEAD
-
-
-# Fairness
-
-
-def test_a_small_tenant_waits_for_a_bounded_number_of_calls() -> None:
-    """A tenant's thousands delay another's ten texts by the call that is made of what waited before, and no more."""
-    function = a_function(max_tokens_per_call=20_000, max_inputs_per_call=2048)
-    packer = a_packer(*[a_fold(tokens=150, function=function, tenant="large") for _ in range(5_000)])
-    taken(packer)
-    packer.add([a_fold(tokens=150, function=function, tenant="small") for _ in range(10)], 1.0, NOW_MS)
-    assert tenants(taken(packer).folds).count("small") == 10
-
-
-@settings(max_examples=20, deadline=None)
-@given(st.integers(1, 60), st.integers(1, 200), st.integers(1, 5))
-def test_the_delay_by_other_tenants_is_bounded(others: int, tokens: int, weight: int) -> None:
-    """Until a tenant's n tokens are out, others get at most their turns meanwhile: a turn and a text each round."""
-    function = a_function(max_tokens_per_call=8192, max_inputs_per_call=2048)
-    packer = a_packer(tenant_weights={"small": weight})
-    for other in range(others):
-        packer.add([a_fold(tokens=170, function=function, tenant=f"o{other}") for _ in range(80)], 0.0, NOW_MS)
-    taken(packer)
-    packer.add([a_fold(tokens=tokens, function=function, tenant="small") for _ in range(10)], 0.0, NOW_MS)
-    rounds = -(-10 * tokens // (1024 * weight)) + 1
-    bound = 1 + (rounds * others * (1024 + 170) + 10 * tokens) // 8000
-    small = calls = 0
-    while small < 10:
-        small += tenants(taken(packer).folds).count("small")
-        calls += 1
-    assert calls <= bound
-
-
-def test_tenants_get_tokens_by_their_weights() -> None:
-    """Tokens, not texts, are shared, over calls and within each of them."""
-    function = a_function(max_tokens_per_call=16_000, max_inputs_per_call=2048)
-    folds = [a_fold(tokens=300, function=function, tenant="long") for _ in range(500)]
-    folds += [a_fold(tokens=20, function=function, tenant="short") for _ in range(8000)]
-    packer = a_packer(*folds, tenant_weights={"long": 3})
-    for _ in range(8):
-        call = taken(packer)
-        long = sum(fold.tokens for fold in call.folds if tenants([fold]) == ["long"])
-        assert long / call.tokens == pytest.approx(0.75, abs=0.12)
-
-
-def test_what_fills_a_gap_is_paid_for() -> None:
-    """Small texts that always fit beside large ones bring their tenant no more than its share."""
-    function = a_function(max_tokens_per_call=100)
-    folds = [a_fold(tokens=60, function=function, tenant="large") for _ in range(600)]
-    folds += [a_fold(tokens=20, function=function, tenant="small") for _ in range(1800)]
-    packer = a_packer(*folds)
-    went = [fold for _ in range(300) for fold in taken(packer).folds]
-    tokens = {name: sum(fold.tokens for fold in went if tenants([fold]) == [name]) for name in ("large", "small")}
-    assert tokens["small"] == pytest.approx(tokens["large"], rel=0.15)
-
-
-def test_a_debt_is_bounded() -> None:
-    """A tenant whose texts filled the calls of others for long pays for a turn of that, and no more."""
-    turns = Turns({})
-    for number in range(1000):
-        fold = a_fold(tokens=100, tenant="ab"[number % 2])
-        turns.push(Text(0.0, number, fold, 100, 400, 1))
-    for _ in range(200):
-        turns.settle(charged=turns.borrow(1), returned=[])
-    went = [text.fold for _ in range(60) if (text := turns.pop()) is not None]
-    assert tenants(went).count("a") >= 20
-
-
-@pytest.mark.parametrize("gone", ["", "ad"], ids=["all", "some"])
-def test_tenants_come_in_the_order_in_which_they_came(gone: str) -> None:
-    """Nobody loses a turn when the tenant before is let go or has nothing left."""
-    lost = FakeLease()
-    packer = a_packer(*[a_fold(tenant=tenant, lease=lost if tenant in gone else None) for tenant in "abcdef"])
-    lost.revoked = True
-    packer.let_go()
-    order = [tenant for call in all_calls(packer, max_tokens=1) for tenant in tenants(call.folds)]
-    assert order == [tenant for tenant in "abcdef" if tenant not in gone]
-
-
-def test_who_leaves_takes_no_credit_along() -> None:
-    """A tenant that had nothing waiting has no claim on what it did not use."""
-    function = a_function(max_tokens_per_call=10_000, max_inputs_per_call=2048)
-    packer = a_packer(*[a_fold(tokens=100, function=function, tenant="busy") for _ in range(1000)])
-    for _ in range(5):
-        packer.add([a_fold(tokens=1, function=function, tenant="rare")], 0.0, NOW_MS)
-        taken(packer)
-    packer.add([a_fold(tokens=100, function=function, tenant="rare") for _ in range(1000)], 0.0, NOW_MS)
-    assert tenants(taken(packer).folds).count("rare") <= 60
-
-
-def test_nearly_due_texts_go_first_within_a_tenant() -> None:
-    """A deadline goes before what has none, the nearer one before the farther one."""
-    folds = [a_fold("none"), a_fold("late", deadline_ms=NOW_MS + 9000), a_fold("soon", deadline_ms=NOW_MS + 5000)]
-    packer = a_packer(*folds)
-    assert [taken(packer, max_tokens=1).folds[0].sent for _ in folds] == ["soon", "late", "none"]
-
-
-def test_nearly_due_texts_starve_nobody() -> None:
-    """What has no deadline gives way to those who have for a minute, and then goes before them."""
-    packer = a_packer(a_fold("patient", arrived=0.0))
-    packer.add([a_fold("soon", arrived=60.0, deadline_ms=NOW_MS + 1000)], 60.0, NOW_MS)
-    assert taken(packer, now=60.0, max_tokens=1).folds[0].sent == "patient"
 
 
 # Deadlines and leases
