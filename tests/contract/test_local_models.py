@@ -27,7 +27,7 @@ from processor.adapters.tokens import LocalTokenCounter, WordPiece
 from processor.domain import EmbeddingFunction, InputType, ModelSpec, Truncate
 from processor.errors import CallTooLarge, InputRejected, ProviderTransient, SettingsError
 from processor.settings import load
-from tests.support.tiny_onnx import greedy, lookup, write_export
+from tests.support.tiny_onnx import greedy, lookup, pooling_itself, write_export
 
 VOCABULARY, SIZE = 30_522, 12
 TABLE: NDArray[np.float32] = np.random.default_rng(5).normal(0.1, 1.0, (VOCABULARY, SIZE)).astype(np.float32)
@@ -107,6 +107,20 @@ async def test_what_a_model_is_comes_from_its_files(tmp_path: Path) -> None:
     assert model.prefixes == {InputType.QUERY: "find: ", InputType.DOCUMENT: "text: "}
     assert model.answers_as == frozenset({"mine"})
     assert model.prices == ()
+
+
+@pytest.mark.parametrize(
+    "default,query,document", [("query", "q: ", "q: "), ("plain", "q: ", None), (None, "q: ", None)]
+)
+def test_a_default_prompt_stands_for_what_has_none(
+    default: str | None, query: str, document: str | None, tmp_path: Path
+) -> None:
+    """An empty one is none, as one that is not there."""
+    directory = write_export(tmp_path / "m", lookup(TABLE), tokenizer_file(), pooling=MEAN)
+    prompts = {"prompts": {"query": "q: ", "plain": ""}, "default_prompt_name": default}
+    (directory / "config_sentence_transformers.json").write_text(json.dumps(prompts))
+    prefixes = local_files.locate(directory).prefixes
+    assert (prefixes.get(InputType.QUERY), prefixes.get(InputType.DOCUMENT)) == (query, document)
 
 
 async def test_the_catalogue_overrides_the_files(tmp_path: Path) -> None:
@@ -193,13 +207,16 @@ async def test_a_model_whose_vectors_depend_on_their_neighbours_runs_text_by_tex
             assert np.array_equal(vector, alone.vectors[0])
 
 
-async def test_a_model_that_pools_itself_is_taken_at_its_word(tmp_path: Path) -> None:
-    """An output of one vector a text is not pooled again: here each token's, of texts of one token."""
-    write_export(tmp_path / "m", lookup(TABLE, output="sentence_embedding"), tokenizer_file(), pooling=MEAN)
+@pytest.mark.parametrize("at_once", [None, 1])
+async def test_a_model_that_pools_itself_is_taken_at_its_word(at_once: int | None, tmp_path: Path) -> None:
+    """An output of one vector a text is not pooled again; here one that sees padding, or takes one text at a time."""
+    model_file = pooling_itself(TABLE, texts=at_once)
+    write_export(tmp_path / "m", model_file, tokenizer_file(), pooling=MEAN)
     async with running(tmp_path / "m") as (provider, model):
-        answer = await provider.embed(["word"], function_of(model), "attempt")
-    whole = mean(TABLE[tokens_of("word")])
-    assert answer.vectors[0] == pytest.approx(whole / np.linalg.norm(whole), abs=1e-5)
+        answer = await provider.embed(TEXTS, function_of(model), "attempt")
+    for text, vector in zip(TEXTS, answer.vectors, strict=True):
+        whole = TABLE[tokens_of(text)].max(axis=0)
+        assert vector == pytest.approx(whole / np.linalg.norm(whole), abs=1e-5)
 
 
 async def test_too_little_memory_asks_for_smaller_calls(tmp_path: Path) -> None:

@@ -18,16 +18,29 @@ _INT64, _FLOAT = 7, 1
 _OPSET = 13
 
 
-def lookup(table: NDArray[np.float32], *, mixing: bool = False, output: str = "last_hidden_state") -> bytes:
+def lookup(table: NDArray[np.float32], *, mixing: bool = False) -> bytes:
     """A model whose token vectors are the rows of `table`; `mixing` divides all by the greatest value of the run, as
     quantising over a whole run does."""
+    output = "last_hidden_state"
     nodes = [_node("Gather", ["table", "input_ids"], ["rows" if mixing else output])]
     if mixing:
         nodes += [
             _node("ReduceMax", ["rows"], ["greatest"]),
             _node("Div", ["rows", "greatest"], [output]),
         ]
-    return _model(nodes, {"table": table}, output, [None, None, table.shape[1]])
+    return _model(nodes, {"table": table}, [(output, [None, None, table.shape[1]])])
+
+
+def pooling_itself(table: NDArray[np.float32], *, texts: int | None = None) -> bytes:
+    """A model with one output, a text's: the greatest of each value of its tokens' rows, padding's among them.
+
+    `texts`: how many it takes at once, None: any number.
+    """
+    nodes = [
+        _node("Gather", ["table", "input_ids"], ["rows"]),
+        _node("ReduceMax", ["rows"], ["sentence_embedding"], axis=1),
+    ]
+    return _model(nodes, {"table": table}, [("sentence_embedding", [texts, table.shape[1]])], texts=texts)
 
 
 def greedy(table: NDArray[np.float32], *, from_tokens: int) -> bytes:
@@ -50,7 +63,7 @@ def greedy(table: NDArray[np.float32], *, from_tokens: int) -> bytes:
         "limit": np.array([from_tokens], np.int64),
         "huge": np.array([1 << 40], np.int64),
     }
-    return _model(nodes, constants, "last_hidden_state", [None, None, table.shape[1]])
+    return _model(nodes, constants, [("last_hidden_state", [None, None, table.shape[1]])])
 
 
 def write_export(
@@ -88,28 +101,33 @@ def write_export(
 
 
 def _model(
-    nodes: Sequence[bytes], constants: dict[str, NDArray[Any]], output: str, output_shape: Sequence[int | None]
+    nodes: Sequence[bytes],
+    constants: dict[str, NDArray[Any]],
+    outputs: Sequence[tuple[str, Sequence[int | None]]],
+    *,
+    texts: int | None = None,
 ) -> bytes:
     graph = b"".join(
         [
             *(_bytes(1, node) for node in nodes),
             _bytes(2, b"tiny"),
             *(_bytes(5, _tensor(name, array)) for name, array in constants.items()),
-            *(_bytes(11, _value(name, _INT64, [None, None])) for name in INPUTS),
-            _bytes(12, _value(output, _FLOAT, output_shape)),
+            *(_bytes(11, _value(name, _INT64, [texts, None])) for name in INPUTS),
+            *(_bytes(12, _value(name, _FLOAT, shape)) for name, shape in outputs),
         ]
     )
     return _number(1, 8) + _bytes(7, graph) + _bytes(8, _bytes(1, b"") + _number(2, _OPSET))
 
 
-def _node(operator: str, inputs: Sequence[str], outputs: Sequence[str]) -> bytes:
+def _node(operator: str, inputs: Sequence[str], outputs: Sequence[str], *, axis: int | None = None) -> bytes:
     return b"".join(
         [
             *(_bytes(1, name.encode()) for name in inputs),
             *(_bytes(2, name.encode()) for name in outputs),
             _bytes(4, operator.encode()),
-            # ReduceMax and ReduceSum: keep no dimensions, so that what they give is one number.
+            # What is reduced is left out of the shape: an attribute of kind INT (2); the axes are INTS (7), or all.
             *([_bytes(5, _bytes(1, b"keepdims") + _number(3, 0) + _number(20, 2))] if "Reduce" in operator else []),
+            *([_bytes(5, _bytes(1, b"axes") + _number(8, axis) + _number(20, 7))] if axis is not None else []),
         ]
     )
 
