@@ -28,12 +28,19 @@ CHUNKS = 5
 FAULTS = ["500", "429", "503", "reset", "reset_billed", "hang", "hang_billed", "truncated_body", "broken_json"]
 FAULTS += ["200_error", "wrong_count", "nan", "zero_vector", "wrong_dimension", "wrong_model", "duplicate_index"]
 FAULTS += ["shuffled"]
-QUICK = {"EMBEDDING_RETRY_INITIAL_S": "0.05", "EMBEDDING_RETRY_MAX_S": "0.5", "EMBEDDING_PROVIDER_TIMEOUT_S": "2"}
+QUICK_RETRY_MAX_S = 0.5
+QUICK = {
+    "EMBEDDING_RETRY_INITIAL_S": "0.05",
+    "EMBEDDING_RETRY_MAX_S": str(QUICK_RETRY_MAX_S),
+    "EMBEDDING_PROVIDER_TIMEOUT_S": "2",
+}
 
 SCALE = 30
 OUTAGE_S = 600 / SCALE
 RETRY_INITIAL_S, RETRY_MAX_S = 0.5 / SCALE, 30 / SCALE
 POISON_ATTEMPTS = 5
+WAVES = 20
+"""Of neighbours, so that the provider still succeeds for others while the text is looked for."""
 
 Tell = Callable[[str], None]
 
@@ -97,14 +104,15 @@ async def test_ten_minutes_without_a_provider_end_with_one_probe(fault: str, beg
 @pytest.mark.faults
 async def test_a_text_that_always_fails_is_found_among_its_neighbours(begin: Begin, tell: Tell) -> None:
     """It ends as `provider_rejects` after few calls, all other texts get their vectors, and nobody waits for it."""
-    call_texts = 512
     poison = a_request(["first", "the poisoned text", "last"], correlation_id="poison", document_id="poison")
     quick = QUICK | {"EMBEDDING_POISON_ATTEMPTS": str(POISON_ATTEMPTS)}
-    async with begin("--base-ms", "20", call_texts=call_texts, **quick) as world:
+    async with begin("--base-ms", "20", call_texts=512, **quick) as world:
         world.provider.admin("faults", {"poison": {"the poisoned text": "500"}})
         await world.a_worker()
-        requests = hard_requests(1500, chunks=CHUNKS, seed=4)
-        await world.traffic.send([*requests[:700], poison, *requests[700:]])
+        await world.traffic.send([*hard_requests(500, chunks=CHUNKS, seed=4), poison])
+        for wave in range(WAVES):
+            await world.traffic.send(hard_requests(20, chunks=CHUNKS, seed=5 + wave))
+            await asyncio.sleep(QUICK_RETRY_MAX_S / 2)
         books, _, _ = await world.finish_and_audit(refused={"the poisoned text": "provider_rejects"})
     tries = [
         [item[:2] for item in call.items]
