@@ -90,6 +90,7 @@ async def test_an_export_is_pooled_and_normalised_as_its_files_say(
     config = {"word_embedding_dimension": SIZE, **flags}
     write_export(tmp_path / "m", lookup(TABLE), tokenizer_file(), pooling=config, modules=modules)
     async with running(tmp_path / "m") as (provider, model):
+        assert provider._provider._piece_tokens > 1
         answer = await provider.embed(TEXTS, function_of(model), "attempt")
     assert (model.normalised, list(answer.indices)) == (normalised, list(range(len(TEXTS))))
     for text, vector in zip(TEXTS, answer.vectors, strict=True):
@@ -201,6 +202,7 @@ async def test_a_model_whose_vectors_depend_on_their_neighbours_runs_text_by_tex
     """Else a text's vector would depend on what happened to wait beside it."""
     write_export(tmp_path / "m", lookup(TABLE, mixing=True), tokenizer_file(), pooling=MEAN, modules=("Pooling",))
     async with running(tmp_path / "m") as (provider, model):
+        assert provider._provider._piece_tokens == 1
         together = await provider.embed(TEXTS, function_of(model), "attempt")
         for text, vector in zip(TEXTS, together.vectors, strict=True):
             alone = await provider.embed([text], function_of(model), "attempt")
