@@ -217,6 +217,13 @@ async def test_names_of_a_deployment_are_translated_both_ways() -> None:
     assert server.received[0].body["model"] == "embed-v4.0"
 
 
+async def test_half_a_surrogate_pair_is_refused_and_not_sent(server: CohereServer, provider: CohereProvider) -> None:
+    """It can't be written as UTF-8; the error does not quote it."""
+    with pytest.raises(InputRejected, match="not_unicode") as caught:
+        await provider.embed(["fine", "canary \ud800"], a_function(), "a")
+    assert (caught.value.__context__, server.ledger) == (None, [])
+
+
 async def test_nobody_listening_is_transient() -> None:
     """A refused connection is tried again."""
     async with CohereServer() as server:
