@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import gc
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -110,6 +110,18 @@ def open_gate(
         retry_after_max_s=settings.retry_after_max_s,
     )
     return Gate(clock, policy)
+
+
+def watch_gate(metrics: Metrics, name: str, gate: Gate) -> None:
+    """Let the gauges of a deployment tell what its gate does."""
+
+    def tell(metric: str, value: Callable[[], float]) -> None:
+        metrics.gauge(metric).labels(name).set_function(value)
+
+    tell("deployment_paused", lambda: float(gate.paused is not None))
+    tell("deployment_calls_in_flight", lambda: gate.in_flight)
+    tell("deployment_concurrency", lambda: float(gate.snapshot()["concurrency"] or 0))
+    tell("deployment_wait_seconds", lambda: float(gate.snapshot()["waits_s"] or 0))
 
 
 class Process:
@@ -221,6 +233,8 @@ class WorkerProcess(Process):
         self.metrics.gauge("read_ahead_bytes").set_function(lambda: self.worker.held_bytes)
         self.metrics.gauge("queued_texts").set_function(lambda: self.worker.queued_texts)
         self.metrics.gauge("provider_paused").set_function(lambda: float(self.route.paused is not None))
+        for deployment in deployments:
+            watch_gate(self.metrics, deployment.name, deployment.gate)
 
     async def _start(self) -> None:
         await super()._start()

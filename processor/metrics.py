@@ -1,6 +1,7 @@
 """Every metric, declared once: name, kind, closed labels and help. The docs table is made from this list.
 
-No label holds an id, a tenant or a text: the number of series is bounded by the words of our own open sets.
+No label holds an id, a tenant or a text: the number of series is bounded by the words of our own open sets and by the
+names in the settings.
 """
 
 from __future__ import annotations
@@ -44,8 +45,12 @@ METRICS = (
         (),
         "Bytes of records admitted and not yet finished, 4,000 and its vector added a text.",
     ),
-    Metric("queued_texts", "gauge", (), "Distinct texts waiting for a window."),
-    Metric("provider_paused", "gauge", (), "1 while the provider's stream is paused; /health/detailed says why."),
+    Metric("queued_texts", "gauge", (), "Distinct texts that wait for a window or a call."),
+    Metric("provider_paused", "gauge", (), "1 while every deployment is paused; /health/detailed says why."),
+    Metric("deployment_paused", "gauge", ("deployment",), "1 while the deployment is passed over, but for probes."),
+    Metric("deployment_calls_in_flight", "gauge", ("deployment",), "Calls of a deployment in flight."),
+    Metric("deployment_concurrency", "gauge", ("deployment",), "Calls in flight that are worth their while now."),
+    Metric("deployment_wait_seconds", "gauge", ("deployment",), "Time until it is called again at all; 0: no wait."),
     Metric(
         "longest_loop_hold_seconds",
         "gauge",

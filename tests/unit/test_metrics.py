@@ -9,7 +9,11 @@ from pathlib import Path
 import pytest
 from prometheus_client import generate_latest
 
+from processor.app import watch_gate
+from processor.errors import ProviderPaused, ProviderThrottled
+from processor.limits import Gate, LimitPolicy
 from processor.metrics import METRICS, Metrics
+from tests.support.steps import VirtualClock
 
 SOURCES = Path(__file__).resolve().parents[2] / "processor"
 DECLARED = {metric.name: metric for metric in METRICS}
@@ -41,3 +45,33 @@ def test_a_process_exposes_all_of_them() -> None:
     exposed = generate_latest(Metrics().registry).decode()
     for metric in METRICS:
         assert f"embedding_{metric.name}" in exposed
+
+
+def test_each_deployment_tells_what_its_gate_does() -> None:
+    """Calls in flight, how many there may be, waits and pauses are read when the page is, of each deployment apart."""
+    metrics, clock = Metrics(), VirtualClock()
+    first, second = (
+        Gate(clock, LimitPolicy(max_concurrent_calls=3, retry_initial_s=1.0), jitter=lambda low, high: high)
+        for _ in range(2)
+    )
+    watch_gate(metrics, "first", first)
+    watch_gate(metrics, "second", second)
+
+    def told(deployment: str) -> dict[str, float | None]:
+        labels = {"deployment": deployment}
+        words = ("calls_in_flight", "concurrency", "wait_seconds", "paused")
+        return {word: metrics.registry.get_sample_value(f"embedding_deployment_{word}", labels) for word in words}
+
+    idle = {"calls_in_flight": 0, "concurrency": 3, "wait_seconds": 0, "paused": 0}
+    assert told("first") == told("second") == idle
+    permits = [first.begin(10), first.begin(10), first.begin(10)]
+    assert told("first") == idle | {"calls_in_flight": 3}
+    permits[0].failed(ProviderThrottled("rate_limited", http_status=429, retry_after_s=7.0))
+    waiting = told("first")
+    assert waiting["calls_in_flight"] == 2
+    assert waiting["concurrency"] == pytest.approx(2.1)
+    assert waiting["wait_seconds"] == pytest.approx(7.1)
+    assert waiting["paused"] == 0
+    permits[1].failed(ProviderPaused("key_refused", http_status=401))
+    assert told("first")["paused"] == 1
+    assert told("second") == idle
