@@ -251,8 +251,8 @@ class QuotaGrant(NamedTuple):
 class SharedQuota(Protocol):
     """The requests and tokens a minute that all workers of a lane share on one account of a provider.
 
-    What was granted is spent, whatever becomes of it. Over any time no more is granted than flows in, and a second's
-    worth. A quota that is new, or was lost, begins empty. An unknown limit grants nothing.
+    What was granted is spent, whatever becomes of it. Over any time no more is granted than flows in, and half a
+    second's worth. A quota that is new, or was lost, begins empty. An unknown limit grants nothing.
     """
 
     async def lease(

@@ -36,7 +36,7 @@ for i, name in ipairs({'requests', 'tokens'}) do
         rate, heard = said, said_at
     end
     local per_s = rate / 60 * pace
-    level = math.min(math.max(1, per_s), level + passed_s * per_s)
+    level = math.min(math.max(1, per_s / 2), level + passed_s * per_s)
     local granted = 0
     if now >= wait_until then granted = math.max(0, math.min(wanted, level)) end
     level = level - granted
@@ -52,7 +52,7 @@ redis.call('HSET', KEYS[1], unpack(kept))
 redis.call('EXPIRE', KEYS[1], kept_s)
 return answer
 """
-"""A bucket holds a second's worth, and one at least, and starts empty. The server's clock is the only one."""
+"""A bucket holds half a second's worth, and one at least, and starts empty. The server's clock is the only one."""
 
 
 class RedisQuota:

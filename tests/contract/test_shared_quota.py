@@ -65,23 +65,23 @@ async def case(request: pytest.FixtureRequest, unique: str) -> AsyncIterator[Cas
 
 
 def about(amount: float) -> object:
-    """The real server's clock goes on while the test runs: up to half a second of a thousand tokens."""
-    return pytest.approx(amount, rel=1e-6, abs=500)
+    """The real server's clock goes on while the test runs: up to a seventh of a second of a thousand tokens."""
+    return pytest.approx(amount, rel=1e-6, abs=150)
 
 
 async def test_it_begins_empty_and_fills_at_the_rate(case: Case) -> None:
     """No burst at the start, then what flows in and no more."""
     assert (await case.tokens()).granted == about(0)
-    await case.pass_s(0.9)
-    assert (await case.tokens()).granted == about(900)
+    await case.pass_s(0.3)
+    assert (await case.tokens()).granted == about(300)
     assert (await case.tokens()).granted == about(0)
 
 
-async def test_it_holds_a_second_s_worth(case: Case) -> None:
+async def test_it_holds_half_a_second_s_worth(case: Case) -> None:
     """An hour without anybody is no reason for a burst."""
     await case.tokens()
     await case.pass_s(3600)
-    assert (await case.tokens()).granted == pytest.approx(1000)
+    assert (await case.tokens()).granted == pytest.approx(500)
 
 
 async def test_no_more_is_granted_than_wanted(case: Case) -> None:
@@ -90,7 +90,7 @@ async def test_no_more_is_granted_than_wanted(case: Case) -> None:
     await case.pass_s(60)
     assert (await case.tokens(300)).granted == pytest.approx(300)
     assert (await case.tokens(0)).granted == 0
-    assert (await case.tokens()).granted >= 699
+    assert (await case.tokens()).granted >= 199
 
 
 async def test_a_rate_below_one_a_second_gathers_to_one(case: Case) -> None:
@@ -114,7 +114,7 @@ async def test_accounts_are_apart(case: Case) -> None:
     await case.tokens()
     await case.tokens(account="b", per_minute=6_000)
     await case.pass_s(60)
-    assert (await case.tokens()).granted == pytest.approx(1000)
+    assert (await case.tokens()).granted == pytest.approx(500)
     assert (await case.tokens(account="b", per_minute=6_000)).per_minute == 6_000
 
 
@@ -139,7 +139,7 @@ async def test_a_wait_that_one_was_asked_for_is_kept_by_all(case: Case) -> None:
     await case.pass_s(10)
     assert (await case.tokens()).granted == 0
     await case.pass_s(6)
-    assert (await case.tokens()).granted == pytest.approx(1000)
+    assert (await case.tokens()).granted == pytest.approx(500)
 
 
 # --- Redis alone

@@ -54,7 +54,7 @@ def _grant(limit: Shared, ask: QuotaAsk, passed_s: float, now: float, pace: floa
     if ask.per_minute is not None and (limit.heard_at is None or (said_at is not None and said_at >= limit.heard_at)):
         limit.per_minute, limit.heard_at = ask.per_minute, said_at
     per_s = limit.per_minute / 60 * pace
-    limit.level = min(max(1.0, per_s), limit.level + passed_s * per_s)
+    limit.level = min(max(1.0, per_s / 2), limit.level + passed_s * per_s)
     granted = 0.0 if closed else max(0.0, min(ask.wanted, limit.level))
     limit.level -= granted
     return QuotaGrant(
