@@ -109,13 +109,13 @@ class Settings(BaseSettings):
         ("embedding-replies",),
         description="Topics a request may name in reply_to (there in full, here without prefix), separated by commas.",
     )
-    window_max_texts: int = Field(512, gt=0, description="A window closes at this many texts.")
+    window_max_texts: int = Field(512, gt=0, description="A window (texts looked up together) closes at this many.")
     window_max_tokens: int = Field(200_000, gt=0, description="A window closes at this many tokens (bytes / 4).")
     window_max_wait_ms: int = Field(50, ge=0, description="A window closes after this wait; interactive: at once.")
     max_concurrent_calls: int = Field(
         16,
         gt=0,
-        description="Most provider calls in flight per worker; it finds out by itself how many of them pay.",
+        description="Most provider calls in flight per worker and deployment; it finds out by itself how many pay.",
         validation_alias=_alias("EMBEDDING_MAX_CONCURRENT_CALLS", "WORKER_COUNT"),
     )
     read_ahead_bytes: int = Field(
@@ -142,8 +142,8 @@ class Settings(BaseSettings):
     # Provider
     provider: Literal["openai", "azure", "cohere", "local", "sentence-transformers"] = Field(
         "openai",
-        description="openai (or any server of its embeddings API), azure (its deployments in the file below), cohere, "
-        "local (ONNX) or sentence-transformers.",
+        description="openai (or any server of its embeddings API), azure (a base URL ending in /openai/v1, or the "
+        "deployments file), cohere, local (ONNX) or sentence-transformers.",
     )
     default_model: str | None = Field(
         None,
@@ -207,7 +207,7 @@ class Settings(BaseSettings):
     )
     tenant_weights: Annotated[dict[str, int], NoDecode] = Field(
         default_factory=dict,
-        description='Shares of tenants in the calls, JSON such as {"acme": 3}; others have 1.',
+        description='Shares of tenants in the tokens of calls, JSON such as {"acme": 3}; others have 1.',
     )
     retry_initial_s: float = Field(
         0.5, gt=0, description="First backoff after a transient fault; doubles, full jitter."
@@ -216,7 +216,8 @@ class Settings(BaseSettings):
     poison_attempts: int = Field(
         5,
         gt=0,
-        description="A text that failed so often while others succeeded is bisected out as provider_rejects.",
+        description="A call that failed so often while others succeeded is searched for the text at fault, which "
+        "ends as provider_rejects.",
     )
     local_model_path: Path | None = Field(
         None,

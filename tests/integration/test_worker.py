@@ -110,6 +110,7 @@ async def running(kafka: Broker, redis_url: str, unique: str, tmp_path: Path) ->
         for child in children:
             page = await asyncio.to_thread(_metrics, child)
             assert "embedding_" in page
+            assert ('embedding_deployment_paused{deployment="openai"} 0.0' in page) is child.name.startswith("worker")
             assert CANARY not in page
             assert child.stop() == 0, child.tail()
             assert CANARY not in child.log.read_text(errors="replace"), "a text or a secret in a log"
