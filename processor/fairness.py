@@ -57,7 +57,7 @@ class Turns:
         name = _tenant_of(text)
         tenant = self._tenants.get(name)
         if tenant is None:
-            tenant = self._tenants[name] = _Tenant(name, TURN_TOKENS * max(1, self._weights.get(name, 1)))
+            tenant = self._tenants[name] = _Tenant(name, TURN_TOKENS * self._weights.get(name, 1))
             self._ring.append(tenant)
             if len(self._ring) == 1:
                 self._begin_turn()

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import (
     AliasChoices,
     Field,
+    PositiveInt,
     SecretStr,
     ValidationError,
     ValidationInfo,
@@ -205,7 +206,7 @@ class Settings(BaseSettings):
     retry_after_max_s: float = Field(
         300.0, gt=0, description="Longest wait that a Retry-After of the provider can ask for."
     )
-    tenant_weights: Annotated[dict[str, int], NoDecode] = Field(
+    tenant_weights: Annotated[dict[str, PositiveInt], NoDecode] = Field(
         default_factory=dict,
         description='Shares of tenants in the tokens of calls, JSON such as {"acme": 3}; others have 1.',
     )

@@ -31,3 +31,10 @@ def test_what_is_served_fits_into_a_record() -> None:
     with pytest.raises(SettingsError, match="EMBEDDING_MAX_REQUEST_BYTES"):
         load(max_request_bytes=950_001)
     assert load(max_request_bytes=950_000).max_request_bytes == 950_000
+
+
+def test_every_tenant_has_a_share() -> None:
+    """A weight of 0 would be a tenant that is never served."""
+    with pytest.raises(SettingsError, match="EMBEDDING_TENANT_WEIGHTS"):
+        load(tenant_weights={"acme": 0})
+    assert load(tenant_weights={"acme": 3}).tenant_weights == {"acme": 3}
