@@ -26,7 +26,6 @@ SLICE_BYTES = 256 * 1024
 MAX_BILL_TOKENS = 2**31 - 1
 """More for one call is nonsense, and no usage that could be read."""
 
-_HEAD_BYTES = 4096
 _HEAD = re.compile(rb'\s*\{\s*(?:"\w+"\s*:\s*(?:"[^"\\]*"|[\w.+-]+)\s*,\s*)*"data"\s*:\s*\[\s*')
 """The answer's beginning up to the first row, where nothing but plain members comes before the rows."""
 
@@ -62,12 +61,9 @@ async def read_answer(
     sliced = as_base64 = True
     async for chunk in chunks:
         waiting += chunk
-        if sliced and not head:
-            found = _HEAD.match(waiting)
-            if found:
-                head = bytes(waiting[: found.end()])
-                del waiting[: found.end()]
-            sliced = bool(head) or len(waiting) < _HEAD_BYTES
+        if not head and (found := _HEAD.match(waiting)):
+            head = bytes(waiting[: found.end()])
+            del waiting[: found.end()]
         # Rows hold no braces but their own: the first one that closes, past a slice, ends a row.
         while sliced and head and (end := waiting.find(b"}", SLICE_BYTES) + 1):
             piece = b"[" + waiting[:end].lstrip(b", \t\r\n") + b"]"

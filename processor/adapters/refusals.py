@@ -73,7 +73,7 @@ def _classified(
     answer = status if answered else None
     if words & _QUOTA:
         return ProviderPaused("quota_exhausted", http_status=answer)
-    if status not in {401, 402, 403, 429} and (status >= 400 or not answered) and _MEMORY_WORDS.search(message):
+    if status not in {401, 402, 403, 429} and _MEMORY_WORDS.search(message):
         return _too_much("out_of_memory", texts, answer)
     match status:
         case 401 | 402 | 403:

@@ -152,6 +152,14 @@ async def test_an_answer_of_any_compatible_server_is_read(dialect: str, tmp_path
         assert np.array_equal(vector, expected_vector(text, 1536))
 
 
+async def test_models_are_listed_by_the_catalogues_names(tmp_path: Path) -> None:
+    """So that the doctor finds the default model, whatever it is called there."""
+    async with ProviderServer(Options(dialect="vllm", models={"served-name": 1536})) as server:
+        entry = {"name": "vllm", "provider": "openai", "base_url": server.base_url, "models": {SMALL: "served-name"}}
+        async with opened(settings_with(tmp_path, [entry])) as [there]:
+            assert await there.provider.list_models() == [SMALL]
+
+
 @pytest.mark.parametrize("dialect", ["vllm", "tei", "infinity", "litellm", "ollama"])
 @pytest.mark.parametrize(
     "fault,kind",

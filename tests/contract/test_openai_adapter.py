@@ -12,6 +12,7 @@ from email.utils import formatdate
 
 import numpy as np
 import pytest
+from aiohttp import web
 
 from processor.adapters.openai import OpenAIProvider
 from processor.domain import EmbeddingFunction, InputType, ModelSpec, Truncate
@@ -317,6 +318,27 @@ async def test_nobody_listening_is_transient() -> None:
         await provider.embed(["x"], a_function(), "a")
     await provider.close()
     assert caught.value.http_status is None
+
+
+async def test_a_redirect_is_not_followed(server: ProviderServer) -> None:
+    """Texts and key go to the address that was set, and to no other."""
+
+    async def elsewhere(_: web.Request) -> web.Response:
+        return web.Response(status=307, headers={"Location": f"{server.base_url}/embeddings"})
+
+    app = web.Application()
+    app.router.add_post("/v1/embeddings", elsewhere)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    base_url = f"http://127.0.0.1:{runner.addresses[0][1]}/v1"
+    provider = OpenAIProvider(api_key="k", base_url=base_url, timeout_s=5, connect_timeout_s=1)
+    with pytest.raises(ProviderPaused) as caught:
+        await provider.embed([CANARY], a_function(), "a")
+    await provider.close()
+    await runner.cleanup()
+    assert caught.value.code == "wrong_address"
+    assert server.ledger == []
 
 
 async def test_models_are_listed_and_a_wrong_key_pauses() -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Mapping
 from datetime import UTC, datetime
 from email.utils import format_datetime
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx2
 import numpy as np
@@ -18,10 +18,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from processor import errors
-from processor.adapters.openai import OpenAIProvider, translate
+from processor.adapters.openai import OpenAIProvider, _written, translate
 from processor.adapters.openai_answers import SLICE_BYTES, read_answer
 from processor.adapters.refusals import duration_s, rate_limits, retry_after_s
+from processor.domain import EmbeddingFunction, InputType, ModelSpec, Truncate
 from processor.ports import ProviderAnswer
+
+T = TypeVar("T")
 
 REQUEST = httpx2.Request("POST", "http://provider.test/v1/embeddings")
 TEXT = "the customer's own words"
@@ -162,6 +165,7 @@ def test_a_gateways_word_is_no_answer(status: int) -> None:
         ({"error": {"param": "input", "message": TEXT}}, errors.InputRejected),
         ({"error": {"code": "context_length_exceeded"}}, errors.CallTooLarge),
         ({"error": {"message": TEXT}}, errors.ProviderTransient),
+        ({"error": {"message": TEXT, "type": "None", "param": "None"}}, errors.ProviderTransient),
         ({"error": TEXT, "data": []}, errors.ProviderTransient),
         ({"object": "list"}, errors.ProviderTransient),
         ([1], errors.ProviderTransient),
@@ -313,21 +317,37 @@ def a_body(rows: int, **members: Any) -> dict[str, Any]:
     return {"object": "list", "data": [{**ROW, "index": i} for i in range(rows)], "model": "m", **members}
 
 
-async def test_a_large_answer_leaves_turns_to_others() -> None:
-    """Never more than a slice is read between two turns of the event loop, even if all of it came at once."""
-    body = json.dumps(a_body(512, usage={"total_tokens": 7})).encode()
+async def turns_during(work: Awaitable[T]) -> tuple[int, T]:
+    """How often others had their turn meanwhile, and what came out."""
     turns, over = 0, False
 
-    async def count_turns() -> None:
+    async def count() -> None:
         nonlocal turns
         while not over:
             turns += 1
             await asyncio.sleep(0)
 
-    counting = asyncio.create_task(count_turns())
-    answer = await answer_of(body, texts=512, chunk_bytes=len(body))
+    counting = asyncio.create_task(count())
+    result = await work
     over = True
     await counting
+    return turns, result
+
+
+async def test_a_large_request_leaves_turns_to_others() -> None:
+    """It is written in parts, and is the same JSON as in one."""
+    spec = ModelSpec(name="m", weights="m", dimensions=(1536,), shortenable=True)
+    function = EmbeddingFunction(spec, spec.space(256), InputType.DOCUMENT, "", Truncate.ERROR)
+    texts = [f'{i} "naïve" 文' for i in range(2048)]
+    turns, body = await turns_during(_written(texts, "there", function))
+    assert turns >= 7
+    assert json.loads(body) == {"model": "there", "encoding_format": "base64", "dimensions": 256, "input": texts}
+
+
+async def test_a_large_answer_leaves_turns_to_others() -> None:
+    """Never more than a slice is read between two turns of the event loop, even if all of it came at once."""
+    body = json.dumps(a_body(512, usage={"total_tokens": 7})).encode()
+    turns, answer = await turns_during(answer_of(body, texts=512, chunk_bytes=len(body)))
     assert turns >= len(body) // (SLICE_BYTES + 9000)
     assert len(body) > 15 * SLICE_BYTES
     assert (list(answer.indices), answer.model, answer.billed_tokens) == (list(range(512)), "m", 7)
