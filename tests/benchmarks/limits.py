@@ -2,10 +2,10 @@
 
 600 requests and 1,000,000 tokens a minute, as the provider of these tests holds them: buckets of a minute's worth that
 refill all the time, x-ratelimit headers, 429 with Retry-After. Time is scaled: a minute lasts `minute_s` seconds, and
-what headers and settings call a minute's limit is that much larger. A call holds at most a twentieth of its worker's part
-of the limit (50,000 tokens, 12,500 of four workers), one text in 200 is about 7,000 tokens long. Three scenarios: one
-worker; one whose limit drops to a third in the middle; four workers of one account, with Redis. The figures of the first
-stand under their names, those of the others with `_drop` and `_shared4`; `means` says what each is.
+what headers and settings call a minute's limit is that much larger. A call holds at most a twentieth of its worker's
+part of the limit (50,000 tokens, 12,500 of four workers), one text in 200 is about 7,000 tokens long. Three scenarios:
+one worker; one whose limit drops to a third in the middle; four workers of one account, with Redis. The figures of the
+first stand under their names, those of the others with `_drop` and `_shared4`; `means` says what each is.
 Left out: limits by requests, several lanes. Environment: BENCH_LIMITS_MINUTE_S, BENCH_LIMITS_MINUTES.
 """
 
@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -48,7 +49,8 @@ MEANS = {
     "throttled": "calls refused by 429",
     "calls": "calls that the provider saw, refused or not",
     "lost": "chunks without a vector",
-    "burst": "calls' worth (a twentieth of the limit) that was ever let in ahead of the rate, since the first call",
+    "burst": "calls' worth (a twentieth of the limit) that was ever let in ahead of the rate, since the first "
+    "worker began its first call",
     "long_early": "part of the long texts that was let in with the first half of all tokens: starving ones come last",
     "call_tokens": "mean tokens of a call that was let in",
     "measured_minutes": "length of what limit_use is of, in the provider's minutes",
@@ -57,8 +59,7 @@ MEANS = {
 
 LIMIT_USE = 0.95
 THROTTLED, THROTTLED_SHARE = 3, 0.01
-BURST = 3.0
-"""Each worker begins with a call of its size; the first takes longer to arrive than those after it."""
+BURST = 2.0
 LONG_EARLY = 0.4
 
 CATALOGUE = """
@@ -169,30 +170,29 @@ def use(bills: Sequence[Mapping[str, Any]], calls: Sequence[ProviderCall], dropp
     per_ms = TOKENS_PER_MINUTE / MINUTE_S / 1000
     bills = sorted(bills, key=lambda bill: bill["at_ms"])
     let_in = [bill for bill in bills if bill["status"] != 429]
-    long_in = {
-        call.attempt_id: sum(item.local_tokens > LONG_TOKENS / 2 for item in call.items)
-        for call in calls
-        if call.kind is CallKind.INTENT
-    }
-    began_ms = bills[0]["at_ms"]
+    intents = {call.attempt_id: call for call in calls if call.kind is CallKind.INTENT}
+    began_ms = min(call.at_ms for call in intents.values())
 
     def allowed(since_ms: float, until_ms: float) -> float:
         full_ms = max(0.0, min(until_ms, dropped_ms or until_ms) - since_ms)
         return (full_ms + (until_ms - since_ms - full_ms) * DROP_TO) * per_ms
 
-    worker_of = {call.attempt_id: call.worker_id for call in calls if call.kind is CallKind.INTENT}
+    total, so_far, ahead, end_ms = sum(bill["tokens"] for bill in let_in), 0, 0.0, began_ms
     first_ms: dict[str, float] = {}
-    for bill in bills:
-        first_ms.setdefault(worker_of[bill["attempt_id"]], bill["at_ms"])
-    warm_ms = max(first_ms.values()) + MINUTE_S * 1000
-    total, so_far, ahead, end_ms, long_early = sum(bill["tokens"] for bill in let_in), 0, 0.0, began_ms, 0
+    of_worker: Counter[str] = Counter()
+    long, long_early = 0, 0
     for bill in let_in:
-        if so_far < total / 2:
-            long_early += long_in[bill["attempt_id"]]
+        intent = intents[bill["attempt_id"]]
+        first_ms.setdefault(intent.worker_id, bill["at_ms"])
+        of_worker[intent.worker_id] += bill["tokens"]
+        long_in_call = sum(item.local_tokens > LONG_TOKENS / 2 for item in intent.items)
+        long += long_in_call
+        long_early += long_in_call if so_far < total / 2 else 0
         so_far += bill["tokens"]
         ahead = max(ahead, so_far - allowed(began_ms, bill["at_ms"]))
         if so_far <= 0.95 * total:
             end_ms = bill["at_ms"]
+    warm_ms = max(first_ms.values()) + MINUTE_S * 1000
     window = [bill for bill in let_in if bill["at_ms"] >= warm_ms]
     since_ms = window[0]["at_ms"]
     used = sum(bill["tokens"] for bill in window if bill["at_ms"] < end_ms)
@@ -200,13 +200,11 @@ def use(bills: Sequence[Mapping[str, Any]], calls: Sequence[ProviderCall], dropp
         "limit_use": round(used / allowed(since_ms, end_ms), 3),
         "throttled": sum(bill["status"] == 429 for bill in bills),
         "calls": len(bills),
-        "long_early": round(long_early / sum(long_in[bill["attempt_id"]] for bill in let_in), 2),
+        "long_early": round(long_early / long, 2),
         "call_tokens": round(total / len(let_in)),
         "burst": round(ahead / CALL_TOKENS, 2),
         "measured_minutes": round((end_ms - since_ms) / 1000 / MINUTE_S, 2),
-        "tokens_by_worker": sorted(
-            sum(bill["tokens"] for bill in let_in if worker_of[bill["attempt_id"]] == worker) for worker in first_ms
-        ),
+        "tokens_by_worker": sorted(of_worker.values()),
     }
 
 
