@@ -55,7 +55,7 @@ class Worker:
             deployment.gate.changed = self._work.set
 
     def start(self, *beside: Coroutine[Any, Any, None]) -> None:
-        """Start dispatching windows, and what runs as long as this worker does; call within the running loop."""
+        """Start look-ups and calls, and what runs as long as this worker does; call within the running loop."""
         for work in (self._dispatch(), *beside):
             self._spawn(work)
 
@@ -135,7 +135,7 @@ class Worker:
         self._work.set()
 
     async def on_revoke(self, leases: Sequence[Lease], budget_s: float) -> None:
-        """Let windows in flight end within the budget, then drop what is left of these leases."""
+        """Let calls in flight end within the budget, then drop what is left of these leases."""
         self._closing = {lease for lease in self._closing if not lease.revoked} | set(leases)
         for lease in leases:
             self._behind.pop((lease.topic, lease.partition), None)

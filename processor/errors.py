@@ -17,7 +17,7 @@ ProcessorError
    |- ProviderThrottled     429 with a wait: try again after `retry_after_s`
    |- ProviderPaused        auth or quota: pause the stream, keep the lag, health says why
    |- CallTooLarge          the composition of the call is at fault (size, timeout, memory): make it smaller
-   |- InputRejected         one of the texts is at fault: bisect the call
+   |- InputRejected         one of the texts is at fault: search for it
    `- ModelRejected         the model is at fault: error results for its chunks
 """
 
