@@ -1,11 +1,16 @@
-"""Step 2: fold equal texts, queue them by embedding function, close windows."""
+"""Step 2: fold equal texts, queue them by embedding function, close windows in which tenants take turns."""
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from processor.domain import EmbeddingFunction
 from processor.work import Fold, Policy, Window, Work
+
+TURN_TEXTS = 32
+"""Texts of one tenant before the next one has its turn: a small tenant is looked up before a large one is through."""
 
 
 def estimated_tokens(text: str) -> int:
@@ -15,16 +20,45 @@ def estimated_tokens(text: str) -> int:
 
 @dataclass(slots=True, eq=False)
 class _Queue:
-    """Folds of one function that wait for a window, oldest first. `texts` counts the works that wait with them."""
+    """Folds of one function that wait for a window, oldest first. `texts` counts the works that wait with them.
+
+    `tenants` in the order of their turns, with the folds of each; what is not in `folds` any more is passed over.
+    """
 
     function: EmbeddingFunction
     folds: dict[bytes, Fold] = field(default_factory=dict)
+    tenants: dict[str, deque[Fold]] = field(default_factory=dict)
     texts: int = 0
     tokens: int = 0
 
     @property
     def oldest(self) -> float:
         return next(iter(self.folds.values())).waiting_since
+
+    def add(self, fold: Fold) -> None:
+        self.folds[fold.key] = fold
+        self.tenants.setdefault(fold.works[0].job.request.tenant_id, deque()).append(fold)
+        self.texts += 1
+        self.tokens += fold.size_tokens
+
+    def in_turn(self) -> Iterator[Fold]:
+        """What goes next, again and again. Each is to be removed before the next one is asked for."""
+        while self.tenants:
+            tenant, folds = next(iter(self.tenants.items()))
+            left = TURN_TEXTS
+            while folds and left > 0:
+                if self.folds.get(folds[0].key) is folds[0]:
+                    left -= len(folds[0].works)
+                    yield folds[0]
+                folds.popleft()
+            del self.tenants[tenant]
+            if folds:
+                self.tenants[tenant] = folds
+
+    def remove(self, fold: Fold) -> None:
+        del self.folds[fold.key]
+        self.texts -= len(fold.works)
+        self.tokens -= fold.size_tokens
 
     def due_at(self, policy: Policy) -> float:
         full = self.texts >= policy.window_max_texts or self.tokens >= policy.window_max_tokens
@@ -57,9 +91,7 @@ class Batcher:
         queue = self._queues.get(function.name)
         if queue is None:
             queue = self._queues[function.name] = _Queue(function)
-        queue.folds[key] = fold
-        queue.texts += 1
-        queue.tokens += fold.size_tokens
+        queue.add(fold)
 
     def take(self, now: float, *, flush: bool = False) -> Window | None:
         """The due window whose oldest fold waited longest, or None. Folds that nobody wants any more are let go."""
@@ -98,28 +130,23 @@ class Batcher:
                     del self._queues[fold.function.name]
 
     def _close(self, queue: _Queue) -> Window:
-        """Whole folds, the oldest first, up to the limits; a fold of more works than a window may hold goes alone."""
+        """Whole folds, tenants in turn, up to the limits; a fold of more works than a window may hold goes alone."""
         policy = self._policy
         window = Window(queue.function, [])
-        passed: list[Fold] = []
         texts = tokens = 0
-        for fold in queue.folds.values():
+        for fold in queue.in_turn():
             works = len(fold.works)
             wanted = fold.wanted
             full = texts + works > policy.window_max_texts or tokens + fold.size_tokens > policy.window_max_tokens
             if full and wanted and window.folds:
                 break
-            passed.append(fold)
+            queue.remove(fold)
             if wanted:
                 texts += works
                 tokens += fold.size_tokens
                 fold.in_window = True
                 window.folds.append(fold)
-        for fold in passed:
-            del queue.folds[fold.key]
-            queue.texts -= len(fold.works)
-            queue.tokens -= fold.size_tokens
-            if not fold.in_window:
+            else:
                 self.settled(fold)
         if not queue.folds:
             del self._queues[queue.function.name]
