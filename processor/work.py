@@ -220,8 +220,8 @@ class Fold:
     """Works of one cache key: embedded once. Works may join until it is settled; the leader is fixed by the intent.
 
     For a miss: `sent` is the text that goes out (prefix applied, cut if need be), `tokens` its local count, `estimated`
-    what the provider's own estimator makes of it, `sent_bytes` its UTF-8 bytes, `cut_tokens` how many were cut off. `in_call` from when a call is made of
-    it until that is over for good.
+    what the provider's own estimator makes of it, `sent_bytes` its UTF-8 bytes, `cut_tokens` how many were cut off.
+    `in_call` from when a call is made of it until that is over for good.
     """
 
     key: bytes = field(repr=False)

@@ -1,8 +1,8 @@
 """A cache entry as bytes: what Redis holds.
 
 Little-endian: version, token source, lengths of the two ids (a byte each), CRC-32, tokens, tokens cut off, leader's
-index, dimensions (4 bytes each), the vector as float32, the leader's request id and the attempt id as UTF-8. The checksum covers the key too, so
-a value that came under a wrong key is as bad as a broken one.
+index, dimensions (4 bytes each), the vector as float32, the leader's request id and the attempt id as UTF-8. The
+checksum covers the key too, so a value that came under a wrong key is as bad as a broken one.
 """
 
 from __future__ import annotations
