@@ -222,10 +222,7 @@ class Latency:
         fewer = max((other for other in by_company if other < octave), default=None)
         if fewer is None or calls < self.CALLS:
             return False
-        queues = typical > by_company[fewer].seconds * self.QUEUEING ** (octave - fewer)
-        if queues:
-            del by_company[octave]  # what comes of fewer calls is judged by itself
-        return queues
+        return typical > by_company[fewer].seconds * self.QUEUEING ** (octave - fewer)
 
 
 class Permit:
@@ -374,7 +371,7 @@ class Gate:
         self.call_seconds = seconds if self.call_seconds == 0 else self.call_seconds + (seconds - self.call_seconds) / 5
         self.tokens.add(float(permit.tokens - tokens), now)
         self._learn(permit, limits, now)
-        self._well(permit)
+        self._well()
         self._throttled_in_row = 0
         if self._latency.queues(tokens, seconds, max(permit.company, self.in_flight)):
             self._slow_down(permit, now, least=QUEUE_CALLS)
@@ -393,7 +390,7 @@ class Gate:
             self.requests.add(1.0, now)
         self._learn(permit, error.limits, now)
         if isinstance(error, InputRejected | CallTooLarge | ModelRejected) and not unanswered:
-            self._well(permit)
+            self._well()
         else:
             if isinstance(error, ProviderThrottled):
                 self._throttled(permit, error, now)
@@ -442,15 +439,13 @@ class Gate:
         self._decreased_at = now
         self._doubling = False
 
-    def _well(self, permit: Permit) -> None:
-        """The provider works, whatever it thinks of this call. What began before a pause doesn't end a wait."""
+    def _well(self) -> None:
+        """The provider works, whatever it thinks of this call."""
         self._failures_in_row = 0
         if self.paused is not None:
             self.paused = None
             self._probing = False
             self._breaker_s = 0.0
-            if permit.probe:
-                self._closed_until = -math.inf
 
     def _count_failure(self, permit: Permit, error: ProviderError, now: float) -> None:
         self._failures_in_row += 1

@@ -10,7 +10,7 @@ import structlog
 
 from processor.errors import QuotaUnavailable
 from processor.limits import Bucket, Gate
-from processor.ports import Clock, QuotaAsk, QuotaGrant, SharedQuota
+from processor.ports import Clock, QuotaAsk, SharedQuota
 
 EVERY_S = (0.05, 0.15)
 """From one slice to the next: never the same, or who asks right before the others would get everything."""
@@ -62,9 +62,7 @@ class QuotaShare:
 
     def _wanting(self) -> bool:
         now = self._clock.monotonic()
-        return self._gate.asked_until > now or any(
-            bucket.missing(now) > bucket.capacity * (1 - FULL) for bucket in self._buckets if bucket.per_minute
-        )
+        return any(bucket.missing(now) > bucket.capacity * (1 - FULL) for bucket in self._buckets if bucket.per_minute)
 
     async def _refill(self) -> bool:
         """Take a slice. Whether there was an answer."""
@@ -80,8 +78,10 @@ class QuotaShare:
             self._found(False, str(error))
             return False
         self._found(True)
+        now = self._clock.monotonic()
         for bucket, part in zip(self._buckets, slices, strict=True):
-            self._learn(bucket, part, self._clock.monotonic())
+            if part.per_minute is not None and part.heard_s is not None:  # maybe by another worker, and later
+                bucket.tell(part.per_minute / self._sharers, now - part.heard_s, now)
         self._gate.grant(*(part.granted for part in slices))
         return True
 
@@ -92,14 +92,6 @@ class QuotaShare:
             None if rate is None else rate * self._sharers,
             None if heard_at is None else max(0.0, now - heard_at),
         )
-
-    def _learn(self, bucket: Bucket, grant: QuotaGrant, now: float) -> None:
-        """Another worker may have heard of a limit later than this one."""
-        if grant.per_minute is None or grant.heard_s is None:
-            return
-        heard_at = now - grant.heard_s
-        if bucket.heard_at is None or heard_at > bucket.heard_at:
-            bucket.tell(grant.per_minute / self._sharers, heard_at, now)
 
     def _found(self, shared: bool, why: str = "") -> None:
         if shared is not self.shared:

@@ -281,6 +281,19 @@ def test_a_provider_that_is_slower_for_good_is_used_in_full_again() -> None:
     assert simulation.most_in_flight == 16
 
 
+def test_what_few_calls_took_once_does_not_hold_up_many() -> None:
+    """A provider that became slower since it had one call at a time is no provider that queues."""
+    clock = Clock()
+    gate = a_gate(clock)
+    for _ in range(10):
+        permit = gate.begin(1000)
+        clock.now += 0.2
+        permit.succeeded(1000, None)
+    simulation = Simulation(clock, [gate], steady(2.0))
+    simulation.run(120)
+    assert simulation.most_in_flight == 16
+
+
 @pytest.mark.parametrize(
     "error",
     [
@@ -371,26 +384,26 @@ def test_what_was_billed_corrects_the_book() -> None:
 
 
 @pytest.mark.parametrize(
-    "error, tokens_kept",
+    "error, requests, tokens",
     [
-        (InputRejected("input_refused", http_status=400), False),
-        (CallTooLarge("call_too_large", http_status=413), False),
-        (ModelRejected("model_refused", http_status=404), False),
-        (ProviderPaused("key_refused", http_status=401), False),
-        (ProviderTransient("no_connection"), False),
-        (ProviderTransient("timeout"), True),
-        (CallTooLarge("timeout"), True),
-        (ProviderTransient("server_error", http_status=500), True),
+        (InputRejected("input_refused", http_status=400), 1, 0),
+        (InputRejected("input_refused"), 1, 0),
+        (CallTooLarge("call_too_large", http_status=413), 1, 0),
+        (ModelRejected("model_refused", http_status=404), 1, 0),
+        (ProviderPaused("key_refused", http_status=401), 1, 0),
+        (ProviderTransient("no_connection"), 0, 0),
+        (ProviderTransient("timeout"), 1, 1_000),
+        (CallTooLarge("timeout"), 1, 1_000),
+        (ProviderTransient("server_error", http_status=500), 1, 1_000),
     ],
 )
 def test_tokens_of_a_refused_call_come_back_and_those_of_a_lost_one_do_not(
-    error: ProviderError, tokens_kept: bool
+    error: ProviderError, requests: int, tokens: int
 ) -> None:
-    """Who refuses a call has not worked on it; who fails may have counted it."""
-    gate = a_gate(tokens_per_minute=60_000)
-    before = gate.tokens.level
+    """Who refuses a call has counted the request alone, who fails may have counted all, who was not reached nothing."""
+    gate = a_gate(requests_per_minute=600, tokens_per_minute=60_000)
     gate.begin(1_000).failed(error)
-    assert gate.tokens.level == (before - 1_000 if tokens_kept else before)
+    assert (gate.requests.level, gate.tokens.level) == (-requests, -tokens)
 
 
 def test_a_cancelled_call_gives_back_what_it_took() -> None:
@@ -550,6 +563,28 @@ def test_a_wait_that_was_asked_for_holds_for_every_call() -> None:
     assert 7.0 <= at - clock.now <= 7.2
     clock.now = at
     assert gate.admits(50_000)
+
+
+def test_after_a_wait_there_is_room_for_the_call_that_was_refused() -> None:
+    """What had gathered before a refusal is not there: the provider said when it has room for just that call."""
+    clock = Clock()
+    gate = a_gate(clock, tokens_per_minute=1_000_000)
+    gate.admits(50_000)
+    gate.begin(1).cancelled()
+    clock.now += 10
+    gate.begin(5_000).failed(throttled(1.0))
+    clock.now = gate.ready_at(5_000) or 0
+    assert gate.admits(5_000)
+    gate.begin(5_000)
+    assert not gate.admits(5_000)
+
+
+def test_a_refusal_is_no_sign_of_another_limit_than_headers_tell() -> None:
+    """Where an answer says the limit, a 429 without a wait leaves the rate as it is."""
+    gate = a_gate(tokens_per_minute=60_000)
+    gate.begin(1).succeeded(1, RateLimits(tokens_per_minute=60_000))
+    gate.begin(1).failed(throttled(None))
+    assert gate.snapshot()["tokens_per_minute"] == pytest.approx(60_000 * 0.985)
 
 
 def test_an_absurd_wait_is_cut() -> None:
@@ -725,12 +760,14 @@ def test_retries_are_about_half_of_the_first_tries() -> None:
 def test_a_probe_needs_no_budget() -> None:
     """While the breaker is open its own backoff is what spares the provider."""
     clock = Clock()
-    gate = a_gate(clock)
+    gate = a_gate(clock, retry_initial_s=0.1)
     while gate.admits(1, retry=True):
         gate.begin(1, retry=True).cancelled()
     gate.begin(1).failed(ProviderPaused("key_refused", http_status=401))
-    clock.now += 0.5
+    clock.now += 0.1
     assert gate.admits(1, retry=True)
+    gate.begin(1, retry=True).succeeded(1, None)
+    assert (gate.ready_at(1, retry=True) or 0) - clock.now == pytest.approx(1 - 0.5 - 0.1)
 
 
 # --- telling others

@@ -188,6 +188,21 @@ async def test_a_wait_that_one_was_asked_for_is_kept_by_all() -> None:
         assert tokens(crew, since) >= 0.85 * TOKENS_PER_MINUTE / 2
 
 
+async def test_a_slice_grows_with_the_call_that_waits() -> None:
+    """A gate that is full for small calls asks for more once a larger one waits, though nothing was spent."""
+    clock = VirtualClock()
+    async with workers(clock, MemoryQuota(clock), 4) as crew:
+        for worker in crew:
+            worker.busy = False
+        gate = crew[0].gate
+        gate.begin(100).cancelled()
+        await pass_s(clock, 10)
+        assert gate.admits(100)
+        assert not gate.admits(CALL_TOKENS)
+        await pass_s(clock, 2)
+        assert gate.admits(CALL_TOKENS)
+
+
 @pytest.mark.parametrize(
     "lane, percent, sharers, part",
     [
