@@ -187,6 +187,7 @@ class WorkerProcess(Process):
         events = Events(self.metrics.count, self.metrics.observe, lambda fields: log.info("call", **fields))
         clock = SystemClock()
         self.catalogue = load_catalogue(settings)
+        self.counter = LocalTokenCounter()
         opened = open_deployments(settings, self.catalogue)
         self.redis = RedisCache.from_settings(settings, events) if settings.redis_url else None
         self.cache = TieredCache(MemoryCache.from_settings(settings), self.redis, events)
@@ -210,7 +211,7 @@ class WorkerProcess(Process):
                 decoder=self.codec,
                 catalogue=self.catalogue,
                 cache=self.cache,
-                counter=LocalTokenCounter(),
+                counter=self.counter,
                 outbox=self.outbox,
                 clock=clock,
                 events=events,
@@ -240,6 +241,8 @@ class WorkerProcess(Process):
         await super()._start()
         settings = self.settings
         self.reply_partitions |= await topics.partition_counts(settings, map(settings.topic, settings.reply_topics))
+        if (default := self.catalogue.find(self.catalogue.default_model)) is not None:
+            self.counter.count([""], default)  # loads its tables: 25 ms, here where nobody waits
         self.worker.start(*(share.run() for share in self.shares))
         provider = self.route.provider_name
         log.info("worker", id=worker_id(), lane=settings.lane, provider=provider, port=self.http.port)
