@@ -491,7 +491,7 @@ class Gate:
         ):
             if limit is not None and 0 < limit < math.inf:
                 bucket.tell(limit * self._policy.share, now, now)
-            if remaining is not None and math.isfinite(remaining) and not bucket.leased:
+            if remaining is not None and 0 <= remaining < math.inf and not bucket.leased:
                 # It was counted when the call arrived: since then others were spent, and some came in.
                 since = bucket.per_s * (now - permit.began) - (bucket.spent - spent)
-                bucket.at_most(max(0.0, remaining) * self._policy.share + since, now)
+                bucket.at_most(remaining * self._policy.share + since, now)

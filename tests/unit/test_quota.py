@@ -150,6 +150,9 @@ async def test_a_call_makes_no_round_trip() -> None:
         quota.leases = 0
         await pass_s(clock, 60)
         assert quota.leases == 0
+        crew[0].gate.begin(CALL_TOKENS // 50).succeeded(CALL_TOKENS // 50, None)
+        await pass_s(clock, 1)
+        assert quota.leases == 1, "what was spent is leased again before it is needed"
         crew[0].start_again()
         since = clock.now_s
         await pass_s(clock, 0.001)
@@ -177,7 +180,9 @@ async def test_a_wait_that_one_was_asked_for_is_kept_by_all() -> None:
         for worker in crew:
             worker.busy = False
         await pass_s(clock, 10)
-        crew[0].gate.begin(CALL_TOKENS).failed(ProviderThrottled("rate_limited", http_status=429, retry_after_s=20))
+        permit = crew[0].gate.begin(CALL_TOKENS)
+        await pass_s(clock, 10)
+        permit.failed(ProviderThrottled("rate_limited", http_status=429, retry_after_s=20))
         for worker in crew[1:]:
             worker.start_again()
         since = clock.now_s
@@ -186,6 +191,18 @@ async def test_a_wait_that_one_was_asked_for_is_kept_by_all() -> None:
         since = clock.now_s
         await pass_s(clock, 31)
         assert tokens(crew, since) >= 0.85 * TOKENS_PER_MINUTE / 2
+
+
+async def test_what_one_header_says_is_left_is_not_held_against_a_slice() -> None:
+    """A slice is of what flows in later, and others spend too: what is left of the account now says nothing."""
+    clock = VirtualClock()
+    async with workers(clock, MemoryQuota(clock), 4) as crew:
+        await pass_s(clock, 5)
+        for worker in crew:
+            worker.limits = RateLimits(tokens_per_minute=TOKENS_PER_MINUTE, remaining_tokens=0)
+        since = clock.now_s
+        await pass_s(clock, 60)
+        assert tokens(crew, since) >= 0.95 * TOKENS_PER_MINUTE
 
 
 async def test_a_slice_grows_with_the_call_that_waits() -> None:
