@@ -43,6 +43,10 @@ _TEXTS_A_TURN = 256
 """Written as JSON before others have their turn: under a millisecond for chunks of usual size."""
 
 
+_BYTES_A_NUMBER, _SPARE_BYTES = 32, 4096
+"""Most that an answer has for each number, written out and indented, and for a row or all of them beside these."""
+
+
 class OpenAIProvider:
     """One HTTP request per call: no retries, no redirects. `timeout_s` bounds the whole call.
 
@@ -104,6 +108,7 @@ class OpenAIProvider:
         """The answer as it came, unverified, with its model by the catalogue's name."""
         model = self._names.get(function.model.name, function.model.name)
         path = f"/deployments/{urllib.parse.quote(model, safe='')}/embeddings" if self._azure else "/embeddings"
+        row_bytes = _SPARE_BYTES + _BYTES_A_NUMBER * function.model.dimensions[0]
 
         async def call() -> ProviderAnswer:
             response = cast(
@@ -119,7 +124,11 @@ class OpenAIProvider:
             )
             try:
                 return await read_answer(
-                    response.aiter_bytes(), response.headers, texts=len(texts), now_s=self._now_s()
+                    response.aiter_bytes(),
+                    response.headers,
+                    texts=len(texts),
+                    max_bytes=_SPARE_BYTES + len(texts) * row_bytes,
+                    now_s=self._now_s(),
                 )
             finally:
                 await response.aclose()

@@ -47,7 +47,12 @@ _EMPTY: Vector = np.empty(0, np.float32)
 
 
 async def read_answer(
-    chunks: AsyncIterable[bytes], headers: Mapping[str, str], *, texts: int, now_s: float | None = None
+    chunks: AsyncIterable[bytes],
+    headers: Mapping[str, str],
+    *,
+    texts: int,
+    max_bytes: int = 2**31,
+    now_s: float | None = None,
 ) -> ProviderAnswer:
     """The body of an HTTP 200 to a call of so many texts. Others have their turn between two slices.
 
@@ -60,10 +65,15 @@ async def read_answer(
     indices: list[int] = []
     sliced = as_base64 = True
     async for chunk in chunks:
+        max_bytes -= len(chunk)
+        if max_bytes < 0:  # a few compressed kilobytes can become gigabytes
+            raise ProviderTransient("answer_too_large")
         waiting += chunk
-        if not head and (found := _HEAD.match(waiting)):
-            head = bytes(waiting[: found.end()])
-            del waiting[: found.end()]
+        if sliced and not head:
+            if found := _HEAD.match(waiting, 0, SLICE_BYTES):
+                head = bytes(waiting[: found.end()])
+                del waiting[: found.end()]
+            sliced = bool(head) or len(waiting) < SLICE_BYTES
         # Rows hold no braces but their own: the first one that closes, past a slice, ends a row.
         while sliced and head and (end := waiting.find(b"}", SLICE_BYTES) + 1):
             piece = b"[" + waiting[:end].lstrip(b", \t\r\n") + b"]"

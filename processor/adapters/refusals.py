@@ -10,6 +10,7 @@ import email.utils
 import math
 import re
 from collections.abc import Mapping
+from datetime import UTC
 
 from processor.errors import (
     CallTooLarge,
@@ -23,6 +24,9 @@ from processor.errors import (
 )
 
 MESSAGE_CHARS = 400
+
+MAX_WAIT_S = 1e9
+"""More than thirty years are no wait."""
 
 _QUOTA = frozenset({"insufficient_quota", "billing_hard_limit_reached", "billing_not_active", "access_terminated"})
 _AUTH = frozenset({"invalid_api_key", "authentication_error", "permission_error", "access_denied"})
@@ -92,6 +96,9 @@ def _classified(
             return ModelRejected("model_refused", http_status=answer)
         case 400 | 422 if too_large:
             return CallTooLarge("call_too_large", http_status=answer)
+        case 400 | 422 if _is_page(error):
+            # Not the provider's words but those of a proxy before it, for instance "a plain request to an HTTPS port".
+            return ProviderTransient("page_of_a_proxy", http_status=answer)
         case 400 | 422:
             return InputRejected("input_refused", http_status=answer)
         case 408 | 409 | 425:
@@ -113,7 +120,7 @@ def in_words(error: object, headers: Mapping[str, str], now_s: float, *, texts: 
     """What an error inside an HTTP 200 means. No `http_status`: nobody says that the call was not billed."""
     words, param, message = _said(error)
     code = error.get("code") if isinstance(error, Mapping) else None
-    if isinstance(code, str) and code.isdecimal():
+    if isinstance(code, str) and code.isdecimal() and len(code) == 3:
         code = int(code)
     if isinstance(code, int) and 400 <= code < 600:
         status = code
@@ -144,10 +151,10 @@ def _too_much(code: str, texts: int, http_status: int | None) -> ProviderError:
 def _said(error: object) -> tuple[frozenset[str], str | None, str]:
     """Code and type in lower case, parameter, beginning of the message of an error object."""
     if isinstance(error, str):
-        return frozenset(), None, error[:MESSAGE_CHARS]
+        return frozenset(), None, "" if _is_page(error) else error[:MESSAGE_CHARS]
     if not isinstance(error, Mapping):
         return frozenset(), None, ""
-    words = frozenset(str(error[name]).lower() for name in ("code", "type") if error.get(name) is not None)
+    words = frozenset(word.lower() for name in ("code", "type") if isinstance(word := error.get(name), str))
     param, message = error.get("param"), error.get("message", error.get("detail"))
     # Servers on FastAPI list what they found wrong.
     if isinstance(message, list) and message and isinstance(message[0], Mapping):
@@ -155,6 +162,11 @@ def _said(error: object) -> tuple[frozenset[str], str | None, str]:
     # LiteLLM writes a missing parameter as the word None.
     param = param if isinstance(param, str) and param != "None" else None
     return words, param, message[:MESSAGE_CHARS] if isinstance(message, str) else ""
+
+
+def _is_page(error: object) -> bool:
+    """HTML instead of an error object."""
+    return isinstance(error, str) and error.lstrip().startswith("<")
 
 
 def wait_s(headers: Mapping[str, str], error: object, now_s: float) -> float | None:
@@ -165,7 +177,7 @@ def wait_s(headers: Mapping[str, str], error: object, now_s: float) -> float | N
     if isinstance(error, Mapping):
         for name, per_s in (("retry_after_ms", 1000.0), ("retry_after", 1.0)):
             value = error.get(name)
-            if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value >= 0:
+            if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= MAX_WAIT_S * per_s:
                 return value / per_s
     found = _WAIT_WORDS.search(_said(error)[2])
     if found is None:
@@ -192,7 +204,9 @@ def retry_after_s(headers: Mapping[str, str], now_s: float) -> float | None:
             asked_s = float(value) / per_s
         except ValueError:
             try:
-                asked_s = email.utils.parsedate_to_datetime(value).timestamp() - now_s
+                # Without a zone, as in the oldest form of HTTP's dates, it is UTC too.
+                at = email.utils.parsedate_to_datetime(value)
+                asked_s = at.replace(tzinfo=at.tzinfo or UTC).timestamp() - now_s
             except (ValueError, OverflowError):
                 continue
         if math.isfinite(asked_s) and asked_s >= 0:

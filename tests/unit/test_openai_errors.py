@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
-from collections.abc import AsyncIterator, Awaitable, Mapping
+import time
+from collections.abc import AsyncIterator, Awaitable, Iterator, Mapping
 from datetime import UTC, datetime
 from email.utils import format_datetime
 from typing import Any, TypeVar
@@ -40,7 +41,12 @@ def a_status_error(status: int, error: Any = None, **headers: str) -> openai.API
 
 
 async def answer_of(
-    body: bytes, *, texts: int = 2, chunk_bytes: int = 65_536, headers: Mapping[str, str] | None = None
+    body: bytes,
+    *,
+    texts: int = 2,
+    chunk_bytes: int = 65_536,
+    headers: Mapping[str, str] | None = None,
+    max_bytes: int = 10**9,
 ) -> ProviderAnswer:
     """What is read from a body that arrives in chunks of this size."""
 
@@ -48,7 +54,7 @@ async def answer_of(
         for start in range(0, len(body), chunk_bytes):
             yield body[start : start + chunk_bytes]
 
-    return await read_answer(chunks(), headers or {}, texts=texts, now_s=1_000_000.0)
+    return await read_answer(chunks(), headers or {}, texts=texts, max_bytes=max_bytes, now_s=1_000_000.0)
 
 
 def made(kind: type[Exception]) -> openai.OpenAIError:
@@ -96,6 +102,8 @@ def test_every_class_of_the_vendor_becomes_one_of_ours(kind: type[Exception]) ->
         (429, {"message": "litellm.RateLimitError: x", "type": "None", "code": "429"}, errors.ProviderThrottled),
         (429, {"message": "Model is overloaded", "type": "Overloaded"}, errors.ProviderThrottled),
         (400, ["not", "an", "object"], errors.InputRejected),
+        (400, "\n<html>a plain HTTP request was sent to an HTTPS port", errors.ProviderTransient),
+        (404, "<html>no such page, whatever the model", errors.ProviderPaused),
         (408, None, errors.ProviderTransient),
         (424, {"message": "Backend error"}, errors.ProviderTransient),
         (500, "a plain page", errors.ProviderTransient),
@@ -167,6 +175,8 @@ def test_a_gateways_word_is_no_answer(status: int) -> None:
         ({"error": {"message": TEXT}}, errors.ProviderTransient),
         ({"error": {"message": TEXT, "type": "None", "param": "None"}}, errors.ProviderTransient),
         ({"error": TEXT, "data": []}, errors.ProviderTransient),
+        ({"error": {"code": "9" * 5000}}, errors.ProviderTransient),
+        ({"error": {"code": 429, "retry_after": 10**400}}, errors.ProviderThrottled),
         ({"object": "list"}, errors.ProviderTransient),
         ([1], errors.ProviderTransient),
     ],
@@ -231,6 +241,8 @@ def test_the_wait_is_read_from_seconds_milliseconds_or_a_date(headers: dict[str,
         (429, {"message": "have exceeded call rate limit. Please retry after 7 seconds. Please go"}, {}, 7.0),
         (429, {"message": "x", "retry_after": 3}, {}, 3.0),
         (429, {"message": "x", "retry_after": True}, {}, None),
+        (429, {"message": "x", "retry_after": 10**400}, {}, None),
+        (429, {"message": "x", "code": 10**400, "retry_after_ms": float("nan")}, {}, None),
         (429, {"message": "Please try again in a while."}, {}, None),
         (429, {"message": "Please try again in 9s."}, {"retry-after": "2"}, 2.0),
         (429, {"message": "Please try again in 9s."}, {"retry-after": "-2"}, 9.0),
@@ -300,6 +312,21 @@ def test_what_headers_say_of_limits(headers: dict[str, str], limits: errors.Rate
     assert rate_limits(headers) == limits
     assert translate(a_status_error(429, None, **headers), 0.0).limits == limits
     assert translate(a_status_error(500, None, **headers), 0.0).limits == limits
+
+
+@pytest.fixture
+def far_from_utc(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("TZ", "America/New_York")
+    time.tzset()
+    yield
+    monkeypatch.undo()
+    time.tzset()
+
+
+@pytest.mark.usefixtures("far_from_utc")
+def test_a_date_without_a_zone_is_in_utc() -> None:
+    """The oldest form of HTTP's dates names no zone, and is no local time."""
+    assert retry_after_s({"retry-after": "Sun Nov  6 08:49:37 1994"}, 784_111_767.0) == 10.0
 
 
 async def test_a_wait_beside_a_success_is_not_obeyed() -> None:
@@ -378,6 +405,21 @@ async def test_whatever_the_layout_all_rows_are_read(body: dict[str, Any], inden
     for vector, alone in zip(sliced.vectors, small, strict=True):
         assert np.array_equal(vector, alone.vectors[0])
     assert {(sliced.model, sliced.billed_tokens)} == {(each.model, each.billed_tokens) for each in small}
+
+
+async def test_more_than_an_answer_can_hold_is_none() -> None:
+    """A few compressed kilobytes may become gigabytes: no more is kept than the call can be worth."""
+    with pytest.raises(errors.ProviderTransient, match="answer_too_large"):
+        await answer_of(b" " * 1_000_001, max_bytes=1_000_000)
+    assert (await answer_of(b'{"data": []}' + b" " * 999_988, max_bytes=1_000_000)).vectors == []
+
+
+async def test_an_answer_that_never_begins_is_not_looked_at_again_and_again() -> None:
+    """Blanks without end are searched for the first row once, not with every chunk that arrives."""
+    began = time.process_time()
+    with pytest.raises(errors.ProviderTransient, match="broken_body"):
+        await answer_of(b" " * 32_000_000, chunk_bytes=16_384)
+    assert time.process_time() - began < 2.0  # 0.1 s; looked at again and again it was 20
 
 
 WHOLE = json.dumps(a_body(90, usage={"total_tokens": 7})).encode()
