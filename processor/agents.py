@@ -25,8 +25,8 @@ FILL_WAIT_S = 1.0
 """While more is known to be in the log or on its way, a call waits so long at most for what would fill it."""
 
 ROOM_WAIT_CALLS, ROOM_WAIT_S = 2.0, 10.0
-"""While the read-ahead is full, it waits for so many typical call times, and no longer than this: calls in flight end,
-which makes room for more to be read."""
+"""While calls are in flight, it waits for so many typical call times, and no longer than this: their end makes room in
+the read-ahead, which may be full now or a moment later."""
 
 
 class Worker:
@@ -222,10 +222,12 @@ class Worker:
         """How long a call that is not full may wait for more: only while more is to come."""
         if self._interactive:
             return 0.0
-        if self._admitting and self._is_full():
-            return min(ROOM_WAIT_CALLS * self.route.call_seconds, ROOM_WAIT_S) if self.route.in_flight else 0.0
-        more = self._admitting or self._slots < LOOK_UPS or any(self._behind.values())
-        return FILL_WAIT_S if more else 0.0
+        in_flight, coming = self.route.in_flight > 0, self._admitting or any(self._behind.values())
+        if self._admitting and self._is_full() and not in_flight:
+            return 0.0  # nothing else makes room for more
+        if in_flight and coming:
+            return max(FILL_WAIT_S, min(ROOM_WAIT_CALLS * self.route.call_seconds, ROOM_WAIT_S))
+        return FILL_WAIT_S if coming or self._slots < LOOK_UPS else 0.0
 
     async def _work_or(self, due_at: float | None) -> None:
         if due_at is None:

@@ -104,6 +104,23 @@ async def test_a_full_read_ahead_waits_for_room_while_calls_are_in_flight() -> N
         await bench.run_until_idle()
 
 
+async def test_what_is_known_to_come_is_waited_for_while_calls_are_in_flight() -> None:
+    """Room in the read-ahead that comes back a moment later is no reason for a call that is not full."""
+    async with Bench(max_concurrent_calls=4) as bench:
+        await bench.handle(a_request(["warm"], correlation_id="warm"))
+        bench.gate.call_seconds = 2.0
+        bench.provider.gate = asyncio.Event()
+        began_s = bench.clock.now_s
+        await bench.publish(a_request([f"a{i}" for i in range(11)], correlation_id="a"), behind=100)
+        while len(bench.provider.asked) < 3:
+            assert bench.clock.now_s - began_s < 10, "what never comes is waited for with an end"
+            await bench.step()
+        assert [len(texts) for texts in bench.provider.asked] == [1, 8, 3]
+        assert bench.clock.now_s - began_s >= 4.0
+        bench.provider.gate.set()
+        await bench.run_until_idle()
+
+
 async def test_a_paused_deployment_is_passed_over_for_the_next_of_its_space() -> None:
     """Failover: the work goes on elsewhere, the ledger says where, and the first is used again once a probe gets by."""
     spare = BillingProvider()
