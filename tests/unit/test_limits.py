@@ -269,30 +269,19 @@ def test_a_provider_whose_times_vary_is_used_in_full(seed: int) -> None:
 
 
 def test_a_provider_that_is_slower_for_good_is_used_in_full_again() -> None:
-    """What was usual once is forgotten when few calls in flight are no faster."""
-    clock = Clock()
-    gate = a_gate(clock)
-    simulation = Simulation(clock, [gate], steady(0.2))
-    simulation.run(30)
-    simulation.provider = steady(2.0)
-    simulation.run(120)
-    simulation.most_in_flight = 0
-    simulation.run(120)
-    assert simulation.most_in_flight == 16
-
-
-def test_what_few_calls_took_once_does_not_hold_up_many() -> None:
-    """A provider that became slower since it had one call at a time is no provider that queues."""
+    """What was usual once, for one call or for many, is forgotten when few calls in flight are no faster."""
     clock = Clock()
     gate = a_gate(clock)
     for _ in range(10):
         permit = gate.begin(1000)
         clock.now += 0.2
         permit.succeeded(1000, None)
-    simulation = Simulation(clock, [gate], steady(2.0))
-    simulation.run(60)
+    simulation = Simulation(clock, [gate], steady(0.2))
+    simulation.run(30)
+    simulation.provider = steady(2.0)
+    simulation.run(120)
     simulation.most_in_flight = 0
-    simulation.run(60)
+    simulation.run(120)
     assert simulation.most_in_flight == 16
 
 
