@@ -74,11 +74,11 @@ class Emitter:
         try:
             for some in slices:
                 async with self._turn:
+                    await asyncio.sleep(0)
                     # A ticket that was dropped while the slices before had their turn has forgotten its works: what
                     # it was charged can't be written any more.
                     live = [parcel for parcel in some if parcel.ticket.live]
                     sends.append(asyncio.create_task(self._send_slice(live, write(live))))
-                    await asyncio.sleep(0)
             return [parcel for sent in await asyncio.gather(*sends) for parcel in sent]
         except BaseException:
             for each in sends:
