@@ -10,6 +10,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
 
 from pydantic import (
     AliasChoices,
@@ -32,6 +33,35 @@ RESULT_SPARE_BYTES = 50_000
 """What a result may hold beside what it repeats of its request: a vector of up to 10,000 dimensions, ids, names."""
 
 
+def read_secret(path: Path, of: str) -> str:
+    """What a file of one secret holds, without blanks around it. SettingsError, which names `of` and quotes nothing."""
+    try:
+        secret = path.read_text(encoding="utf-8-sig").strip()
+    except OSError as error:
+        why = f"can't read it: {error.strerror}"
+    except UnicodeDecodeError:
+        why = "is no text"
+    else:
+        if secret:
+            return secret
+        why = "is empty"
+    raise SettingsError(f"{of}: {why}")
+
+
+def checked_address(address: str) -> str:
+    """An address over HTTP, without a slash at its end. ValueError says what is wrong and quotes nothing."""
+    try:
+        parts = urlsplit(address)
+        named = parts.scheme in {"http", "https"} and parts.hostname and parts.port != 0
+    except ValueError:
+        named = None
+    if not named or not address.isascii() or not address.isprintable() or " " in address:
+        raise ValueError("must begin with https:// or http:// and name a host")
+    if parts.username is not None or parts.query or parts.fragment:
+        raise ValueError("must end after the path, and name no user; a key has a setting of its own")
+    return address.rstrip("/")
+
+
 def _alias(*others: str) -> AliasChoices:
     return AliasChoices(*others)
 
@@ -40,7 +70,7 @@ class Settings(BaseSettings):
     """One frozen object for a worker, an aggregator and the command line."""
 
     model_config = SettingsConfigDict(
-        env_prefix=PREFIX, frozen=True, extra="ignore", env_file=".env", populate_by_name=True
+        env_prefix=PREFIX, frozen=True, extra="ignore", env_file=".env", populate_by_name=True, allow_inf_nan=False
     )
 
     # Kafka
@@ -282,6 +312,11 @@ class Settings(BaseSettings):
     def _upper(cls, value: Any) -> Any:
         return value.upper() if isinstance(value, str) else value
 
+    @field_validator("openai_base_url", "cohere_base_url")
+    @classmethod
+    def _is_an_address(cls, value: str | None) -> str | None:
+        return None if value is None else checked_address(value)
+
     @field_validator("models", "reply_topics", "vector_spaces", mode="before")
     @classmethod
     def _split(cls, value: Any) -> Any:
@@ -326,13 +361,10 @@ class Settings(BaseSettings):
         return self.topic_prefix + name
 
     def secret(self, name: str) -> str | None:
-        """The value of a secret setting, from its file when `<name>_file` is set; surrounding blanks are cut."""
+        """The value of a secret setting, from its file when `<name>_file` is set. SettingsError when that has none."""
         path: Path | None = getattr(self, f"{name}_file")
         if path is not None:
-            try:
-                return path.read_text(encoding="utf-8").strip()
-            except OSError as error:
-                raise SettingsError(f"{PREFIX}{name.upper()}_FILE: can't read {path}: {error.strerror}") from None
+            return read_secret(path, f"{PREFIX}{name.upper()}_FILE")
         value: SecretStr | None = getattr(self, name)
         return value.get_secret_value() if value is not None else None
 

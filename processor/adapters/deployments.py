@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal, Self
@@ -12,6 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from processor.errors import SettingsError
+from processor.settings import checked_address, read_secret
 
 SETTING = "EMBEDDING_DEPLOYMENTS_FILE"
 
@@ -34,7 +36,7 @@ class DeploymentEntry(BaseModel):
     provider: Kind
     base_url: str | None = None
     api_key_file: Path | None = None
-    api_key_env: str | None = Field(None, min_length=1)
+    api_key_env: str | None = None
     api_version: str | None = Field(None, min_length=1)
     models: dict[str, str] | None = None
     requests_per_minute: int | None = Field(None, gt=0)
@@ -43,13 +45,21 @@ class DeploymentEntry(BaseModel):
     @field_validator("base_url")
     @classmethod
     def _is_an_address(cls, value: str | None) -> str | None:
-        if value is not None and (urlsplit(value).scheme not in {"http", "https"} or not urlsplit(value).netloc):
-            raise ValueError("must begin with https:// or http:// and name a host")
-        return value.rstrip("/") if value is not None else None
+        return None if value is None else checked_address(value)
+
+    @field_validator("api_key_env")
+    @classmethod
+    def _is_no_key(cls, value: str | None) -> str | None:
+        """What passes may be quoted."""
+        if value is not None and re.fullmatch("[A-Z_][A-Z0-9_]*", value) is None:
+            raise ValueError("must be the name of an environment variable in capitals, not the key itself")
+        return value
 
     @field_validator("models")
     @classmethod
     def _are_different(cls, value: dict[str, str] | None) -> dict[str, str] | None:
+        if value is not None and not all(value.values()):
+            raise ValueError("gives a model no name there")
         if value is not None and len(set(value.values())) != len(value):
             raise ValueError("gives two models the same name there: each needs a deployment of its own")
         return value
@@ -71,13 +81,9 @@ class DeploymentEntry(BaseModel):
         return self
 
     def key(self) -> str | None:
-        """The API key. SettingsError when its file or variable is not there."""
+        """The API key. SettingsError when its file or variable is not there or empty."""
         if self.api_key_file is not None:
-            try:
-                return self.api_key_file.read_text(encoding="utf-8").strip()
-            except (OSError, UnicodeDecodeError) as error:
-                why = error.strerror if isinstance(error, OSError) else "is no text"
-                raise SettingsError(f"{SETTING}: {self.name}: api_key_file: can't read it: {why}") from None
+            return read_secret(self.api_key_file, f"{SETTING}: {self.name}: api_key_file")
         if self.api_key_env is not None:
             key = os.environ.get(self.api_key_env, "").strip()
             if not key:

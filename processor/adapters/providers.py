@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from processor.adapters import local_files
 from processor.adapters.catalogue import ModelCatalogue
-from processor.adapters.deployments import DeploymentEntry, read_deployments
+from processor.adapters.deployments import SETTING, DeploymentEntry, read_deployments
 from processor.adapters.shortening import Shortening
 from processor.errors import SettingsError
 from processor.ports import Catalogue, EmbeddingProvider
@@ -40,15 +40,33 @@ def open_deployments(settings: Settings, catalogue: ModelCatalogue) -> Sequence[
         limits = settings.requests_per_minute, settings.tokens_per_minute
         return [NamedProvider(provider.name, provider, *limits, account)]
     entries = read_deployments(settings.deployments_file, provider=settings.provider, served=catalogue.served_models)
+    for entry in entries:
+        _refuse_other_models(entry, catalogue)
     return [_deployed(settings, entry) for entry in entries]
 
 
+def _refuse_other_models(entry: DeploymentEntry, catalogue: ModelCatalogue) -> None:
+    """SettingsError for a name there that is another model's: its vectors would pass for those of the one here."""
+    for here, there in (entry.models or {}).items():
+        model, other = catalogue.find(here), catalogue.find(there)
+        if model is not None and other is not None and other.weights != model.weights:
+            raise SettingsError(
+                f"{SETTING}: {entry.name}: models: {here}: {there} is another model; name what serves {here} there, or "
+                "say by weights in EMBEDDING_CATALOGUE_FILE that they are the same"
+            )
+
+
+def _sendable(key: str | None, setting: str) -> str | None:
+    """A key that can stand in a header. SettingsError for another: no text is at fault when none can be sent."""
+    if key is not None and not (key.isascii() and key.isprintable()):
+        raise SettingsError(f"{setting}: holds what no key has, such as a line break or a curly quote; set it anew")
+    return key
+
+
 def _deployed(settings: Settings, entry: DeploymentEntry) -> NamedProvider:
-    key = entry.key()
+    key = _sendable(entry.key(), f"{SETTING}: {entry.name}: api_key_file or api_key_env")
     if key is None and (entry.base_url is None or entry.provider != "openai"):
-        raise SettingsError(
-            f"EMBEDDING_DEPLOYMENTS_FILE: {entry.name}: api_key_file: is missing; name the key by it or by api_key_env"
-        )
+        raise SettingsError(f"{SETTING}: {entry.name}: api_key_file: is missing; name the key by it or by api_key_env")
     provider: EmbeddingProvider
     if entry.provider == "cohere":
         from processor.adapters.cohere import CohereProvider
@@ -103,7 +121,7 @@ def _open(settings: Settings, catalogue: Catalogue) -> EmbeddingProvider:
         from processor.adapters.cohere import CohereProvider
 
         return CohereProvider(
-            api_key=settings.secret("cohere_api_key"),
+            api_key=_sendable(settings.secret("cohere_api_key"), "EMBEDDING_COHERE_API_KEY"),
             base_url=settings.cohere_base_url,
             timeout_s=settings.provider_timeout_s,
             connect_timeout_s=settings.provider_connect_timeout_s,
@@ -112,14 +130,14 @@ def _open(settings: Settings, catalogue: Catalogue) -> EmbeddingProvider:
 
     from processor.adapters.openai import OpenAIProvider
 
-    if settings.provider == "azure" and settings.openai_base_url is None:
+    if settings.provider == "azure" and not (settings.openai_base_url or "").endswith("/openai/v1"):
         raise SettingsError(
             "EMBEDDING_DEPLOYMENTS_FILE: list the deployments of Azure there, or set EMBEDDING_OPENAI_BASE_URL to "
             "https://<resource>.openai.azure.com/openai/v1"
         )
     return OpenAIProvider(
         name=settings.provider,
-        api_key=settings.secret("openai_api_key"),
+        api_key=_sendable(settings.secret("openai_api_key"), "EMBEDDING_OPENAI_API_KEY"),
         base_url=settings.openai_base_url,
         timeout_s=settings.provider_timeout_s,
         connect_timeout_s=settings.provider_connect_timeout_s,

@@ -284,6 +284,12 @@ async def test_a_key_comes_from_a_file_or_a_variable(tmp_path: Path, monkeypatch
         ([{**A, "provider": "azure"}], "end base_url with /openai/v1"),
         ([{**A, "provider": "azure", "api_version": "2024-10-21"}], "must end after the host"),
         ([{"name": "twin", "provider": "azure", "api_version": "x"}], "base_url is missing"),
+        ([{**A, "api_key_env": "sk-canary-7d1f"}], "main: api_key_env: must be the name of an environment variable"),
+        ([{**A, "base_url": "http://x.test:99999/v1"}], "main: base_url: must begin with https://"),
+        ([{**A, "base_url": "http://me:canary@x.test/v1"}], "main: base_url: must end after the path"),
+        ([{**A, "base_url": "http://x.test/v1?key=canary"}], "main: base_url: must end after the path"),
+        ([{**A, "models": {SMALL: ""}}], "main: models: gives a model no name there"),
+        ([{**A, "models": {SMALL: "text-embedding-ada-002"}}], "text-embedding-ada-002 is another model"),
         ([{"provider": "openai"}], "number 1: name: Field required"),
         ([A, 7], "number 2: fields: "),
     ],
@@ -334,6 +340,35 @@ def test_a_key_that_is_not_there_is_told_at_start(entry: dict[str, str], told: s
         open_deployments(settings, load_catalogue(settings))
 
 
+@pytest.mark.parametrize(
+    "content,told",
+    [
+        (b"\n", "is empty"),
+        (b"\xff\xfecanary", "is no text"),
+        (b"canary\nkey", "holds what no key has"),
+        ("“canary”".encode(), "holds what no key has"),
+    ],
+)
+def test_a_key_that_cannot_be_sent_is_told_at_start(content: bytes, told: str, tmp_path: Path) -> None:
+    """And is not quoted: found with the first call, it would pass for a fault of each text."""
+    (tmp_path / "key").write_bytes(content)
+    listed = [{"name": "main", "provider": "openai", "api_key_file": str(tmp_path / "key")}]
+    by_settings = load(openai_api_key_file=tmp_path / "key", _env_file=None)
+    for settings in (settings_with(tmp_path, listed), by_settings):
+        with pytest.raises(SettingsError, match=told) as caught:
+            open_deployments(settings, load_catalogue(settings))
+        assert "canary" not in str(caught.value)
+
+
+async def test_a_byte_order_mark_is_no_part_of_a_key(tmp_path: Path) -> None:
+    """Some editors put one before all they write."""
+    (tmp_path / "key").write_text("right\n", encoding="utf-8-sig")
+    async with ProviderServer(Options(api_key="right")) as server:
+        settings = load(openai_base_url=server.base_url, openai_api_key_file=tmp_path / "key", _env_file=None)
+        async with opened(settings) as [only]:
+            assert (await only.provider.embed(["x"], a_function(settings), "a")).indices == [0]
+
+
 def test_a_local_model_has_no_deployments(tmp_path: Path) -> None:
     """A file that would do nothing is refused."""
     file = tmp_path / "deployments.yaml"
@@ -344,6 +379,7 @@ def test_a_local_model_has_no_deployments(tmp_path: Path) -> None:
 
 def test_azure_without_a_file_needs_an_address() -> None:
     """The message names both ways."""
-    settings = load(provider="azure", openai_api_key="k", models=(SMALL,), _env_file=None)
-    with pytest.raises(SettingsError, match="EMBEDDING_OPENAI_BASE_URL"):
-        open_deployments(settings, load_catalogue(settings))
+    for url in (None, "https://resource.openai.azure.com"):
+        settings = load(provider="azure", openai_api_key="k", openai_base_url=url, models=(SMALL,), _env_file=None)
+        with pytest.raises(SettingsError, match="EMBEDDING_OPENAI_BASE_URL"):
+            open_deployments(settings, load_catalogue(settings))
