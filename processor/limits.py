@@ -49,8 +49,8 @@ CALLS_A_MINUTE = 20
 LATENESS = 1.1
 """The tokens of a call gather a tenth beyond it, so that a call that starts late loses nothing."""
 
-SPARE_S = 0.25
-"""So much of a minute's tokens gathers anyway, for small calls that come together."""
+SPARE_S, SPARE_REQUESTS = 0.25, 3.0
+"""So many seconds' worth of tokens, and requests, gather anyway, for small calls that come together."""
 
 TRUST_CUT, TRUST_BACK_S = 0.8, 600.0
 """A refusal while no header tells the limit leaves this part of the rate; all of it is back after so long."""
@@ -84,14 +84,13 @@ class LimitPolicy:
 class Bucket:
     """What may be spent of a rate now. It fills evenly, and a spending beyond `capacity` passes when it is full.
 
-    The capacity is one spending, the largest asked for; at least `least_s` of the rate and at most `most_s`.
-
-    It starts empty, and the first spending passes whatever its size: that is all that happens at once at the start.
+    The capacity is one spending, `largest` or the largest asked for, but at least `least_s` of the rate, and at most
+    `most_s`. It starts empty, and the first spending passes whatever its size: all that happens at once at the start.
     `level` is below 0 after a large one; then all wait until it is paid off. While it is `leased` it does not fill by
     itself: `add` does. `heard_at` is when a header last said the rate: a refusal is no sign of another one then.
     """
 
-    def __init__(self, per_minute: float | None, *, least_s: float, most_s: float, least: float, now: float) -> None:
+    def __init__(self, per_minute: float | None, *, least_s: float, most_s: float, largest: float, now: float) -> None:
         self.heard_at: float | None = None
         self.leased = False
         self.spent = 0.0
@@ -100,8 +99,7 @@ class Bucket:
         self._trust = 1.0
         self._least_s = least_s
         self._most_s = most_s
-        self._least = least
-        self._largest = 0.0
+        self._largest = largest
         self._at = now
         self._per_s = math.inf
         self.per_minute: float | None = None
@@ -115,7 +113,7 @@ class Bucket:
     @property
     def capacity(self) -> float:
         needed = min(self._largest, self._per_s * self._most_s)
-        return max(self._least, self._per_s * self._least_s, needed) * LATENESS
+        return max(1.0, self._per_s * self._least_s, needed) * LATENESS
 
     def set_rate(self, per_minute: float, now: float) -> None:
         """Another rate from now on; one that was unknown while calls were made begins with a full bucket."""
@@ -275,9 +273,12 @@ class Gate:
         self._policy = policy
         self._jitter = jitter
         now = clock.monotonic()
+        spread_s = 60 / CALLS_A_MINUTE
         # OpenAI says that it may hold a limit a minute against every second of it.
-        self.requests = Bucket(policy.requests_per_minute, least_s=1.0, most_s=1.0, least=1.0, now=now)
-        self.tokens = Bucket(policy.tokens_per_minute, least_s=SPARE_S, most_s=60 / CALLS_A_MINUTE, least=1.0, now=now)
+        self.requests = Bucket(
+            policy.requests_per_minute, least_s=1.0, most_s=spread_s, largest=SPARE_REQUESTS, now=now
+        )
+        self.tokens = Bucket(policy.tokens_per_minute, least_s=SPARE_S, most_s=spread_s, largest=0.0, now=now)
         self._concurrency = float(min(START_CALLS, policy.max_concurrent_calls))
         self._doubling = True
         self._full_at = -math.inf

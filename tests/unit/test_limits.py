@@ -342,6 +342,20 @@ def test_many_small_calls_keep_to_the_requests_of_every_second() -> None:
     assert max(sum(1 for other in times if at <= other < at + 1) for at in times) <= 11
 
 
+def test_a_low_limit_of_requests_leaves_room_for_some_that_come_together() -> None:
+    """Of 60 a minute three may go at once after a pause, of 3 a minute one."""
+    for per_minute, together in ((60, 3), (3, 1)):
+        clock = Clock()
+        gate = a_gate(clock, requests_per_minute=per_minute)
+        gate.begin(1).cancelled()
+        clock.now += 60
+        made = 0
+        while gate.admits(1):
+            gate.begin(1)
+            made += 1
+        assert made == together
+
+
 def test_a_call_beyond_what_gathers_passes_and_leaves_a_debt() -> None:
     """An input larger than a twentieth of a minute's tokens does not starve: it waits for a full bucket, then others
     wait for it."""
