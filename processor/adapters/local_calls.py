@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import Sequence
+from typing import TypeVar
 
 from processor.adapters.tokens import WordPiece
 from processor.errors import CallTooLarge, InputRejected, ProviderError, ProviderTransient
 
 _NO_MEMORY = re.compile(r"out of memory|not enough memory|(failed|unable|can't|cannot) (to )?alloc|bad_?\s?alloc", re.I)
+
+T = TypeVar("T")
+
+
+async def together(pieces: Sequence[asyncio.Future[T]]) -> list[T]:
+    """What the pieces of a call come to. Of a call that failed or was cancelled, none is begun any more."""
+    try:
+        return await asyncio.gather(*pieces)
+    finally:
+        for piece in pieces:
+            piece.cancel()
 
 
 def tokenized(tokenizer: WordPiece, texts: Sequence[str], limit: int) -> list[Sequence[int]]:

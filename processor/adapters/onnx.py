@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from processor.adapters.local_calls import failure, tokenized
+from processor.adapters.local_calls import failure, together, tokenized
 from processor.adapters.local_files import SETTING, LocalFiles, Pooling
 from processor.adapters.tokens import WordPiece
 from processor.domain import EmbeddingFunction, ModelSpec
@@ -83,12 +83,11 @@ class LocalProvider:
             self._threads, tokenized, self._tokenizer, texts, self._model.max_input_tokens
         )
         places = list(pieces([len(each) for each in tokens], self._piece_tokens))
-        # Cancelling the call takes back what no thread has begun.
-        done = await asyncio.gather(
-            *(
+        done = await together(
+            [
                 loop.run_in_executor(self._threads, self._infer, [tokens[i] for i in piece], len(texts))
                 for piece in places
-            )
+            ]
         )
         indices = [index for piece in places for index in piece]
         vectors = [vector for each in done for vector in each]
@@ -135,10 +134,10 @@ class LocalProvider:
                 f"{SETTING}: {self._model.name} can't be run on a few tokens: {type(error).__name__}; export it anew"
             ) from None
         try:
-            together = self._run(texts)
+            at_once = self._run(texts)
         except Exception:  # noqa: BLE001  (an export for one text at a time)
             return False
-        return bool(np.abs(together - np.array(alone)).max() < _SAME)
+        return bool(np.abs(at_once - np.array(alone)).max() < _SAME)
 
     def _choose_output(self, model: ModelSpec) -> str:
         unknown = set(self._inputs) - {"input_ids", "attention_mask", "token_type_ids"}

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from processor.adapters.local_calls import failure, tokenized
+from processor.adapters.local_calls import failure, together, tokenized
 from processor.adapters.local_files import SETTING, LocalFiles
 from processor.adapters.tokens import WordPiece
 from processor.domain import EmbeddingFunction, ModelSpec, Vector
@@ -79,12 +79,11 @@ class SentenceTransformersProvider:
         )
         by_length = sorted(range(len(texts)), key=lambda index: len(tokens[index]))
         places = [by_length[start : start + PIECE_TEXTS] for start in range(0, len(texts), PIECE_TEXTS)]
-        # Cancelling the call takes back what the thread has not begun.
-        done = await asyncio.gather(
-            *(
+        done = await together(
+            [
                 loop.run_in_executor(self._thread, self._encode, [texts[index] for index in piece], len(texts))
                 for piece in places
-            )
+            ]
         )
         vectors: list[Vector] = [done[0][0]] * len(texts)
         for piece, found in zip(places, done, strict=True):

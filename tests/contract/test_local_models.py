@@ -336,6 +336,29 @@ async def test_a_model_of_other_size_than_listed_is_refused_at_start() -> None:
         LocalProvider(local_files.locate(), wrong)
 
 
+async def test_of_a_call_that_failed_nothing_more_is_begun(tmp_path: Path) -> None:
+    """Its texts are tried again: what was left of it would only be in their way."""
+    write_export(tmp_path / "m", lookup(TABLE), tokenizer_file(), pooling=MEAN)
+    async with running(tmp_path / "m", threads=1) as (provider, model):
+        runs, run, told = 0, provider._provider._run, threading.Event()
+
+        def failing_at_first(tokens: Any) -> Any:
+            nonlocal runs
+            runs += 1
+            if runs == 1:
+                raise MemoryError
+            told.wait(5)
+            return run(tokens)
+
+        provider._provider._run = failing_at_first
+        with pytest.raises(CallTooLarge):
+            await provider.embed(["table " * 40] * 100, function_of(model), "attempt")
+        await asyncio.sleep(0)  # the loop tells the pool of it in its next turn
+        told.set()
+        await provider.embed(["table"], function_of(model), "attempt")
+    assert runs <= 3
+
+
 async def test_a_text_over_the_limit_is_refused_before_anything_runs(
     local: LocalProvider, function: EmbeddingFunction, monkeypatch: pytest.MonkeyPatch
 ) -> None:
