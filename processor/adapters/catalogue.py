@@ -79,8 +79,11 @@ class _ModelEntry(_Strict):
 
     @model_validator(mode="after")
     def _what_is_cut_is_larger(self) -> Self:
-        if self.shortened == "here" and max(self.dimensions) > self.dimensions[0]:
-            raise ValueError("shortened here: the first of dimensions must be the largest")
+        if (self.shortened == "here" or self.shortenable) and max(self.dimensions) > self.dimensions[0]:
+            raise ValueError(
+                "the first of dimensions is the model's own size, so the largest; "
+                "a smaller default is named by EMBEDDING_DEFAULT_DIMENSIONS_BY_MODEL"
+            )
         return self
 
     def spec(self, name: str) -> ModelSpec:

@@ -41,5 +41,5 @@ def configure(level: str, style: str) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level)
-    for noisy in ("aiokafka", "faust", "mode", "httpx", "httpcore", "openai", "asyncio"):
+    for noisy in ("aiokafka", "faust", "mode", "httpx2", "httpcore2", "openai", "asyncio"):
         logging.getLogger(noisy).setLevel(max(logging.WARNING, root.level))

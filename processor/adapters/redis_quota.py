@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from typing import Self, cast
 
 from redis.asyncio import Redis
@@ -93,8 +94,16 @@ class RedisQuota:
         except (RedisError, OSError, TimeoutError) as error:
             # The class alone: a message can quote the command, or the address.
             raise QuotaUnavailable(f"redis: {type(error).__name__}") from None
-        numbers = [float(number) for number in answer]
-        return _read(*numbers[:3]), _read(*numbers[3:])
+        try:
+            granted, rate, heard_s, *of_tokens = map(float, answer)
+            slices = _read(granted, rate, heard_s), _read(*of_tokens)
+        except (ValueError, TypeError):
+            pass
+        else:
+            # What someone else wrote there must not stop a gate for good.
+            if all(0 <= grant.granted < math.inf and 0 <= (grant.per_minute or 0.0) < math.inf for grant in slices):
+                return slices
+        raise QuotaUnavailable("redis: nonsense")
 
     async def close(self) -> None:
         await self._redis.aclose()

@@ -267,7 +267,7 @@ def _pace(settings: Settings, gates: Sequence[Gate], wishes: Wishes) -> Pace:
     pace = Pace(
         requests_per_minute=sum(requests) if sum(requests) < inf else None,
         tokens_per_minute=sum(tokens) if sum(tokens) < inf else None,
-        concurrent_calls=settings.max_concurrent_calls * settings.limit_sharers,
+        concurrent_calls=settings.max_concurrent_calls * settings.limit_sharers * len(gates),
         call_s=wishes.call_s,
     )
     unlimited = pace.requests_per_minute is None and pace.tokens_per_minute is None

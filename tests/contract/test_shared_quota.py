@@ -206,3 +206,17 @@ def test_a_url_that_is_none_is_refused() -> None:
     """The setting is named."""
     with pytest.raises(SettingsError, match="EMBEDDING_REDIS_URL"):
         RedisQuota("localhost:6379", timeout_s=1, pace=1.0)
+
+
+@pytest.mark.parametrize(
+    "field,value",
+    [("tokens_per_minute", "nan"), ("tokens_per_minute", "-5"), ("tokens_per_minute", "inf")],
+)
+async def test_nonsense_in_redis_is_no_quota(field: str, value: str, redis_url: str, unique: str) -> None:
+    """Taken for numbers it would keep the gates of all workers shut, or open them wide."""
+    quota = RedisQuota(redis_url, timeout_s=5, pace=1.0, prefix=unique)
+    async with Redis.from_url(redis_url) as client:
+        await client.hset(f"{unique}a", mapping={"at": "1", "tokens_per_minute": "600", field: value})
+    with pytest.raises(QuotaUnavailable):
+        await quota.lease("a", NOTHING, QuotaAsk(100, None, None), 0.0)
+    await quota.close()

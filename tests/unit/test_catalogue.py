@@ -242,7 +242,11 @@ def test_a_directory_of_ones_own_is_a_model_once_it_is_listed(tmp_path: Path) ->
         ("models: {text-embedding-3-small: {prefixes: {other: x}}}", r"prefixes\.other"),
         (
             "models: {nomic-embed-text: {dimensions: [256, 768]}}",
-            "nomic-embed-text: the model: Value error, shortened here: the first of dimensions must be the largest",
+            "nomic-embed-text: the model: Value error, the first of dimensions is the model's own size",
+        ),
+        (
+            "models: {text-embedding-3-small: {dimensions: [512, 1536]}}",
+            "text-embedding-3-small: the model: Value error, the first of dimensions is the model's own size",
         ),
         ("models: {BAAI/bge-m3: {tokenizer: /no/such.json}}", r"bge-m3: tokenizer: Value error, must be one of cl100k"),
         ("models: {BAAI/bge-m3: {call_estimator: guess}}", r"bge-m3: call_estimator: Input should be 'tokens' or"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Iterator, Mapping
 from datetime import UTC, datetime
@@ -15,10 +16,12 @@ import httpx2
 import numpy as np
 import openai
 import pytest
+import structlog
 from hypothesis import given
 from hypothesis import strategies as st
 
 from processor import errors
+from processor.adapters import logs
 from processor.adapters.openai import OpenAIProvider, _written, translate
 from processor.adapters.openai_answers import SLICE_BYTES, read_answer
 from processor.adapters.refusals import duration_s, rate_limits, retry_after_s
@@ -430,6 +433,29 @@ async def test_an_answer_that_breaks_off_is_no_answer(cut: int, chunk_bytes: int
     """However much of it was read: half an answer has no bill."""
     with pytest.raises(errors.ProviderTransient):
         await answer_of(WHOLE[:-cut], chunk_bytes=chunk_bytes)
+
+
+@pytest.fixture
+def logs_of_its_own() -> Iterator[None]:
+    """What is set up for logs is gone afterwards."""
+    root = logging.getLogger()
+    handlers = list(root.handlers)
+    loggers = [root, *map(logging.getLogger, [*root.manager.loggerDict, "httpx2", "httpcore2", "openai"])]
+    levels = [logger.level for logger in loggers]
+    yield
+    structlog.reset_defaults()
+    root.handlers[:] = handlers
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
+
+
+@pytest.mark.usefixtures("logs_of_its_own")
+def test_what_carries_a_call_says_nothing_even_at_debug() -> None:
+    """It would print requests with their texts, and whatever a server answers with."""
+    for carrier in ("openai", "httpx2", "httpcore2"):
+        logging.getLogger(carrier).setLevel(logging.NOTSET)
+        logs.configure("DEBUG", "json")
+        assert not logging.getLogger(f"{carrier}.http11").isEnabledFor(logging.INFO)
 
 
 def test_a_key_is_needed_where_openai_itself_is_asked() -> None:

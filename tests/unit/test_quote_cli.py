@@ -137,6 +137,8 @@ async def test_deployments_add_up_where_their_accounts_differ(corpus: str, tmp_p
 
     assert await minutes("NO_KEY", "NO_OTHER_KEY") == pytest.approx(await minutes("NO_KEY") / 2)
     assert await minutes("NO_KEY", "NO_KEY") == pytest.approx(await minutes("NO_KEY"))
+    file.write_text("".join(f"- {{name: n{at}, provider: openai}}\n" for at in range(3)), encoding="utf-8")
+    assert "48 calls at a time" in "".join((await quote(corpus, deployments_file=file)).assumed)
     file.write_text("- {name: n}\n", encoding="utf-8")
     with pytest.raises(SettingsError, match="provider"):
         await quote(corpus, deployments_file=file)
