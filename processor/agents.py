@@ -36,7 +36,8 @@ class Worker:
     """
 
     def __init__(self, ports: Ports, policy: Policy, route: Route, *, read_ahead_bytes: int, fail: Fail) -> None:
-        self.pipeline = Pipeline(ports, policy, route, self._forget)
+        self._work = asyncio.Event()
+        self.pipeline = Pipeline(ports, policy, route, self._forget, self._work.set)
         self.route = route
         self._clock = ports.clock
         self._read_ahead_bytes = read_ahead_bytes
@@ -49,7 +50,6 @@ class Worker:
         self._behind: dict[tuple[str, int], int] = {}
         self._admitting = False
         self._room = asyncio.Event()
-        self._work = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         for deployment in route.deployments:
             deployment.gate.changed = self._work.set
@@ -80,7 +80,8 @@ class Worker:
         Everybody else gets a turn every `BYTES_A_TURN`: a run can hold a thousand records, and one of them thousands
         of texts.
         """
-        self._behind[run.lease.topic, run.lease.partition] = run.behind
+        if not self._is_over(run.lease):  # else nobody would ever say that nothing comes any more
+            self._behind[run.lease.topic, run.lease.partition] = run.behind
         self._admitting = True
         try:
             await self._admit(run)
@@ -157,7 +158,8 @@ class Worker:
             ticket.dropped = True
             ticket.close()
         self._forget(dropped)
-        self.pipeline.let_go()
+        if ended := self.pipeline.let_go():
+            self._spawn(self.pipeline.give_up(ended))
         self._work.set()
 
     def _is_over(self, lease: Lease) -> bool:

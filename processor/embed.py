@@ -132,11 +132,7 @@ async def embed(call: Call, on: Deployment, permit: Permit, route: Route, packer
         permit.cancelled()
         packer.give_back([*call.rest, *call.spared], route.clock.monotonic())
         return Embedded(done, [])
-    try:
-        error, receipts = await _attempt(call, [leader for _, leader in wanted], on, permit, route)
-    except BaseException:
-        permit.cancelled()
-        raise
+    error, receipts = await _attempt(call, [leader for _, leader in wanted], on, permit, route)
     if error is None:
         done += call.folds
         packer.fitted(call)
@@ -226,11 +222,11 @@ async def _attempt(
     """One attempt: no error when the folds have their entries. With the acknowledgement of its receipt, if any."""
     started = route.clock.monotonic()
     intent = _intent(call, leaders, on, route)
-    await route.clock.sleep(0)  # to make it took 4 ms for 2,048 texts, and to encode it takes 4 more
-    await route.outbox.send([Destination("calls", intent)])
     answer: ProviderAnswer | None = None
     error: ProviderError | None = None
     try:
+        await route.clock.sleep(0)  # to make it took 4 ms for 2,048 texts, and to encode it takes 4 more
+        await route.outbox.send([Destination("calls", intent)])
         answer = await on.provider.embed([fold.sent for fold in call.folds], call.function, intent.attempt_id)
         vectors = await verify(answer, call.function, len(call.folds), route.clock)
     except ProviderError as raised:
@@ -239,6 +235,9 @@ async def _attempt(
             error.limits = answer.limits
         permit.failed(error)
         route.events.count("provider_errors", 1, {"code": error.code})
+    except BaseException:
+        permit.cancelled()
+        raise
     else:
         route.successes += 1
         permit.succeeded(bill(answer, call)[0], answer.limits)

@@ -76,12 +76,17 @@ class Ports:
 class Pipeline:
     """Carries records to where their offsets may be committed.
 
-    `finished` is told of records when all their outcomes are acknowledged by the broker. `paused` says what
-    decoding waits for.
+    `finished` is told of records when all their outcomes are acknowledged by the broker, `queued` when texts may wait
+    for a window or a call that did not before. `paused` says what decoding waits for.
     """
 
     def __init__(
-        self, ports: Ports, policy: Policy, route: Route, finished: Callable[[Sequence[Ticket]], None]
+        self,
+        ports: Ports,
+        policy: Policy,
+        route: Route,
+        finished: Callable[[Sequence[Ticket]], None],
+        queued: Callable[[], None] = lambda: None,
     ) -> None:
         self.ports = ports
         self.policy = policy
@@ -91,6 +96,7 @@ class Pipeline:
         self.order = DocumentOrder()
         self.paused: str | None = None
         self._finished = finished
+        self._queued = queued
         self._checker = Checker(policy, ports.catalogue)
         self._cache_secret = hash_key(policy.cache_secret)
         self._found_at_once = 0
@@ -175,11 +181,13 @@ class Pipeline:
         async for sent in self._emitter.emit(parcels, receipts):  # 7. every delivery awaited
             self._acknowledge(sent)  # 8. in offset order: the lease keeps the watermark
 
-    def let_go(self) -> None:
-        """Forget works that were dropped: while a provider is out each rebalance would leave as many again."""
+    def let_go(self) -> list[Fold]:
+        """Forget works that were dropped: while a provider is out each rebalance would leave as many again.
+
+        The folds that wait for no call any more: give them up. One may hold the outcome of a work past its deadline.
+        """
         self.batcher.let_go()
-        for fold in self.packer.let_go():
-            self.batcher.settled(fold)
+        return self.packer.let_go()
 
     # Step 1
 
@@ -286,6 +294,7 @@ class Pipeline:
                     parcels.append(work)
                 elif work.ticket.live:
                     self._place(work, fold.function, now, parcels)
+        self._queued()  # before these wait for their turn: it may be a text queued just now that they wait for
         return parcels
 
     def _count(self, parcels: Sequence[Parcel]) -> None:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable
+
+import pytest
 
 from processor.agents import FILL_WAIT_S
 from processor.domain import CallKind, CallOutcome, Lane, Status
-from processor.errors import ProviderPaused
+from processor.errors import InputRejected, ProviderPaused
+from processor.ports import Destination
 from tests.support.builders import a_request
-from tests.support.steps import Bench, BillingProvider
+from tests.support.steps import Bench, BillingProvider, MemoryOutbox
 
 
 async def test_a_call_waits_to_be_full_only_while_more_is_to_come() -> None:
@@ -158,3 +162,50 @@ async def test_every_deployment_paused_pauses_the_route() -> None:
         spare.refuses = lambda texts: None
         await bench.run_until_idle()
         assert bench.outbox.results[0].status is Status.OK
+
+
+class SlowLedger(MemoryOutbox):
+    """Takes several turns to take a receipt."""
+
+    async def post(self, message: Destination) -> Awaitable[None]:
+        for _ in range(5):
+            await asyncio.sleep(0)
+        return await super().post(message)
+
+
+async def test_a_search_goes_on_while_its_outcomes_wait_for_it() -> None:
+    """What half of a search has found may have to follow, in its document, a text of the other half."""
+    async with Bench(outbox=SlowLedger()) as bench:
+        bench.provider.refuses = lambda texts: InputRejected("refused", http_status=400) if "bad" in texts else None
+        await bench.handle(
+            a_request(["first", "more"], correlation_id="1", document_id="one"),
+            a_request(["before"], correlation_id="2", document_id="two"),
+            a_request(["bad"], correlation_id="3", document_id="three"),
+            a_request(["first"], correlation_id="4", document_id="two"),
+        )
+        assert sorted(bench.lease.finished) == [0, 1, 2, 3]
+
+
+class BrokenLedger(MemoryOutbox):
+    """Takes intents, and no receipt ever; or breaks at one."""
+
+    def __init__(self, error: Exception | None) -> None:
+        super().__init__()
+        self.error = error
+
+    async def post(self, message: Destination) -> Awaitable[None]:
+        if self.error is not None:
+            raise self.error
+        return await asyncio.get_running_loop().create_future()  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("error", [OSError("the broker"), None])
+async def test_a_worker_ends_for_the_reason_it_has(error: Exception | None) -> None:
+    """A receipt that can't be sent is what ends the process, and one that is stopped before ends without any error."""
+    bench = Bench(outbox=BrokenLedger(error))
+    bench.worker.start()
+    await bench.publish(a_request(["a"]))
+    await bench.run_until_idle()
+    await bench.worker.stop()
+    assert bench.failures == ([] if error is None else [error])
+    assert bench.gate.in_flight == 0

@@ -14,11 +14,12 @@ from processor.domain import (
     Request,
 )
 from processor.errors import (
+    ProviderTransient,
     RegistryUnavailable,
 )
 from processor.ports import Destination, Undecodable
 from processor.work import Job
-from tests.support.builders import a_request, some_chunks
+from tests.support.builders import NOW_MS, a_request, some_chunks
 from tests.support.steps import Bench, FakeLease
 
 
@@ -296,3 +297,35 @@ async def test_a_broken_broker_ends_the_process_and_finishes_nothing() -> None:
     await bench.worker.stop()
     assert [type(failure) for failure in bench.failures] == [ConnectionError]
     assert bench.lease.finished == []
+
+
+async def test_a_text_past_its_deadline_is_answered_though_its_fellow_is_revoked() -> None:
+    """A fold ends for the work whose deadline has passed even when the one that it was called for goes elsewhere."""
+    async with Bench(max_concurrent_calls=1, window_max_wait_s=0.0) as bench:
+        other = FakeLease(partition=1)
+        bench.provider.gate = asyncio.Event()
+        await bench.publish(a_request(["busy"], correlation_id="busy"))
+        await bench.settle()
+        await bench.publish(a_request(["x"], correlation_id="late", deadline_ms=NOW_MS + 500))
+        bench.clock.now_s = 1.0
+        await bench.publish(a_request(["x"], correlation_id="other"), lease=other)
+        bench.provider.script = [lambda answer: answer, ProviderTransient("server_error", http_status=500)]
+        await bench.settle()
+        bench.provider.gate.set()
+        await bench.settle()
+        await bench.worker.on_revoke([other], budget_s=0.0)
+        await bench.run_until_idle()
+        assert bench.provider.asked == [["busy"], ["x"]]
+        assert [r.error.code for r in bench.outbox.results if r.error] == ["deadline_exceeded"]
+        assert bench.lease.finished == [0, 1]
+        assert other.finished == []
+
+
+async def test_a_run_of_a_revoked_partition_announces_nothing() -> None:
+    """What its log still holds comes to somebody else: no call waits for it."""
+    async with Bench(window_max_wait_s=0.0) as bench:
+        bench.lease.revoked = True
+        await bench.publish(a_request(["gone"]), behind=100)
+        await bench.publish(a_request(["here"]), lease=FakeLease(partition=1))
+        await bench.settle()
+        assert bench.provider.asked == [["here"]]
