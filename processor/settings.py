@@ -341,6 +341,8 @@ class Settings(BaseSettings):
             raise ValueError(
                 f"{PREFIX}LEASE_MARGIN_S: plus {PREFIX}HEARTBEAT_INTERVAL_S must stay below {PREFIX}SESSION_TIMEOUT_S"
             )
+        if self.retry_initial_s > self.retry_max_s:
+            raise ValueError(f"{PREFIX}RETRY_INITIAL_S: must be at most {PREFIX}RETRY_MAX_S")
         if self.max_request_bytes + RESULT_SPARE_BYTES > self.max_record_bytes:
             raise ValueError(
                 f"{PREFIX}MAX_REQUEST_BYTES: must be {RESULT_SPARE_BYTES} below {PREFIX}MAX_RECORD_BYTES, "

@@ -121,6 +121,7 @@ def test_wrong_settings_are_one_readable_error() -> None:
         ("EMBEDDING_COHERE_BASE_URL", "https://me:secret@cohere.test", "must end after the path"),
         ("EMBEDDING_BOOTSTRAP_SERVERS", "", "at least 1 character"),
         ("EMBEDDING_DEFAULT_DIMENSIONS_BY_MODEL", "{oops", "must be a JSON object"),
+        ("EMBEDDING_RETRY_INITIAL_S", "31", "at most EMBEDDING_RETRY_MAX_S"),
         ("EMBEDDING_HEARTBEAT_INTERVAL_S", "20", "at most a third of EMBEDDING_SESSION_TIMEOUT_S"),
     ],
 )

@@ -308,6 +308,7 @@ def test_the_time_until_a_limit_resets_is_read_as_vendors_write_it(text: str, se
         ),
         ({"x-ratelimit-remaining-tokens": "117"}, errors.RateLimits(remaining_tokens=117)),
         ({"x-ratelimit-limit-requests": "100, 100;w=60"}, None),
+        ({"x-ratelimit-limit-requests": "0", "x-ratelimit-limit-tokens": "1e-322"}, None),
     ],
 )
 def test_what_headers_say_of_limits(headers: dict[str, str], limits: errors.RateLimits | None) -> None:
