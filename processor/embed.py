@@ -162,6 +162,9 @@ def _again(call: Call, error: ProviderError, route: Route, packer: Packer) -> li
         call.searching = call.searching or ("refusal" if refused else "failures")
         _search(call, call.folds, packer, spared=[*call.spared, *call.rest])  # innocent unless they fail too
         return []
+    if call.failures >= route.policy.poison_attempts:  # nobody else succeeds: those that a search keeps waiting may
+        packer.give_back([*call.rest, *call.spared], now)
+        call.rest, call.spared = [], []
     call.attempts += 1
     call.not_before = now
     if not isinstance(error, ProviderThrottled | ProviderPaused):  # for those the gate waits
@@ -177,11 +180,11 @@ def _again(call: Call, error: ProviderError, route: Route, packer: Packer) -> li
 def _is_poison(call: Call, error: ProviderError, route: Route) -> bool:
     """Failed k times while the provider succeeded for others: one of its texts is at fault, not the provider.
 
-    In a search for such a text one failure is enough to look closer, until it is alone.
+    In a search for such a text one failure is enough to look closer, until it is alone: an outage convicts nobody.
     """
     if not isinstance(error, ProviderTransient):  # throttling and pauses say nothing about a text
         return False
-    if call.failures == 0 and not call.searching:
+    if call.failures == 0 and (call.searching != "failures" or len(call.folds) == 1):
         call.successes_seen = route.successes
     call.failures += 1
     if route.successes <= call.successes_seen:

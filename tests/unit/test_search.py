@@ -91,3 +91,59 @@ async def test_a_text_that_always_fails_is_found_and_random_faults_convict_nobod
         ]
         assert not bench.worker._tickets
         assert len(bench.outbox.results) == 64 + others
+
+
+@pytest.mark.parametrize("reason", [InputRejected("refused", http_status=400), ProviderTransient("server_error")])
+async def test_an_outage_in_the_middle_of_a_search_convicts_nobody(reason: ProviderError) -> None:
+    """What fails while nobody else succeeds says nothing of a text, even of the last suspect."""
+    texts, away_until_s = [f"t{i}" for i in range(8)], math.inf
+
+    def refuse(asked: object) -> ProviderError | None:
+        assert isinstance(asked, list)
+        if set(asked) == set(texts):
+            return reason
+        searching = bool(set(asked) & set(texts))
+        return ProviderTransient("no_connection") if searching and bench.clock.now_s < away_until_s else None
+
+    async with Bench() as bench:
+        bench.provider.refuses = refuse
+        await bench.publish(a_request(texts))
+        others = 0
+        while not any(0 < len(set(asked) & set(texts)) < 8 for asked in bench.provider.asked):
+            others += 1
+            await bench.publish(a_request([f"other {others}"], correlation_id=f"o{others}", document_id=None))
+            await bench.step()
+            assert others < 1_000
+        while bench.clock.now_s < 3_600:
+            await bench.step()
+        assert all(result.error is None for result in bench.outbox.results)
+        away_until_s = 0.0
+        texts = ["none of them is at fault after all"]
+        await bench.run_until_idle()
+        assert all(result.error is None for result in bench.outbox.results)
+        assert len(bench.outbox.results) == 8 + others
+
+
+async def test_a_search_ends_though_nobody_else_comes() -> None:
+    """The neighbours of the last suspect show that the provider works: they don't wait for what waits for them."""
+
+    def refuse(asked: object) -> ProviderError | None:
+        assert isinstance(asked, list)
+        return ProviderTransient("server_error", http_status=500) if "t7" in asked else None
+
+    async with Bench() as bench:
+        bench.provider.refuses = refuse
+        await bench.publish(a_request([f"t{i}" for i in range(16)]))
+        others = 0
+        while not any("t7" in asked and len(asked) < 16 for asked in bench.provider.asked):
+            others += 1
+            await bench.publish(a_request([f"other {others}"], correlation_id=f"o{others}", document_id=None))
+            await bench.step()
+            assert others < 1_000
+        await bench.run_until_idle()
+        assert outcomes_of(bench) == {7: "provider_rejects"}
+
+
+def outcomes_of(bench: Bench) -> dict[int, str]:
+    """The errors, by chunk."""
+    return {result.chunk_index: result.error.code for result in bench.outbox.results if result.error}
