@@ -57,6 +57,8 @@ BYTES_IN_WORK = 4_000
 measured: 4,400 with the usage event of its request, 5,000 with the sink view."""
 TEXTS_A_TURN = 256
 """Of one request: to hash and queue them takes a millisecond."""
+MEASURED_TEXTS = 64
+"""Of a window with several tenants: so many are measured and wait for a call before the rest of it is measured."""
 BY_REFERENCE = frozenset({DlqClass.TOO_LARGE, DlqClass.LETHAL})
 
 
@@ -154,8 +156,9 @@ class Pipeline:
         known: list[Fold] = []
         try:
             misses = await look_up(window.folds, ports.cache)  # 3. a cache that is gone is gone without
-            await measure(misses, ports.counter, ports.clock)  # 4. counted exactly, and cut if need be
-            self.packer.add([fold for fold in misses if fold.fault is None], started, ports.clock.now_ms())
+            for some in _portions(misses):
+                await measure(some, ports.counter, ports.clock)  # 4. counted exactly, and cut if need be
+                self.packer.add([fold for fold in some if fold.fault is None], started, ports.clock.now_ms())
             known = [fold for fold in window.folds if fold.entry is not None or fold.fault is not None]
         finally:
             release()
@@ -408,6 +411,13 @@ class Pipeline:
                 ticket.close()
                 finished.append(ticket)
         self._finished(finished)
+
+
+def _portions(misses: list[Fold]) -> list[list[Fold]]:
+    """The misses of one tenant together, those of several in pieces: a small one's need not wait for a large one's."""
+    tenants = {fold.works[0].job.request.tenant_id for fold in misses}
+    size = MEASURED_TEXTS if len(tenants) > 1 else len(misses)
+    return [misses[start : start + size] for start in range(0, len(misses), size or 1)]
 
 
 def _bytes_in_work(ticket: Ticket, known: Sequence[Parcel]) -> int:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Sequence
+from dataclasses import replace
 
 import pytest
 
 from processor.agents import FILL_WAIT_S
-from processor.domain import CallKind, CallOutcome, Lane, Status
+from processor.domain import CallKind, CallOutcome, Lane, ModelSpec, Status
 from processor.errors import InputRejected, ProviderPaused
-from processor.ports import Destination
+from processor.ports import Destination, TokenCounts
 from tests.support.builders import a_request
-from tests.support.steps import Bench, BillingProvider, MemoryOutbox
+from tests.support.steps import Bench, BillingProvider, MemoryOutbox, WordCounter
 
 
 async def test_a_call_waits_to_be_full_only_while_more_is_to_come() -> None:
@@ -121,6 +122,32 @@ async def test_what_is_known_to_come_is_waited_for_while_calls_are_in_flight() -
             await bench.step()
         assert [len(texts) for texts in bench.provider.asked] == [1, 8, 3]
         assert bench.clock.now_s - began_s >= 4.0
+        bench.provider.gate.set()
+        await bench.run_until_idle()
+
+
+@pytest.mark.parametrize("small", [0, 5])
+async def test_a_small_tenant_waits_for_a_call_before_a_large_one_is_measured(small: int) -> None:
+    """In a window of several tenants what is measured may go out; a tenant alone is measured as a whole."""
+    waiting: list[int] = []
+
+    class Counter(WordCounter):
+        def count(self, texts: Sequence[str], model: ModelSpec) -> TokenCounts:
+            waiting.append(len(bench.worker.pipeline.packer))
+            return super().count(texts, model)
+
+    async with Bench(max_concurrent_calls=1) as bench:
+        bench.worker.pipeline.ports = replace(bench.worker.pipeline.ports, counter=Counter())
+        bench.provider.gate = asyncio.Event()
+        await bench.publish(a_request(["busy"], correlation_id="busy"))
+        await bench.step()
+        await bench.publish(
+            a_request([f"l{i}" for i in range(200)], tenant_id="large"),
+            *([a_request([f"s{i}" for i in range(small)], tenant_id="small")] if small else []),
+        )
+        await bench.step()
+        assert len(bench.worker.pipeline.packer) == 200 + small
+        assert (max(waiting) > small) == (small > 0)
         bench.provider.gate.set()
         await bench.run_until_idle()
 
