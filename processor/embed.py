@@ -4,7 +4,8 @@ What a provider's failure means for the texts is decided here, once, from the cl
 pace of calls is the gate's (`limits.py`):
 
     throttled, paused, transient   the whole call again, later; a paused deployment is probed by one call at a time
-    composition (size, timeout)    smaller calls from now on, of the same texts
+    composition (size, timeout)    smaller calls from now on, of the same texts; the same call once more if it only
+                                   got no answer and calls of its size have succeeded
     input, or failed k times       a binary search for the text at fault, which fails alone as `provider_rejects`
     model                          `provider_model_error` for its chunks
 """
@@ -150,11 +151,14 @@ def _again(call: Call, error: ProviderError, route: Route, packer: Packer) -> li
     if isinstance(error, ModelRejected):
         return _fail([*call.folds, *call.rest, *call.spared], MODEL_REFUSED)
     single = len(call.folds) == 1
-    if isinstance(error, CallTooLarge) and not single:
+    # No answer to a size that has passed before may be chance: once. A cap for each would leave one text a call.
+    by_chance = isinstance(error, CallTooLarge) and error.http_status is None and not call.attempts
+    by_chance = by_chance and packer.has_fitted(call)
+    if isinstance(error, CallTooLarge) and not (single or by_chance):
         packer.give_back([*call.rest, *call.spared], now)
         packer.too_large(call)
         return []
-    refused = isinstance(error, InputRejected | CallTooLarge)
+    refused = isinstance(error, InputRejected | CallTooLarge) and not by_chance
     if refused or _is_poison(call, error, route):
         if single:
             packer.give_back([*call.rest, *call.spared], now)

@@ -28,6 +28,8 @@ FULL = 0.98
 """Of one of its limits: such a call is not waited for or searched for any more."""
 LOOK_AHEAD = 64
 """Texts looked at, beyond those whose turn it is, to fill the gap at the end of a call."""
+ENOUGH = 64
+"""Good calls that a cap takes to grow, at most: of its three steps back to a limit that stays, one fails."""
 ROUNDING_S = 1e-6
 """A sleep until `due_at` may end a rounding error before it."""
 
@@ -299,14 +301,15 @@ PAST_DEADLINE = Fault(
 class _Cap:
     """What a model's calls are held to since one was too large.
 
-    `good` calls of about that size have succeeded since it last changed; it grows at `enough`, which doubles with
-    every call that was too large for it, so that a limit that stays is seldom tried.
+    `good` calls of about that size have succeeded since it last changed; it grows at `enough`, which doubles up to
+    `ENOUGH` each time that it has `grown` too large, so that a limit that stays is seldom tried.
     """
 
     inputs: float
     quarters: float
     good: int = 0
     enough: int = 1
+    grown: bool = False
 
 
 class Packer:
@@ -317,6 +320,7 @@ class Packer:
         self._pools: dict[str, _Pool] = {}  # the one served least recently first
         self._retries: list[tuple[float, int, Call]] = []
         self._caps: dict[str, _Cap] = {}
+        self._largest: dict[str, tuple[int, int]] = {}  # texts and tokens of calls that succeeded, by model
         self._numbers = itertools.count()
 
     def __len__(self) -> int:
@@ -378,14 +382,21 @@ class Packer:
         assert len(call.folds) > 1
         inputs, quarters = len(call.folds), sum(map(_quarters, call.folds))
         cap = self._caps.setdefault(call.function.model.name, _Cap(float("inf"), float("inf")))
-        if cap.inputs < float("inf") and inputs <= cap.inputs and quarters <= cap.quarters:
-            cap.enough *= 2
-        cap.inputs, cap.quarters, cap.good = min(cap.inputs, inputs // 2), min(cap.quarters, quarters / 2), 0
+        if cap.grown and inputs <= cap.inputs and quarters <= cap.quarters:
+            cap.enough, cap.grown = min(2 * cap.enough, ENOUGH), False
+        cap.inputs, cap.quarters, cap.good = min(cap.inputs, inputs // 2), min(cap.quarters, max(1, quarters / 2)), 0
         self._put_back(call.folds)
+
+    def has_fitted(self, call: Call) -> bool:
+        """Whether calls of as many texts and tokens have succeeded: that it got no answer may be chance."""
+        inputs, tokens = self._largest.get(call.function.model.name, (0, 0))
+        return len(call.folds) <= inputs and call.tokens <= tokens
 
     def fitted(self, call: Call) -> None:
         """The call succeeded: a cap that it nearly filled may grow by a quarter, until the model's own limits do."""
         model = call.function.model
+        inputs, tokens = self._largest.get(model.name, (0, 0))
+        self._largest[model.name] = max(inputs, len(call.folds)), max(tokens, call.tokens)
         cap = self._caps.get(model.name)
         if cap is None:
             return
@@ -395,6 +406,7 @@ class Packer:
         cap.good += 1
         if cap.good >= cap.enough:
             cap.inputs, cap.quarters, cap.good = max(cap.inputs + 1, cap.inputs * 1.25), cap.quarters * 1.25, 0
+            cap.grown = True
         if cap.inputs >= model.max_inputs_per_call and cap.quarters >= 4 * model.max_tokens_per_call:
             del self._caps[model.name]
 

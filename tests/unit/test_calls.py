@@ -10,7 +10,7 @@ import pytest
 
 from processor.agents import FILL_WAIT_S
 from processor.domain import CallKind, CallOutcome, Lane, ModelSpec, Status
-from processor.errors import InputRejected, ProviderPaused
+from processor.errors import CallTooLarge, InputRejected, ProviderPaused
 from processor.ports import Destination, TokenCounts
 from tests.support.builders import a_request
 from tests.support.steps import Bench, BillingProvider, MemoryOutbox, WordCounter
@@ -236,3 +236,20 @@ async def test_a_worker_ends_for_the_reason_it_has(error: Exception | None) -> N
     await bench.worker.stop()
     assert bench.failures == ([] if error is None else [error])
     assert bench.gate.in_flight == 0
+
+
+async def test_calls_stay_full_though_one_in_fifty_hangs() -> None:
+    """A hang by chance says nothing of a size that has passed before: calls don't shrink with every one, for good."""
+    calls = 0
+
+    def refuse(texts: Sequence[str]) -> Exception | None:
+        nonlocal calls
+        calls += 1
+        return CallTooLarge("timeout") if calls % 50 == 0 and len(texts) > 1 else None
+
+    async with Bench(window_max_wait_s=0.0) as bench:
+        bench.provider.refuses = refuse
+        for i in range(600):
+            await bench.handle(a_request([f"{i}-{j}" for j in range(8)], correlation_id=f"c{i}"))
+        late = [len(texts) for texts in bench.provider.asked[-100:]]
+        assert sum(late) / len(late) > 7.5

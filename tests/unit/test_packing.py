@@ -387,6 +387,27 @@ def test_a_limit_that_stays_is_seldom_tried() -> None:
     assert len(failed) <= 9
 
 
+def test_what_failed_in_a_row_is_one_lesson() -> None:
+    """After an outage of calls without an answer a few good ones of each size make them as large as before."""
+    function = a_function(max_inputs_per_call=100, max_tokens_per_call=500)
+    packer = a_packer(*[a_fold(function=function) for _ in range(1_000)])
+    while len((call := taken(packer)).folds) > 1:
+        packer.too_large(call)
+    good = 0
+    while len(call.folds) < 100:
+        packer.fitted(call)
+        call = taken(packer)
+        good += 1
+    assert good <= 25
+
+
+def test_texts_of_no_tokens_can_be_called_after_a_failure() -> None:
+    """Half of nothing is no limit that anything could be measured by."""
+    packer = a_packer(*[a_fold("", tokens=0) for _ in range(4)])
+    packer.too_large(taken(packer))
+    assert [len(call.folds) for call in all_calls(packer)] == [2, 2]
+
+
 def test_innocent_texts_of_a_search_go_at_once() -> None:
     """They have waited for a search already: no patience applies, and they come first."""
     packer = a_packer(*[a_fold("innocent") for _ in range(2)])
