@@ -159,12 +159,6 @@ class _Pool:
         self.nearest_due = min(self.nearest_due, text.due)
         self._turns.push(text)
 
-    def add_in_front(self, texts: Sequence[Text]) -> None:
-        for text in reversed(texts):
-            self.load.add(text)
-            self._front.appendleft(text)
-        self.nearest_due = float("-inf")
-
     def due_at(self, patience_s: float, limits: _Limits) -> float:
         """When the next call is due: at once when it is full."""
         if _is_full(self.load.share(limits), self.load.inputs):
@@ -441,11 +435,10 @@ class Packer:
         return dropped
 
     def _put_back(self, folds: Sequence[Fold], now: float = float("-inf")) -> None:
+        """In front of their tenant's others and due at once, but in their tenant's turn: they can be very many."""
         for fold in folds:
             fold.in_call = False
-        for _, group in itertools.groupby(folds, key=lambda fold: fold.function.name):
-            texts = [self._text(fold) for fold in group]
-            self._pool(texts[0].fold.function, now).add_in_front(texts)
+            self._pool(fold.function, now).add(self._text(fold))
 
     def _pool(self, function: EmbeddingFunction, now: float) -> _Pool:
         pool = self._pools.get(function.name)

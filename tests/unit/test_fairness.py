@@ -109,3 +109,14 @@ def test_nearly_due_texts_starve_nobody() -> None:
     packer = a_packer(a_fold("patient", arrived=0.0))
     packer.add([a_fold("soon", arrived=60.0, deadline_ms=NOW_MS + 1000)], 60.0, NOW_MS)
     assert taken(packer, now=60.0, max_tokens=1).folds[0].sent == "patient"
+
+
+def test_what_was_put_back_holds_up_no_other_tenant() -> None:
+    """A backlog whose calls turned out too large goes on in its tenant's turns."""
+    function = a_function(max_inputs_per_call=100, max_tokens_per_call=100_000)
+    packer = a_packer(*[a_fold(tokens=100, function=function, tenant="large") for _ in range(1_000)])
+    for call in [taken(packer) for _ in range(10)]:
+        packer.too_large(call)
+    packer.too_large(taken(packer))
+    packer.add([a_fold(tokens=100, function=function, tenant="small")], 0.0, NOW_MS)
+    assert any("small" in tenants(taken(packer).folds) for _ in range(3))

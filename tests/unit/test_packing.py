@@ -337,7 +337,7 @@ def test_a_call_that_was_too_large_halves_those_that_follow() -> None:
     calls = all_calls(packer)
     assert [len(call.folds) for call in calls] == [4] * 6
     again = [fold for call in calls if not call.function.prefix for fold in call.folds]
-    assert again[:8] == large.folds
+    assert set(map(id, large.folds)) <= set(map(id, again[:12])), "beside one that was next already"
     assert all(fold.in_call for fold in again)
 
 
