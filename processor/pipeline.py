@@ -57,7 +57,7 @@ BYTES_IN_WORK = 4_000
 measured: 4,400 with the usage event of its request, 5,000 with the sink view."""
 TEXTS_A_TURN = 256
 """Of one request: to hash and queue them takes a millisecond."""
-MEASURED_TEXTS = 64
+MEASURED_TEXTS = 128
 """Of a window with several tenants: so many are measured and wait for a call before the rest of it is measured."""
 BY_REFERENCE = frozenset({DlqClass.TOO_LARGE, DlqClass.LETHAL})
 
