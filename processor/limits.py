@@ -370,7 +370,9 @@ class Gate:
         now = self._clock.monotonic()
         seconds = now - permit.began
         self.call_seconds = seconds if self.call_seconds == 0 else self.call_seconds + (seconds - self.call_seconds) / 5
-        self.tokens.add(float(permit.tokens - tokens), now)
+        # No account lets a call use more than a minute's worth: a mistaken bill must not stop all for days.
+        most = permit.tokens + (self.tokens.per_minute or 0.0)
+        self.tokens.add(permit.tokens - min(float(tokens), most), now)
         self._learn(permit, limits, now)
         self._well()
         self._throttled_in_row = 0

@@ -379,6 +379,16 @@ def test_without_a_limit_nothing_bounds_the_tokens() -> None:
     assert gate.admits(10**9)
 
 
+def test_an_absurd_bill_stops_nothing_for_long() -> None:
+    """A provider that says it billed billions is believed as far as an account can go: a minute's worth."""
+    clock = Clock()
+    gate = a_gate(clock, tokens_per_minute=60_000)
+    gate.begin(100).succeeded(2**31 - 1, None)
+    ready_at = gate.ready_at(100)
+    assert ready_at is not None
+    assert 30 < ready_at - clock.monotonic() < 70
+
+
 def test_what_was_billed_corrects_the_book() -> None:
     """A call that was estimated at 1,000 tokens and billed 3,000 has spent 3,000."""
     clock = Clock()
