@@ -81,7 +81,8 @@ class Worker:
         of texts.
         """
         if not self._is_over(run.lease):  # else nobody would ever say that nothing comes any more
-            self._behind[run.lease.topic, run.lease.partition] = run.behind
+            # One more offset may be no record but the end of a transaction, after which nothing comes.
+            self._behind[run.lease.topic, run.lease.partition] = max(0, run.behind - 1)
         self._admitting = True
         try:
             await self._admit(run)

@@ -36,6 +36,14 @@ async def test_a_call_waits_to_be_full_only_while_more_is_to_come() -> None:
         assert bench.clock.now_s - before_s < 0.06
 
 
+async def test_the_end_of_a_transaction_is_not_waited_for() -> None:
+    """The last offset of a log may hold no record: a call doesn't wait for what it takes to be one."""
+    async with Bench(window_max_wait_s=0.0) as bench:
+        await bench.publish(a_request(["last"]), behind=1)
+        await bench.settle()
+        assert bench.provider.asked == [["last"]]
+
+
 async def test_the_interactive_lane_never_waits() -> None:
     """A query goes out at once, whatever else is known to come."""
     async with Bench(lane=Lane.INTERACTIVE, window_max_wait_s=0.0) as bench:
