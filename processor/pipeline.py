@@ -156,10 +156,11 @@ class Pipeline:
         known: list[Fold] = []
         try:
             misses = await look_up(window.folds, ports.cache)  # 3. a cache that is gone is gone without
+            known += [fold for fold in window.folds if fold.entry is not None]
             for some in _portions(misses):
                 await measure(some, ports.counter, ports.clock)  # 4. counted exactly, and cut if need be
+                known += [fold for fold in some if fold.fault is not None]  # of the others a call tells, maybe soon
                 self.packer.add([fold for fold in some if fold.fault is None], started, ports.clock.now_ms())
-            known = [fold for fold in window.folds if fold.entry is not None or fold.fault is not None]
         finally:
             release()
         self._observe_window(window, ports.clock.monotonic() - started)
