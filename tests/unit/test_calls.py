@@ -261,3 +261,23 @@ async def test_calls_stay_full_though_one_in_fifty_hangs() -> None:
             await bench.handle(a_request([f"{i}-{j}" for j in range(8)], correlation_id=f"c{i}"))
         late = [len(texts) for texts in bench.provider.asked[-100:]]
         assert sum(late) / len(late) > 7.5
+
+
+async def test_what_is_embedded_while_its_window_is_measured_is_delivered_once() -> None:
+    """A call may end before the rest of its window has been counted: its texts are no longer the window's."""
+    async with Bench(window_max_wait_s=0.05) as bench:
+        requests = [
+            a_request([f"{tenant}{i}".ljust(2_000, "x") for i in range(96)], tenant_id=tenant, document_id=None)
+            for tenant in ("large", "small")
+        ]
+        await bench.publish(*requests)
+        await bench.settle()
+        bench.clock.wake_next()
+        for _ in range(1_000):  # calls of somebody else that end all the time
+            bench.gate.changed()
+            await asyncio.sleep(0)
+        await bench.run_until_idle()
+        done = [(result.request.tenant_id, result.chunk_index) for result in bench.outbox.results]
+        assert sorted(done) == sorted({(request.tenant_id, i) for request in requests for i in range(96)})
+        assert len(bench.outbox.usage) == 2
+        assert sum(bench.attributed().values()) == sum(bench.provider.bills.values())
