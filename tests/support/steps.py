@@ -325,9 +325,7 @@ class Bench:
             for request in requests
         ]
 
-    async def publish(
-        self, *requests: Request | bytes | None, lease: FakeLease | None = None, behind: int = 0
-    ) -> None:
+    async def publish(self, *requests: Request | bytes | None, lease: FakeLease | None = None, behind: int = 0) -> None:
         await self.worker.on_run(Run(lease or self.lease, self.records(*requests, lease=lease), behind=behind))
 
     async def settle(self) -> None:
