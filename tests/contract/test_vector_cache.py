@@ -177,7 +177,7 @@ async def test_the_vectors_of_a_full_call_are_kept_and_found(case: Case) -> None
         lambda value: b"",
         lambda value: value[:-1],
         lambda value: value + b"x",
-        lambda value: b"\x02" + value[1:],
+        lambda value: bytes([value[0] + 1]) + value[1:],
         lambda value: value[:40] + bytes([value[40] ^ 1]) + value[41:],
         lambda value: value[:-1] + bytes([value[-1] ^ 1]),
         lambda value: os.urandom(len(value)),
