@@ -8,12 +8,12 @@ from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from processor.adapters import local_files
 from processor.adapters.local_files import LocalFiles
 from processor.adapters.tokens import BPE, WORDPIECE
+from processor.adapters.yaml_files import read_yaml
 from processor.domain import CallEstimator, InputType, ModelSpec, Price
 from processor.errors import SettingsError
 from processor.settings import Settings
@@ -255,14 +255,7 @@ def _choose(
 def _read(path: Path) -> dict[str, dict[str, Any]]:
     """Model name -> fields, not yet validated."""
     where = f"EMBEDDING_CATALOGUE_FILE: {path}"
-    try:
-        with path.open("rb") as file:
-            content = yaml.safe_load(file)
-    except OSError as error:
-        raise SettingsError(f"{where}: can't be read: {error.strerror}") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        raise SettingsError(f"{where}: is no YAML{f', line {mark.line + 1}' if mark else ''}") from None
+    content = read_yaml(path, "EMBEDDING_CATALOGUE_FILE")
     models = content.get("models") if isinstance(content, dict) else None
     if not isinstance(models, dict) or set(content) != {"models"}:
         raise SettingsError(f"{where}: must hold models: and nothing else at its top level")

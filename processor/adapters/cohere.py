@@ -6,7 +6,6 @@ model is the one that was asked for.
 
 from __future__ import annotations
 
-import binascii
 import json
 import re
 import time
@@ -14,18 +13,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import aiohttp
-import numpy as np
 
-from processor.adapters.openai_answers import MAX_BILL_TOKENS, parse_object
+from processor.adapters.openai_answers import MAX_BILL_TOKENS, parse_object, read_vector
 from processor.adapters.refusals import MESSAGE_CHARS, rate_limits, refusal, timed_out
 from processor.domain import EmbeddingFunction, InputType, Vector
-from processor.errors import (
-    InputRejected,
-    ProviderError,
-    ProviderPaused,
-    ProviderTransient,
-    SettingsError,
-)
+from processor.errors import InputRejected, ProviderError, ProviderPaused, ProviderTransient, SettingsError
 from processor.ports import ProviderAnswer
 
 _INPUT_TYPES = {InputType.DOCUMENT: "search_document", InputType.QUERY: "search_query"}
@@ -33,8 +25,6 @@ _INPUT_TYPES = {InputType.DOCUMENT: "search_document", InputType.QUERY: "search_
 _MODEL_WORDS = re.compile(r"output_dimension|input_type|embedding_types", re.IGNORECASE)
 _SIZE_WORDS = re.compile(r"too many tokens|number of texts must be at most", re.IGNORECASE)
 _MONTH = re.compile(r"/ ?month|monthly|per month", re.IGNORECASE)
-
-_EMPTY: Vector = np.empty(0, np.float32)
 
 
 class CohereProvider:
@@ -163,7 +153,8 @@ def _read(body: bytes, dimensions: int) -> tuple[list[Vector], int | None]:
         if billed_tokens is None:
             raise ProviderTransient("broken_body")
         rows = []
-    return [_vector(row, dimensions) for row in rows], billed_tokens
+    # "The float embedding bytes": how many of them make a float is not said.
+    return [read_vector(row, double_bytes=8 * dimensions) for row in rows], billed_tokens
 
 
 def _bill(meta: object) -> int | None:
@@ -173,18 +164,3 @@ def _bill(meta: object) -> int | None:
     if isinstance(tokens, int | float) and not isinstance(tokens, bool) and 0 <= tokens <= MAX_BILL_TOKENS:
         return int(tokens)
     return None
-
-
-def _vector(row: object, dimensions: int) -> Vector:
-    try:
-        if isinstance(row, str):
-            raw = binascii.a2b_base64(row, strict_mode=True)
-            # "The float embedding bytes": how many of them make a float is not said.
-            kind = "<f8" if len(raw) == 8 * dimensions else "<f4"
-            return np.frombuffer(raw, kind).astype(np.float32, copy=False)
-        if isinstance(row, list):
-            with np.errstate(over="ignore"):
-                return np.asarray(row, np.float32)
-    except (ValueError, TypeError, OverflowError):
-        pass
-    return _EMPTY

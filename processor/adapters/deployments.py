@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Literal, Self
 from urllib.parse import urlsplit
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from processor.adapters.yaml_files import read_yaml
 from processor.errors import SettingsError
 from processor.settings import checked_address, read_secret
 
@@ -130,14 +130,7 @@ def read_deployments(path: Path, *, provider: str, served: Iterable[str]) -> Seq
 
 
 def _listed(path: Path) -> list[object]:
-    try:
-        with path.open("rb") as file:
-            content = yaml.safe_load(file)
-    except OSError as error:
-        raise SettingsError(f"{SETTING}: {path}: can't be read: {error.strerror}") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        raise SettingsError(f"{SETTING}: {path}: is no YAML{f', line {mark.line + 1}' if mark else ''}") from None
+    content = read_yaml(path, SETTING)
     if not isinstance(content, list) or not content:
         raise SettingsError(f"{SETTING}: {path}: must be a list of deployments, each with name and provider")
     return content

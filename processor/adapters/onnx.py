@@ -6,7 +6,6 @@ one at a time.
 
 from __future__ import annotations
 
-import asyncio
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,11 +14,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from processor.adapters.local_calls import failure, together, tokenized
+from processor.adapters.local_calls import embed_in_pieces
 from processor.adapters.local_files import SETTING, LocalFiles, Pooling
 from processor.adapters.tokens import WordPiece
 from processor.domain import EmbeddingFunction, ModelSpec
-from processor.errors import ProviderError, SettingsError
+from processor.errors import SettingsError
 from processor.ports import ProviderAnswer
 
 PIECE_TOKENS = 160
@@ -78,21 +77,14 @@ class LocalProvider:
         attempt_id: str,  # noqa: ARG002  (there is nobody to tell it to)
     ) -> ProviderAnswer:
         """InputRejected for a text over the model's limit; nothing is cut here, and nothing was run then."""
-        loop = asyncio.get_running_loop()
-        tokens = await loop.run_in_executor(
-            self._threads, tokenized, self._tokenizer, texts, self._model.max_input_tokens
+        return await embed_in_pieces(
+            texts,
+            self._model,
+            tokenizer=self._tokenizer,
+            threads=self._threads,
+            pieces=lambda lengths: pieces(lengths, self._piece_tokens),
+            run=lambda _, tokens: self._run(tokens),
         )
-        places = list(pieces([len(each) for each in tokens], self._piece_tokens))
-        done = await together(
-            [
-                loop.run_in_executor(self._threads, self._infer, [tokens[i] for i in piece], len(texts))
-                for piece in places
-            ]
-        )
-        indices = [index for piece in places for index in piece]
-        vectors = [vector for each in done for vector in each]
-        in_order = [vector for _, vector in sorted(zip(indices, vectors, strict=True), key=lambda pair: pair[0])]
-        return ProviderAnswer(in_order, range(len(texts)), self._model.name, sum(map(len, tokens)))
 
     async def list_models(self) -> Sequence[str]:
         return [self._model.name]
@@ -100,16 +92,8 @@ class LocalProvider:
     async def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    def _infer(self, tokens: Sequence[Sequence[int]], texts: int) -> NDArray[np.float32]:
-        """Vectors of shape (n, d) of n texts that are run at once, in a call of `texts`."""
-        failed: ProviderError
-        try:
-            return self._run(tokens)
-        except Exception as error:  # noqa: BLE001  (onnxruntime's classes share no base)
-            failed = failure(error, texts)
-        raise failed
-
     def _run(self, tokens: Sequence[Sequence[int]]) -> NDArray[np.float32]:
+        """Vectors of shape (n, d) of n texts that are run at once."""
         lengths = np.array([len(each) for each in tokens])
         ids = np.zeros((len(tokens), lengths.max()), np.int64)
         for row, each in zip(ids, tokens, strict=True):

@@ -42,7 +42,6 @@ _OPENAI_URL = "https://api.openai.com/v1"
 _TEXTS_A_TURN = 256
 """Written as JSON before others have their turn: under a millisecond for chunks of usual size."""
 
-
 _BYTES_A_NUMBER, _SPARE_BYTES = 32, 4096
 """Most that an answer has for each number, written out and indented, and for a row or all of them beside these."""
 

@@ -113,6 +113,20 @@ def parse_object(body: bytes) -> dict[str, Any]:
     return parsed
 
 
+def read_vector(value: object, *, double_bytes: int | None = None) -> Vector:
+    """Of a list of numbers, or base64 of float32 (of float64 where it is of `double_bytes`); else empty."""
+    try:
+        if isinstance(value, str):
+            raw = binascii.a2b_base64(value, strict_mode=True)
+            return np.frombuffer(raw, "<f8" if len(raw) == double_bytes else "<f4").astype(np.float32, copy=False)
+        if isinstance(value, list):
+            with np.errstate(over="ignore"):
+                return np.asarray(value, np.float32)
+    except (ValueError, TypeError, OverflowError):
+        pass
+    return _EMPTY
+
+
 def _add_base64(piece: bytes, vectors: list[Vector], indices: list[int]) -> bool:
     """False, and nothing added, when one of the rows has another form or can't be read."""
     try:
@@ -145,21 +159,8 @@ def _parsed(body: bytes | bytearray) -> dict[str, Any] | None:
 
 def _add(rows: list[object], vectors: list[Vector], indices: list[int]) -> None:
     for row in rows:
-        vectors.append(_vector(row))
+        vectors.append(read_vector(row.get("embedding") if isinstance(row, dict) else None))
         indices.append(_index(row))
-
-
-def _vector(row: object) -> Vector:
-    embedding = row.get("embedding") if isinstance(row, dict) else None
-    try:
-        if isinstance(embedding, str):
-            return np.frombuffer(binascii.a2b_base64(embedding, strict_mode=True), "<f4")
-        if isinstance(embedding, list):
-            with np.errstate(over="ignore"):
-                return np.asarray(embedding, np.float32)
-    except (ValueError, TypeError, OverflowError):
-        pass
-    return _EMPTY
 
 
 def _index(row: object) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from processor.adapters import local_files
@@ -67,34 +67,9 @@ def _deployed(settings: Settings, entry: DeploymentEntry) -> NamedProvider:
     key = _sendable(entry.key(), f"{SETTING}: {entry.name}: api_key_file or api_key_env")
     if key is None and (entry.base_url is None or entry.provider != "openai"):
         raise SettingsError(f"{SETTING}: {entry.name}: api_key_file: is missing; name the key by it or by api_key_env")
-    provider: EmbeddingProvider
-    if entry.provider == "cohere":
-        from processor.adapters.cohere import CohereProvider
-
-        provider = CohereProvider(
-            api_key=key,
-            base_url=entry.base_url or settings.cohere_base_url,
-            timeout_s=settings.provider_timeout_s,
-            connect_timeout_s=settings.provider_connect_timeout_s,
-            read_timeout_s=settings.provider_read_timeout_s,
-            models=entry.models,
-        )
-    else:
-        from processor.adapters.openai import OpenAIProvider
-
-        provider = OpenAIProvider(
-            api_key=key,
-            base_url=entry.base_url,
-            timeout_s=settings.provider_timeout_s,
-            connect_timeout_s=settings.provider_connect_timeout_s,
-            read_timeout_s=settings.provider_read_timeout_s,
-            name=entry.provider,
-            azure_api_version=entry.api_version,
-            models=entry.models,
-        )
     return NamedProvider(
         entry.name,
-        Shortening(provider),
+        Shortening(_over_http(settings, entry.provider, key, entry.base_url, entry.api_version, entry.models)),
         entry.requests_per_minute or settings.requests_per_minute,
         entry.tokens_per_minute or settings.tokens_per_minute,
         _account(entry.provider, entry.base_url or "", key),
@@ -118,30 +93,50 @@ def _open(settings: Settings, catalogue: Catalogue) -> EmbeddingProvider:
     if settings.provider in {"local", "sentence-transformers"}:
         return _on_this_machine(settings, catalogue)
     if settings.provider == "cohere":
-        from processor.adapters.cohere import CohereProvider
-
-        return CohereProvider(
-            api_key=_sendable(settings.secret("cohere_api_key"), "EMBEDDING_COHERE_API_KEY"),
-            base_url=settings.cohere_base_url,
-            timeout_s=settings.provider_timeout_s,
-            connect_timeout_s=settings.provider_connect_timeout_s,
-            read_timeout_s=settings.provider_read_timeout_s,
-        )
-
-    from processor.adapters.openai import OpenAIProvider
-
+        key = _sendable(settings.secret("cohere_api_key"), "EMBEDDING_COHERE_API_KEY")
+        return _over_http(settings, settings.provider, key, None)
     if settings.provider == "azure" and not (settings.openai_base_url or "").endswith("/openai/v1"):
         raise SettingsError(
             "EMBEDDING_DEPLOYMENTS_FILE: list the deployments of Azure there, or set EMBEDDING_OPENAI_BASE_URL to "
             "https://<resource>.openai.azure.com/openai/v1"
         )
+    key = _sendable(settings.secret("openai_api_key"), "EMBEDDING_OPENAI_API_KEY")
+    return _over_http(settings, settings.provider, key, settings.openai_base_url)
+
+
+def _over_http(
+    settings: Settings,
+    kind: str,
+    key: str | None,
+    base_url: str | None,
+    azure_api_version: str | None = None,
+    models: Mapping[str, str] | None = None,
+) -> EmbeddingProvider:
+    """A provider of kind openai, azure or cohere. `models`: name in the catalogue -> name there."""
+    timeout_s, connect_timeout_s = settings.provider_timeout_s, settings.provider_connect_timeout_s
+    if kind == "cohere":
+        from processor.adapters.cohere import CohereProvider
+
+        return CohereProvider(
+            api_key=key,
+            base_url=base_url or settings.cohere_base_url,
+            timeout_s=timeout_s,
+            connect_timeout_s=connect_timeout_s,
+            read_timeout_s=settings.provider_read_timeout_s,
+            models=models,
+        )
+
+    from processor.adapters.openai import OpenAIProvider
+
     return OpenAIProvider(
-        name=settings.provider,
-        api_key=_sendable(settings.secret("openai_api_key"), "EMBEDDING_OPENAI_API_KEY"),
-        base_url=settings.openai_base_url,
-        timeout_s=settings.provider_timeout_s,
-        connect_timeout_s=settings.provider_connect_timeout_s,
+        name=kind,
+        api_key=key,
+        base_url=base_url,
+        timeout_s=timeout_s,
+        connect_timeout_s=connect_timeout_s,
         read_timeout_s=settings.provider_read_timeout_s,
+        azure_api_version=azure_api_version,
+        models=models,
     )
 
 

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from typing import Self, cast
 
-from redis.asyncio import Redis
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
-from redis.exceptions import RedisError
-
 from processor.adapters.cache_entry import decode, encode
+from processor.adapters.redis_client import open_redis, redis_url, trip
 from processor.domain import CacheLevel, Entry
-from processor.errors import CacheUnavailable, SettingsError
+from processor.errors import CacheUnavailable
 from processor.ports import Events, Found
 from processor.settings import Settings
 
@@ -39,17 +34,8 @@ class RedisCache:
         events: Events | None = None,
         read_only: bool = False,
     ) -> None:
-        try:
-            self._redis = Redis.from_url(
-                url,
-                protocol=2,
-                socket_timeout=timeout_s,
-                socket_connect_timeout=timeout_s,
-                # One more try at once: after a restart of Redis every pooled connection is a dead one.
-                retry=Retry(NoBackoff(), 1),
-            )
-        except ValueError:
-            raise SettingsError("EMBEDDING_REDIS_URL: must be redis://, rediss:// or unix://") from None
+        # One more try at once: after a restart of Redis every pooled connection is a dead one.
+        self._redis = open_redis(url, timeout_s=timeout_s, retries=1)
         self._timeout_s = timeout_s
         self._ttl_s = ttl_s
         self._prefix = prefix
@@ -59,10 +45,8 @@ class RedisCache:
     @classmethod
     def from_settings(cls, settings: Settings, events: Events | None = None, *, read_only: bool = False) -> Self:
         """SettingsError when there is no URL or it is none."""
-        if not settings.redis_url:
-            raise SettingsError("EMBEDDING_REDIS_URL: is missing")
         return cls(
-            settings.redis_url,
+            redis_url(settings),
             timeout_s=settings.redis_timeout_ms / 1000,
             ttl_s=settings.cache_ttl_s,
             events=events,
@@ -112,14 +96,8 @@ class RedisCache:
     async def close(self) -> None:
         await self._redis.aclose()
 
-    @asynccontextmanager
-    async def _budget(self) -> AsyncIterator[None]:
-        try:
-            async with asyncio.timeout(self._timeout_s):
-                yield
-        except (RedisError, OSError, TimeoutError) as error:
-            # The class alone: a message can quote the command, or the address.
-            raise CacheUnavailable(f"redis: {type(error).__name__}") from None
+    def _budget(self) -> AbstractAsyncContextManager[None]:
+        return trip(self._timeout_s, CacheUnavailable)
 
 
 def _trips(keys: Sequence[bytes]) -> Iterator[Sequence[bytes]]:

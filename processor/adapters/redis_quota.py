@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import math
 from typing import Self, cast
 
-from redis.asyncio import Redis
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
-from redis.exceptions import RedisError
-
-from processor.errors import QuotaUnavailable, SettingsError
+from processor.adapters.redis_client import open_redis, redis_url, trip
+from processor.errors import QuotaUnavailable
 from processor.ports import QuotaAsk, QuotaGrant
 from processor.settings import Settings
 
@@ -60,18 +55,8 @@ class RedisQuota:
     """Implements `ports.SharedQuota`. `pace` is the part of a limit that flows in; a lease is one round trip."""
 
     def __init__(self, url: str, *, timeout_s: float, pace: float, prefix: str = "embedding:quota:1:") -> None:
-        try:
-            self._redis = Redis.from_url(
-                url,
-                protocol=2,
-                socket_timeout=timeout_s,
-                socket_connect_timeout=timeout_s,
-                # No second try: what the first may have granted would be lost.
-                retry=Retry(NoBackoff(), 0),
-                decode_responses=True,
-            )
-        except ValueError:
-            raise SettingsError("EMBEDDING_REDIS_URL: must be redis://, rediss:// or unix://") from None
+        # No second try: what the first may have granted would be lost.
+        self._redis = open_redis(url, timeout_s=timeout_s, retries=0, decode_responses=True)
         self._timeout_s = timeout_s
         self._pace = pace
         self._prefix = prefix
@@ -80,20 +65,14 @@ class RedisQuota:
     @classmethod
     def from_settings(cls, settings: Settings, *, pace: float) -> Self:
         """SettingsError when there is no URL or it is none."""
-        if not settings.redis_url:
-            raise SettingsError("EMBEDDING_REDIS_URL: is missing")
-        return cls(settings.redis_url, timeout_s=settings.redis_timeout_ms / 1000, pace=pace)
+        return cls(redis_url(settings), timeout_s=settings.redis_timeout_ms / 1000, pace=pace)
 
     async def lease(
         self, account: str, requests: QuotaAsk, tokens: QuotaAsk, wait_s: float
     ) -> tuple[QuotaGrant, QuotaGrant]:
         arguments = [self._pace, wait_s, KEPT_S, *_written(requests), *_written(tokens)]
-        try:
-            async with asyncio.timeout(self._timeout_s):
-                answer = cast("list[str]", await self._script(keys=[self._prefix + account], args=arguments))
-        except (RedisError, OSError, TimeoutError) as error:
-            # The class alone: a message can quote the command, or the address.
-            raise QuotaUnavailable(f"redis: {type(error).__name__}") from None
+        async with trip(self._timeout_s, QuotaUnavailable):
+            answer = cast("list[str]", await self._script(keys=[self._prefix + account], args=arguments))
         try:
             granted, rate, heard_s, *of_tokens = map(float, answer)
             slices = _read(granted, rate, heard_s), _read(*of_tokens)

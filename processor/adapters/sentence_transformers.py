@@ -5,20 +5,19 @@ The package brings torch, gigabytes of it; the model is read from a directory, n
 
 from __future__ import annotations
 
-import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from processor.adapters.local_calls import failure, together, tokenized
+from processor.adapters.local_calls import embed_in_pieces
 from processor.adapters.local_files import SETTING, LocalFiles
 from processor.adapters.tokens import WordPiece
-from processor.domain import EmbeddingFunction, ModelSpec, Vector
-from processor.errors import ProviderError, SettingsError
+from processor.domain import EmbeddingFunction, ModelSpec
+from processor.errors import SettingsError
 from processor.ports import ProviderAnswer
 
 PIECE_TEXTS = 32
@@ -60,7 +59,12 @@ class SentenceTransformersProvider:
         self._tokenizer = WordPiece(files.tokenizer)
         self._model = model
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="local-model")
-        size = len(self._encode(["size"], 1)[0])
+        try:
+            size = len(self._encode(["size"])[0])
+        except Exception as error:  # noqa: BLE001  (torch's classes share no base)
+            raise SettingsError(
+                f"{SETTING}: {files.model} can't be run on EMBEDDING_LOCAL_DEVICE {device}: {type(error).__name__}"
+            ) from None
         if size != model.dimensions[0]:
             raise SettingsError(
                 f"{model.name}: dimensions is {model.dimensions[0]} in the catalogue, but the model gives {size}"
@@ -73,23 +77,14 @@ class SentenceTransformersProvider:
         attempt_id: str,  # noqa: ARG002  (there is nobody to tell it to)
     ) -> ProviderAnswer:
         """InputRejected for a text over the model's limit; nothing is cut here, and nothing was run then."""
-        loop = asyncio.get_running_loop()
-        tokens = await loop.run_in_executor(
-            self._thread, tokenized, self._tokenizer, texts, self._model.max_input_tokens
+        return await embed_in_pieces(
+            texts,
+            self._model,
+            tokenizer=self._tokenizer,
+            threads=self._thread,
+            pieces=_pieces,
+            run=lambda texts, _: self._encode(texts),
         )
-        by_length = sorted(range(len(texts)), key=lambda index: len(tokens[index]))
-        places = [by_length[start : start + PIECE_TEXTS] for start in range(0, len(texts), PIECE_TEXTS)]
-        done = await together(
-            [
-                loop.run_in_executor(self._thread, self._encode, [texts[index] for index in piece], len(texts))
-                for piece in places
-            ]
-        )
-        vectors: list[Vector] = [done[0][0]] * len(texts)
-        for piece, found in zip(places, done, strict=True):
-            for index, vector in zip(piece, found, strict=True):
-                vectors[index] = vector
-        return ProviderAnswer(vectors, range(len(texts)), self._model.name, sum(map(len, tokens)))
 
     async def list_models(self) -> Sequence[str]:
         return [self._model.name]
@@ -97,19 +92,20 @@ class SentenceTransformersProvider:
     async def close(self) -> None:
         self._thread.shutdown(wait=False, cancel_futures=True)
 
-    def _encode(self, texts: Sequence[str], of: int) -> NDArray[np.float32]:
-        """Vectors (n, d) of n texts that are run at once, in a call `of` so many."""
-        failed: ProviderError
-        try:
-            found = self._encoder.encode(
-                list(texts),
-                batch_size=len(texts),
-                normalize_embeddings=self._model.normalised,
-                convert_to_numpy=True,
-                show_progress_bar=False,
-            )
-            vectors: NDArray[np.float32] = np.asarray(found, np.float32)
-            return vectors
-        except Exception as error:  # noqa: BLE001  (torch's classes share no base)
-            failed = failure(error, of)
-        raise failed
+    def _encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Vectors (n, d) of n texts that are run at once."""
+        found = self._encoder.encode(
+            list(texts),
+            batch_size=len(texts),
+            normalize_embeddings=self._model.normalised,
+            convert_to_numpy=True,
+            show_progress_bar=False,
+        )
+        return np.asarray(found, np.float32)
+
+
+def _pieces(lengths: Sequence[int]) -> Iterator[list[int]]:
+    """Indices of texts to run at once, of near-equal lengths."""
+    by_length = sorted(range(len(lengths)), key=lengths.__getitem__)
+    for start in range(0, len(by_length), PIECE_TEXTS):
+        yield by_length[start : start + PIECE_TEXTS]

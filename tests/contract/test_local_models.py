@@ -364,7 +364,7 @@ async def test_a_text_over_the_limit_is_refused_before_anything_runs(
 ) -> None:
     """Nobody pays for its neighbours."""
     ran: list[object] = []
-    monkeypatch.setattr(local, "_infer", lambda *call: ran.append(call))
+    monkeypatch.setattr(local, "_run", lambda *call: ran.append(call))
     over = LocalTokenCounter().truncate("table " * 400, function.model, 257, keep_end=False)
     with pytest.raises(InputRejected):
         await local.embed(["fine", over], function, "attempt")
