@@ -63,17 +63,17 @@ def model_of_sentence_transformers() -> Path:
     return Path(model.origin).parent / "model"
 
 
-async def open_case(name: str, stack: AsyncExitStack) -> Case:
-    """A provider word, or openai and a dialect of its API, with the server it needs."""
+async def open_case(name: str, stack: AsyncExitStack, key: str = "key") -> Case:
+    """A provider word, or openai and a dialect of its API, with the server it needs, whose key is `key`."""
     word, _, dialect = name.partition(", ")
     options: dict[str, Any] = {"provider": word, "_env_file": None, "provider_timeout_s": 5.0}
     server: ProviderServer | CohereServer | None = None
     match word:
         case "openai" | "azure":
-            server = await stack.enter_async_context(ProviderServer(Options(dialect=dialect or word, api_key="key")))
+            server = await stack.enter_async_context(ProviderServer(Options(dialect=dialect or word, api_key=key)))
             options |= {"openai_base_url": server.base_url, "openai_api_key": "key"}
         case "cohere":
-            server = await stack.enter_async_context(CohereServer(api_key="key"))
+            server = await stack.enter_async_context(CohereServer(api_key=key))
             options |= {"cohere_base_url": server.base_url, "cohere_api_key": "key"}
         case "local":
             options |= {"local_threads": 2}
@@ -175,6 +175,25 @@ async def test_the_models_can_be_listed_without_embedding(case: Case) -> None:
     """Health asks for no more than this."""
     assert case.model.name in await case.provider.list_models()
     assert case.ledger == []
+
+
+@pytest.mark.parametrize("name", HTTP_CASES)
+async def test_a_wrong_key_pauses_before_anything_is_embedded(name: str) -> None:
+    """Health and doctor learn of it from the list of models."""
+    async with AsyncExitStack() as stack:
+        case = await open_case(name, stack, key="another")
+        with pytest.raises(ProviderPaused):
+            await case.provider.list_models()
+        assert case.ledger == []
+
+
+async def test_nobody_listening_is_transient(http_case: Case) -> None:
+    """A refused connection is tried again, and claims no status."""
+    assert http_case.server is not None
+    await http_case.server.close()
+    with pytest.raises(ProviderTransient, match="no_connection") as caught:
+        await http_case.embed(["x"])
+    assert caught.value.http_status is None
 
 
 async def test_calls_side_by_side_do_not_mix(case: Case) -> None:

@@ -8,21 +8,19 @@ Vectors belong to a text and its input type. Errors are in the words that Cohere
 
 from __future__ import annotations
 
-import asyncio
 import base64
-import contextlib
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from aiohttp import web
 from numpy.typing import NDArray
 
-from tests.support.provider_server import Call, count_tokens, expected_vector
+from tests.support.http_server import Call, HTTPServer
+from tests.support.provider_answers import count_tokens, expected_vector
 
 MODELS: Mapping[str, tuple[tuple[int, ...], int]] = {
     "embed-v4.0": ((1536, 1024, 512, 256), 128_000),
@@ -60,40 +58,22 @@ class Received:
     body: Mapping[str, Any] = field(repr=False)
 
 
-class CohereServer:
-    """The server in this event loop, with its `base_url` once it is entered; `ledger` and `received` hold the calls."""
+class CohereServer(HTTPServer):
+    """`base_url` once it is entered; `ledger` and `received` hold the calls."""
 
     def __init__(self, *, api_key: str | None = None, retry_after: str | None = None) -> None:
-        self.ledger: list[Call] = []
+        super().__init__()
         self.received: list[Received] = []
-        self.base_url = ""
         self._api_key = api_key
         self._retry_after = retry_after
         self._script: list[str] = []
-        self._closing = asyncio.Event()
 
     def script(self, *faults: str) -> None:
         """The next requests meet these faults, one each, in this order."""
         self._script = list(faults)
 
-    @property
-    def billed_tokens(self) -> int:
-        return sum(call.tokens for call in self.ledger if call.billed)
-
-    async def __aenter__(self) -> Self:
-        app = web.Application(client_max_size=64 * 1024 * 1024)
-        app.add_routes([web.post("/v2/embed", self._embed), web.get("/v1/models", self._models)])
-        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
-        await self._runner.setup()
-        await web.TCPSite(self._runner, "127.0.0.1", 0).start()
-        self.base_url = f"http://127.0.0.1:{self._runner.addresses[0][1]}"
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._closing.set()
-        await self._runner.cleanup()
+    def routes(self) -> Iterable[web.RouteDef]:
+        return [web.post("/v2/embed", self._embed), web.get("/v1/models", self._models)]
 
     async def _embed(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
@@ -104,13 +84,17 @@ class CohereServer:
         call = Call(attempt_id, int(time.time() * 1000), body["model"], len(texts), sum(counts))
         self.ledger.append(call)
         call.fault = self._refusal(request, body, counts) or (self._script.pop(0) if self._script else "")
-        if call.fault in {"hang", "reset"}:
-            return await self._no_answer(request, call.fault)
+        if call.fault == "hang":
+            return await self.hang(request)
+        if call.fault == "reset":
+            return self.break_off(request)
         if call.fault in REFUSALS:
             return self._refuse(call, texts)
         call.billed = True
-        if call.fault in {"hang_billed", "reset_billed"}:
-            return await self._no_answer(request, call.fault.removesuffix("_billed"))
+        if call.fault == "hang_billed":
+            return await self.hang(request)
+        if call.fault == "reset_billed":
+            return self.break_off(request)
         call.status = 200
         answer = json.dumps(self._answer(call, body)).encode()
         if call.fault == "broken_json":
@@ -120,7 +104,7 @@ class CohereServer:
         await response.prepare(request)
         if call.fault == "truncated_body":
             await response.write(answer[: len(answer) // 2])
-            return await self._no_answer(request, "reset")
+            return self.break_off(request)
         await response.write(answer)
         await response.write_eof()
         call.answered = True
@@ -157,16 +141,6 @@ class CohereServer:
         # As real providers do, the message quotes the customer: ours must never repeat it.
         message = f"{words} {texts[0][:200] if texts else ''}"
         return web.json_response({"id": "1", "message": message}, status=status, headers=headers)
-
-    async def _no_answer(self, request: web.Request, fault: str) -> web.StreamResponse:
-        while fault == "hang" and not (
-            self._closing.is_set() or request.transport is None or request.transport.is_closing()
-        ):
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._closing.wait(), 0.05)
-        if request.transport is not None:
-            request.transport.abort()
-        return web.Response()
 
     def _answer(self, call: Call, body: Mapping[str, Any]) -> dict[str, Any]:
         size = body.get("output_dimension", MODELS[call.model][0][0])

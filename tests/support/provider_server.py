@@ -27,13 +27,14 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from types import TracebackType
 from typing import Any, Self
 
 from aiohttp import web
 
+from tests.support.http_server import MAX_BODY_BYTES, Call, HTTPServer
 from tests.support.provider_answers import Answer, count_tokens, expected_vector
 from tests.support.provider_faults import BILLED_FAULTS, DIALECTS, FAULTS, REFUSALS, Faults
 from tests.support.provider_limits import Account, Limits, Refusal
@@ -63,27 +64,6 @@ TEXTS_A_TURN = 64
 _WRITE_BYTES = 1 << 18
 
 
-@dataclass(slots=True)
-class Call:
-    """One request as the provider's books show it. `attempt_id` is its X-Client-Request-Id.
-
-    `took_ms` is the provider's own time: from the request's last byte read to the answer's last byte written.
-    """
-
-    attempt_id: str
-    at_ms: int
-    model: str
-    inputs: int
-    tokens: int
-    fault: str = ""
-    billed: bool = False
-    answered: bool = False
-    status: int | None = None
-    done_ms: int | None = None
-    """When the answer was written out."""
-    took_ms: float = 0.0
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
     """`jitter` is the length of the noise added to a vector of length 1 (0.01: cosine about 0.99995).
@@ -104,22 +84,19 @@ class Options:
     max_input_tokens: int = 8192
     max_call_tokens: int = 300_000
     call_estimator: str = "bytes4"
-    max_body_bytes: int = 64 * 1024 * 1024
+    max_body_bytes: int = MAX_BODY_BYTES
     max_concurrent: int | None = None
     refuse_over: int | None = None
     limits: Limits = field(default_factory=Limits)
     api_key: str | None = None
 
 
-class ProviderServer:
+class ProviderServer(HTTPServer):
     """The server in this event loop; `base_url` once it is entered, `ledger` what it billed."""
 
     def __init__(self, options: Options | None = None, *, port: int = 0) -> None:
         self.options = options or Options()
-        self.ledger: list[Call] = []
-        self.root_url = ""
-        self._port = port
-        self._closing = asyncio.Event()
+        super().__init__(port=port, max_body_bytes=self.options.max_body_bytes)
         self._account = Account(self.options.limits)
         self._dialect = DIALECTS[self.options.dialect]
         self._turns = asyncio.Semaphore(self.options.max_concurrent or sys.maxsize)
@@ -129,7 +106,7 @@ class ProviderServer:
 
     @property
     def base_url(self) -> str:
-        """Of the embeddings API; Azure's newer one with that dialect. `root_url` is without a path."""
+        """Of the embeddings API; Azure's newer one with that dialect."""
         return f"{self.root_url}/openai/v1" if self.options.dialect == "azure" else f"{self.root_url}/v1"
 
     def set_faults(self, faults: Faults) -> None:
@@ -145,38 +122,19 @@ class ProviderServer:
         """New limits of the account from now on."""
         self._account.change(limits)
 
-    @property
-    def billed_tokens(self) -> int:
-        return sum(call.tokens for call in self.ledger if call.billed)
-
-    async def __aenter__(self) -> Self:
-        app = web.Application(client_max_size=self.options.max_body_bytes)
-        app.add_routes(
-            [
-                web.post("/v1/embeddings", self._embeddings),
-                web.post("/openai/v1/embeddings", self._embeddings),
-                web.post("/openai/deployments/{deployment}/embeddings", self._embeddings),
-                web.get("/v1/models", self._models),
-                web.get("/openai/v1/models", self._models),
-                web.get("/openai/models", self._models),
-                web.get("/admin/ledger", self._show_ledger),
-                web.post("/admin/faults", self._take_faults),
-                web.post("/admin/limits", self._take_limits),
-                web.post("/admin/reset", self._reset),
-            ]
-        )
-        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
-        await self._runner.setup()
-        site = web.TCPSite(self._runner, "127.0.0.1", self._port)
-        await site.start()
-        self.root_url = f"http://127.0.0.1:{self._runner.addresses[0][1]}"
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._closing.set()
-        await self._runner.cleanup()
+    def routes(self) -> Iterable[web.RouteDef]:
+        return [
+            web.post("/v1/embeddings", self._embeddings),
+            web.post("/openai/v1/embeddings", self._embeddings),
+            web.post("/openai/deployments/{deployment}/embeddings", self._embeddings),
+            web.get("/v1/models", self._models),
+            web.get("/openai/v1/models", self._models),
+            web.get("/openai/models", self._models),
+            web.get("/admin/ledger", self._show_ledger),
+            web.post("/admin/faults", self._take_faults),
+            web.post("/admin/limits", self._take_limits),
+            web.post("/admin/reset", self._reset),
+        ]
 
     # --- the API
 
@@ -218,9 +176,9 @@ class ProviderServer:
         headers = self._account.headers() if self._dialect.limit_headers else {}
         call.fault = call.fault or ("429" if refusal else self._pick(texts))
         if call.fault == "hang":
-            return await self._hang(request)
+            return await self.hang(request)
         if call.fault == "reset":
-            return self._break_off(request)
+            return self.break_off(request)
         if call.fault in REFUSALS:
             return self._refuse(call, texts, refusal, headers)
         dimensions = body.get("dimensions") or self.options.models[call.model]
@@ -234,9 +192,9 @@ class ProviderServer:
         # From here on the work is done: the customer pays, whatever becomes of the answer.
         call.billed = True
         if call.fault == "hang_billed":
-            return await self._hang(request)
+            return await self.hang(request)
         if call.fault == "reset_billed":
-            return self._break_off(request)
+            return self.break_off(request)
         if call.fault == "stale_headers":
             headers = {**headers, **self._refused_headers}
         return await self._send(request, call, answer, headers)
@@ -308,18 +266,6 @@ class ProviderServer:
         self._refused_headers = headers
         return web.json_response(body, status=status, headers=headers)
 
-    async def _hang(self, request: web.Request) -> web.StreamResponse:
-        """Until the client gives up or the server closes."""
-        while not (self._closing.is_set() or request.transport is None or request.transport.is_closing()):
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._closing.wait(), 0.05)
-        return self._break_off(request)
-
-    def _break_off(self, request: web.Request) -> web.StreamResponse:
-        if request.transport is not None:
-            request.transport.abort()
-        return web.Response()
-
     async def _answer(
         self, call: Call, name: str, texts: Sequence[str], dimensions: int, as_base64: bool
     ) -> list[bytes]:
@@ -360,9 +306,9 @@ class ProviderServer:
                     waiting.clear()
             await response.write(bytes(waiting))
             if call.fault == "truncated_body":
-                return self._break_off(request)
+                return self.break_off(request)
             if call.fault == "stalled_body":
-                return await self._hang(request)
+                return await self.hang(request)
             await response.write_eof()
             call.answered, call.done_ms = True, int(time.time() * 1000)
         return response
