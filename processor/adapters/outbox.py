@@ -30,6 +30,9 @@ NO_LEADER = (None, -1)
 REQUEST_BYTES = 2 * 1024 * 1024
 """Handed over for one broker at once, or little more. aiokafka packs a request in one piece: 2 ms a MB."""
 
+POST_WAIT_S = 0.001
+"""A receipt waits so long for the results that follow it: one request carries both, and they wait for no other."""
+
 Packed = tuple[bytes | None, bytes | None, list[tuple[str, bytes]], int | None]
 """Key, value and headers as the batch takes them, and the partition that was asked for."""
 
@@ -155,11 +158,13 @@ class KafkaOutbox:
 
     async def post(self, message: Destination) -> Awaitable[None]:
         # Shielded: what was posted is sent, whoever stops waiting for it.
-        acknowledged = asyncio.shield(await self._queue([message], ()))
+        acknowledged = asyncio.shield(await self._queue([message], (), wait_s=POST_WAIT_S))
         acknowledged.add_done_callback(_seen)
         return acknowledged
 
-    async def _queue(self, messages: Sequence[Destination], leases: Sequence[Lease]) -> asyncio.Future[None]:
+    async def _queue(
+        self, messages: Sequence[Destination], leases: Sequence[Lease], *, wait_s: float = 0.0
+    ) -> asyncio.Future[None]:
         """Encode all and put it into the lines of its partitions in one step; returns when all is acknowledged."""
         call = _Call(leases, len(messages))
         self._calls.add(call)
@@ -181,10 +186,16 @@ class KafkaOutbox:
         except BaseException:
             call.done.cancel()
             raise
+        if wait_s:
+            asyncio.get_running_loop().call_later(wait_s, self._wake)
+        else:
+            self._wake()
+        return call.done
+
+    def _wake(self) -> None:
         if self._sender is None:
             self._sender = asyncio.create_task(self._send_batches())
         self._changed.set()
-        return call.done
 
     def _check(self) -> None:
         if self._failed:

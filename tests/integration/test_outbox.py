@@ -122,6 +122,26 @@ async def test_a_message_lands_in_the_partition_of_its_key(kafka: Broker, unique
         assert [len(records) for records in (await posted.log("replies")).values()] == [0, 0, 1]
 
 
+async def test_a_receipt_travels_with_the_results_after_it(
+    kafka: Broker, unique: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is posted waits a moment for what is sent next, which then waits for no request but its own."""
+    async with posting(kafka, unique) as posted:
+        await posted.outbox.send([result("warm", "c0"), Destination("calls", a_call())])
+        send, requests = posted.producer.client.send, []
+
+        async def counted(node: int, request: Any, **options: Any) -> Any:
+            requests.append(type(request).__name__)
+            return await send(node, request, **options)
+
+        monkeypatch.setattr(posted.producer.client, "send", counted)
+        receipt = await posted.outbox.post(Destination("calls", a_call()))
+        await posted.outbox.send([result("next", "c0")])
+        await receipt
+        assert len([name for name in requests if name.startswith("Produce")]) == 1
+        await (await posted.outbox.post(Destination("calls", a_call())))  # alone it goes too
+
+
 async def test_order_is_kept_within_and_across_calls(kafka: Broker, unique: str) -> None:
     """Calls whose messages wait for a batch in flight don't overtake one another."""
     async with posting(kafka, unique) as posted:
