@@ -16,7 +16,7 @@ import pytest
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, NewPartitions
 
-from processor.adapters import topics
+from processor.adapters import outbox, topics
 from processor.adapters.avro import Codec
 from processor.adapters.faust_engine import Engine, engine
 from processor.adapters.murmur2 import partition_of
@@ -135,7 +135,9 @@ async def test_a_receipt_travels_with_the_results_after_it(
             return await send(node, request, **options)
 
         monkeypatch.setattr(posted.producer.client, "send", counted)
+        monkeypatch.setattr(outbox, "POST_WAIT_S", 0.5)
         receipt = await posted.outbox.post(Destination("calls", a_call()))
+        await asyncio.sleep(0.01)  # others have had their turns
         await posted.outbox.send([result("next", "c0")])
         await receipt
         assert len([name for name in requests if name.startswith("Produce")]) == 1
