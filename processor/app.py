@@ -85,7 +85,6 @@ def worker_policy(settings: Settings, reply_partitions: Mapping[str, int]) -> Po
         window_max_texts=settings.window_max_texts,
         window_max_tokens=settings.window_max_tokens,
         window_max_wait_s=0.0 if settings.lane is Lane.INTERACTIVE else settings.window_max_wait_ms / 1000,
-        max_concurrent_calls=settings.max_concurrent_calls,
         tenant_weights=settings.tenant_weights,
         retry_initial_s=settings.retry_initial_s,
         retry_max_s=settings.retry_max_s,

@@ -88,15 +88,13 @@ class StoreError(ProcessorError):
 class RateLimits(NamedTuple):
     """What the headers of an answer, refused or not, say of the account. None: not said.
 
-    Limits are per minute; `remaining_*` is what is left now, `reset_*_s` when all of it is back.
+    Limits are per minute; `remaining_*` is what is left now.
     """
 
     requests_per_minute: float | None = None
     tokens_per_minute: float | None = None
     remaining_requests: float | None = None
     remaining_tokens: float | None = None
-    reset_requests_s: float | None = None
-    reset_tokens_s: float | None = None
 
 
 class ProviderError(ProcessorError):

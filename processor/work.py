@@ -54,7 +54,6 @@ class Policy:
     window_max_texts: int = 512
     window_max_tokens: int = 200_000
     window_max_wait_s: float = 0.05
-    max_concurrent_calls: int = 16
     tenant_weights: Mapping[str, int] = field(default_factory=dict)
     retry_initial_s: float = 0.5
     retry_max_s: float = 30.0

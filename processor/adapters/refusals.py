@@ -216,14 +216,11 @@ def retry_after_s(headers: Mapping[str, str], now_s: float) -> float | None:
 
 def rate_limits(headers: Mapping[str, str]) -> RateLimits | None:
     """What the x-ratelimit headers say; None: nothing. Azure's -1 and a limit under 1 say nothing."""
-    remaining_requests, remaining_tokens = _amount(headers, "remaining-requests"), _amount(headers, "remaining-tokens")
     told = RateLimits(
         requests_per_minute=_amount(headers, "limit-requests", least=1.0),
         tokens_per_minute=_amount(headers, "limit-tokens", least=1.0),
-        remaining_requests=remaining_requests,
-        remaining_tokens=remaining_tokens,
-        reset_requests_s=_reset_s(headers, "reset-requests", remaining_requests),
-        reset_tokens_s=_reset_s(headers, "reset-tokens", remaining_tokens),
+        remaining_requests=_amount(headers, "remaining-requests"),
+        remaining_tokens=_amount(headers, "remaining-tokens"),
     )
     return told if any(value is not None for value in told) else None
 
@@ -234,10 +231,6 @@ def _amount(headers: Mapping[str, str], name: str, *, least: float = 0.0) -> flo
     except ValueError:
         return None
     return amount if math.isfinite(amount) and amount >= least else None
-
-
-def _reset_s(headers: Mapping[str, str], name: str, remaining: float | None) -> float | None:
-    return None if remaining is None else duration_s(headers.get(f"x-ratelimit-{name}", ""))
 
 
 def duration_s(text: str) -> float | None:

@@ -262,6 +262,7 @@ class Bench:
         cache: MemoryCache | None = None,
         outbox: MemoryOutbox | None = None,
         spare: BillingProvider | None = None,
+        max_concurrent_calls: int = 16,
         **policy: Any,
     ) -> None:
         self.clock = VirtualClock()
@@ -276,7 +277,7 @@ class Bench:
         self.policy = Policy(**(defaults | policy))
         ids = itertools.count(1)
         limits = LimitPolicy(
-            max_concurrent_calls=self.policy.max_concurrent_calls,
+            max_concurrent_calls=max_concurrent_calls,
             retry_initial_s=self.policy.retry_initial_s,
             retry_max_s=self.policy.retry_max_s,
         )

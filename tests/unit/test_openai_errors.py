@@ -278,7 +278,7 @@ def test_the_wait_may_stand_in_the_body(
         ("", None),
     ],
 )
-def test_the_time_until_a_limit_resets_is_read_as_vendors_write_it(text: str, seconds: float | None) -> None:
+def test_a_wait_is_read_as_vendors_write_it(text: str, seconds: float | None) -> None:
     """Go's way of writing a duration, or plain seconds."""
     assert duration_s(text) == pytest.approx(seconds)
 
@@ -293,17 +293,11 @@ def test_the_time_until_a_limit_resets_is_read_as_vendors_write_it(text: str, se
                 "x-ratelimit-limit-tokens": "1000000",
                 "x-ratelimit-remaining-requests": "599",
                 "x-ratelimit-remaining-tokens": "0",
-                "x-ratelimit-reset-requests": "100ms",
-                "x-ratelimit-reset-tokens": "1m0s",
             },
-            errors.RateLimits(600, 1_000_000, 599, 0, 0.1, 60),
+            errors.RateLimits(600, 1_000_000, 599, 0),
         ),
         (
-            {
-                "x-ratelimit-limit-tokens": "-1",
-                "x-ratelimit-remaining-tokens": "-1",
-                "x-ratelimit-reset-tokens": "0",
-            },
+            {"x-ratelimit-limit-tokens": "-1", "x-ratelimit-remaining-tokens": "-1"},
             None,
         ),
         ({"x-ratelimit-remaining-tokens": "117"}, errors.RateLimits(remaining_tokens=117)),
