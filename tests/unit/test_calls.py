@@ -91,6 +91,14 @@ async def test_a_call_that_hangs_holds_back_nobody_else() -> None:
         await bench.run_until_idle()
 
 
+async def seconds_until_asked(bench: Bench, *, calls: int) -> float:
+    began_s = bench.clock.now_s
+    while len(bench.provider.asked) < calls:
+        assert bench.clock.now_s - began_s < 10, "what never comes is waited for with an end"
+        await bench.step()
+    return bench.clock.now_s - began_s
+
+
 async def test_a_full_read_ahead_waits_for_room_while_calls_are_in_flight() -> None:
     """Where the read-ahead can't hold another full call, calls in flight are waited for, and with an end."""
     async with Bench(max_concurrent_calls=4) as bench:
@@ -105,12 +113,8 @@ async def test_a_full_read_ahead_waits_for_room_while_calls_are_in_flight() -> N
         await bench.settle()
         bench.worker._read_ahead_bytes = 1
         more = asyncio.ensure_future(bench.publish(a_request(["c"], correlation_id="c")))
-        began_s = bench.clock.now_s
-        while len(bench.provider.asked) < 3:
-            assert bench.clock.now_s - began_s < 10
-            await bench.step()
+        assert await seconds_until_asked(bench, calls=3) >= 2.0
         assert len(bench.provider.asked[-1]) == 3
-        assert bench.clock.now_s - began_s >= 2.0
         bench.provider.gate.set()
         await bench.run_until_idle()
         await asyncio.gather(blocked, more)
@@ -123,13 +127,9 @@ async def test_what_is_known_to_come_is_waited_for_while_calls_are_in_flight() -
         await bench.handle(a_request(["warm"], correlation_id="warm"))
         bench.gate.call_seconds = 2.0
         bench.provider.gate = asyncio.Event()
-        began_s = bench.clock.now_s
         await bench.publish(a_request([f"a{i}" for i in range(11)], correlation_id="a"), behind=100)
-        while len(bench.provider.asked) < 3:
-            assert bench.clock.now_s - began_s < 10, "what never comes is waited for with an end"
-            await bench.step()
+        assert await seconds_until_asked(bench, calls=3) >= 4.0
         assert [len(texts) for texts in bench.provider.asked] == [1, 8, 3]
-        assert bench.clock.now_s - began_s >= 4.0
         bench.provider.gate.set()
         await bench.run_until_idle()
 

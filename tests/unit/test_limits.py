@@ -523,13 +523,19 @@ def test_a_share_is_taken_of_what_headers_say() -> None:
     assert tokens == pytest.approx([886_500, 98_500])
 
 
+def a_gate_where_tokens_gathered(clock: Clock, tokens: int) -> Gate:
+    """For a call of so many: idle for long enough since its first call."""
+    gate = a_gate(clock, tokens_per_minute=1_000_000)
+    gate.admits(tokens)
+    gate.begin(1).cancelled()
+    clock.now += 10
+    return gate
+
+
 def test_what_the_provider_says_is_left_bounds_what_is_spent() -> None:
     """Somebody else's use of the account shows in what is left, and is respected before anything is refused."""
     clock = Clock()
-    gate = a_gate(clock, tokens_per_minute=1_000_000)
-    gate.admits(20_000)
-    gate.begin(1_000).cancelled()
-    clock.now += 3
+    gate = a_gate_where_tokens_gathered(clock, 20_000)
     assert gate.admits(20_000)
     gate.begin(1_000).succeeded(1_000, RateLimits(600, 1_000_000, 500, 7_000))
     assert not gate.admits(20_000)
@@ -584,10 +590,7 @@ def test_a_wait_that_was_asked_for_holds_for_every_call() -> None:
 def test_after_a_wait_there_is_room_for_the_call_that_was_refused() -> None:
     """What had gathered before a refusal is not there: the provider said when it has room for just that call."""
     clock = Clock()
-    gate = a_gate(clock, tokens_per_minute=1_000_000)
-    gate.admits(50_000)
-    gate.begin(1).cancelled()
-    clock.now += 10
+    gate = a_gate_where_tokens_gathered(clock, 50_000)
     gate.begin(5_000).failed(throttled(1.0))
     clock.now = gate.ready_at(5_000) or 0
     assert gate.admits(5_000)

@@ -92,14 +92,24 @@ def tokens(crew: Sequence[Worker], since: float) -> int:
     return sum(worker.tokens(since) for worker in crew)
 
 
+async def tokens_of_a_minute(clock: VirtualClock, crew: Sequence[Worker]) -> int:
+    since = clock.now_s
+    await pass_s(clock, 60)
+    return tokens(crew, since)
+
+
+def rest(crew: Sequence[Worker]) -> None:
+    for worker in crew:
+        worker.busy = False
+
+
 async def test_workers_use_the_limit_together_and_no_more() -> None:
     """Four workers with more to do than the limit allows spend nearly all of it, from the first second on no more."""
     clock = VirtualClock()
     async with workers(clock, MemoryQuota(clock), 4) as crew:
         await pass_s(clock, 5)
         since = clock.now_s
-        await pass_s(clock, 60)
-        assert 0.95 * TOKENS_PER_MINUTE <= tokens(crew, since) <= 1.02 * TOKENS_PER_MINUTE
+        assert 0.95 * TOKENS_PER_MINUTE <= await tokens_of_a_minute(clock, crew) <= 1.02 * TOKENS_PER_MINUTE
         assert tokens(crew, 0.0) <= TOKENS_PER_MINUTE / 20 * 1.1 + TOKENS_PER_MINUTE * 65 / 60
         assert min(worker.tokens(since) for worker in crew) >= 0.5 * TOKENS_PER_MINUTE / 4
 
@@ -108,12 +118,9 @@ async def test_what_idle_workers_leave_a_busy_one_has() -> None:
     """One of four workers with work may use what four may."""
     clock = VirtualClock()
     async with workers(clock, MemoryQuota(clock), 4) as crew:
-        for worker in crew[1:]:
-            worker.busy = False
+        rest(crew[1:])
         await pass_s(clock, 5)
-        since = clock.now_s
-        await pass_s(clock, 60)
-        assert tokens(crew, since) >= 0.9 * TOKENS_PER_MINUTE
+        assert await tokens_of_a_minute(clock, crew) >= 0.9 * TOKENS_PER_MINUTE
 
 
 async def test_without_the_quota_each_keeps_to_its_part_until_it_is_back() -> None:
@@ -121,8 +128,7 @@ async def test_without_the_quota_each_keeps_to_its_part_until_it_is_back() -> No
     clock = VirtualClock()
     quota = MemoryQuota(clock)
     async with workers(clock, quota, 4) as crew:
-        for worker in crew[1:]:
-            worker.busy = False
+        rest(crew[1:])
         await pass_s(clock, 5)
         quota.lost = True
         await pass_s(clock, 5)
@@ -133,9 +139,7 @@ async def test_without_the_quota_each_keeps_to_its_part_until_it_is_back() -> No
         assert quota.leases <= 61 / PAUSE_S
         quota.lost = False
         await pass_s(clock, 5)
-        since = clock.now_s
-        await pass_s(clock, 60)
-        assert tokens(crew, since) >= 0.9 * TOKENS_PER_MINUTE
+        assert await tokens_of_a_minute(clock, crew) >= 0.9 * TOKENS_PER_MINUTE
 
 
 async def test_a_call_makes_no_round_trip() -> None:
@@ -167,9 +171,7 @@ async def test_a_drop_that_one_worker_hears_of_is_followed_by_all() -> None:
         crew[2].limits = RateLimits(tokens_per_minute=TOKENS_PER_MINUTE / 3)
         await pass_s(clock, 10)
         assert [worker.gate.tokens.per_minute for worker in crew] == pytest.approx([TOKENS_PER_MINUTE / 12] * 4)
-        since = clock.now_s
-        await pass_s(clock, 60)
-        assert 0.9 * TOKENS_PER_MINUTE / 3 <= tokens(crew, since) <= 1.05 * TOKENS_PER_MINUTE / 3
+        assert 0.9 * TOKENS_PER_MINUTE / 3 <= await tokens_of_a_minute(clock, crew) <= 1.05 * TOKENS_PER_MINUTE / 3
 
 
 async def test_a_wait_that_one_was_asked_for_is_kept_by_all() -> None:
@@ -177,8 +179,7 @@ async def test_a_wait_that_one_was_asked_for_is_kept_by_all() -> None:
     clock = VirtualClock()
     async with workers(clock, MemoryQuota(clock), 4) as crew:
         await pass_s(clock, 10)
-        for worker in crew:
-            worker.busy = False
+        rest(crew)
         await pass_s(clock, 10)
         permit = crew[0].gate.begin(CALL_TOKENS)
         await pass_s(clock, 10)
@@ -198,21 +199,17 @@ async def test_what_one_header_says_is_left_is_not_held_against_a_slice() -> Non
     clock = VirtualClock()
     async with workers(clock, MemoryQuota(clock), 4) as crew:
         await pass_s(clock, 5)
-        for worker in crew[1:]:
-            worker.busy = False
+        rest(crew[1:])
         crew[0].limits = RateLimits(tokens_per_minute=TOKENS_PER_MINUTE, remaining_tokens=0)
         await pass_s(clock, 5)
-        since = clock.now_s
-        await pass_s(clock, 60)
-        assert tokens(crew, since) >= 0.9 * TOKENS_PER_MINUTE
+        assert await tokens_of_a_minute(clock, crew) >= 0.9 * TOKENS_PER_MINUTE
 
 
 async def test_a_slice_grows_with_the_call_that_waits() -> None:
     """A gate that is full for small calls asks for more once a larger one waits, though nothing was spent."""
     clock = VirtualClock()
     async with workers(clock, MemoryQuota(clock), 4) as crew:
-        for worker in crew:
-            worker.busy = False
+        rest(crew)
         gate = crew[0].gate
         gate.begin(100).cancelled()
         await pass_s(clock, 10)
