@@ -33,6 +33,10 @@ ENOUGH = 64
 ROUNDING_S = 1e-6
 """A sleep until `due_at` may end a rounding error before it."""
 
+PAST_DEADLINE = Fault(
+    ErrorCode.DEADLINE_EXCEEDED, "deadline_ms", "deadline_ms: had passed before the text was embedded"
+)
+
 
 # Measuring
 
@@ -281,11 +285,6 @@ def _goes_out(text: Text, now_ms: int) -> bool:
             else:
                 wanted = True
     return wanted
-
-
-PAST_DEADLINE = Fault(
-    ErrorCode.DEADLINE_EXCEEDED, "deadline_ms", "deadline_ms: had passed before the text was embedded"
-)
 
 
 # Packer
