@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from processor.domain import CallEstimator, ErrorCode, ModelSpec, TokenSource, Truncate
-from processor.packing import measure
+from processor.packing import SLICE_CHARACTERS, TURN_S, measure
 from processor.ports import TokenCounts
 from processor.work import Fold
 from tests.support.folds import a_fold, a_function
@@ -67,20 +67,22 @@ async def test_a_prefix_that_leaves_no_room_stands_alone() -> None:
 
 
 async def test_counting_gives_others_a_turn() -> None:
-    """No more than some 16 KB of text are counted between two turns of the event loop."""
-    turns: list[int] = []
-    counted = 0
+    """The event loop has its turn after two milliseconds of counting, whatever the tokenizer takes for a text."""
+    turns: list[float] = []
 
     class Clock(VirtualClock):
         async def sleep(self, seconds: float) -> None:
-            turns.append(counted)
+            turns.append(self.now_s)
+
+    clock = Clock()
 
     class Counter(WordCounter):
         def count(self, texts: Sequence[str], model: ModelSpec) -> TokenCounts:
-            nonlocal counted
-            counted += sum(map(len, texts))
+            clock.now_s += 0.3e-6 * sum(map(len, texts))
             return super().count(texts, model)
 
-    await measure([a_fold("w" * 1000) for _ in range(100)], Counter(), Clock())
-    assert counted == 100_000
-    assert max(later - before for before, later in itertools.pairwise([0, *turns])) <= 17_000
+    await measure([a_fold("w" * 1000) for _ in range(100)], Counter(), clock)
+    assert clock.now_s > 0.02
+    longest_s = max(later - before for before, later in itertools.pairwise([0, *turns, clock.now_s]))
+    assert longest_s < TURN_S + 0.3e-6 * (SLICE_CHARACTERS + 1000)
+    assert len(turns) <= clock.now_s / TURN_S
