@@ -209,3 +209,16 @@ def test_the_image_is_built_from_the_locks_alone() -> None:
         text = (ROOT / lock).read_text(encoding="utf-8")
         assert "--hash=sha256:" in text
         assert "index-url" not in text
+
+
+def test_workers_know_how_many_they_are() -> None:
+    """Without Redis each keeps to its fraction of the provider's limits: one of as many as there are replicas."""
+    sharers: dict[str, tuple[str, int]] = {}
+    for workload in WORKLOADS:
+        (container,) = pod(workload)["containers"]
+        if container["args"][0] == "worker":
+            environment = {each["name"]: each["value"] for each in container["env"]}
+            name = workload["metadata"]["name"]
+            sharers[name] = environment["EMBEDDING_LIMIT_SHARERS"], workload["spec"]["replicas"]
+    assert len(sharers) == 2
+    assert all(said == str(replicas) for said, replicas in sharers.values())
