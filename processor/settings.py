@@ -150,10 +150,10 @@ class Settings(BaseSettings):
         validation_alias=_alias("EMBEDDING_MAX_CONCURRENT_CALLS", "WORKER_COUNT"),
     )
     read_ahead_bytes: int = Field(
-        256 * 1024 * 1024,
+        128 * 1024 * 1024,
         gt=0,
         description="Bytes of fetched records not yet finished, 4,000 and its vector added a text; then reading waits. "
-        "Of texts with 1,536 dimensions it holds ten full calls.",
+        "Of texts with 1,536 dimensions it holds six full calls.",
     )
     max_request_bytes: int = Field(
         900_000, gt=0, description="Largest request that is served, bytes; the client splits what is larger."
