@@ -195,7 +195,7 @@ class Worker:
 
     def _start_look_ups(self, now: float) -> None:
         """Under backlog a window never waits for more: it is full. Nor does its end while others wait for a call."""
-        rest = len(self.pipeline.packer) > 0 and not (self._admitting or any(self._behind.values()))
+        rest = len(self.pipeline.packer) > 0 and not self._is_more_coming()
         while self._slots > 0 and (window := self.pipeline.batcher.take(now, flush=rest)) is not None:
             self._slots -= 1
             self._spawn(self.pipeline.look_up(window, self._release_slot))
@@ -225,12 +225,15 @@ class Worker:
         """How long a call that is not full may wait for more: only while more is to come."""
         if self._interactive:
             return 0.0
-        in_flight, coming = self.route.in_flight > 0, self._admitting or any(self._behind.values())
+        in_flight, coming = self.route.in_flight > 0, self._is_more_coming()
         if self._admitting and self._is_full() and not in_flight:
             return 0.0  # nothing else makes room for more
         if in_flight and coming:
             return max(FILL_WAIT_S, min(ROOM_WAIT_CALLS * self.route.call_seconds, ROOM_WAIT_S))
         return FILL_WAIT_S if coming or self._slots < LOOK_UPS else 0.0
+
+    def _is_more_coming(self) -> bool:
+        return self._admitting or any(self._behind.values())
 
     async def _work_or(self, due_at: float | None) -> None:
         if due_at is None:

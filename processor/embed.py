@@ -126,8 +126,9 @@ class Embedded(NamedTuple):
 
 async def embed(call: Call, on: Deployment, permit: Permit, route: Route, packer: Packer) -> Embedded:
     """Step 5 for a call: one attempt. What is to be tried again is back in the packer when this returns."""
-    wanted = [(fold, leader) for fold in call.folds if (leader := fold.leader()) is not None]
-    done = [fold for fold in call.folds if not fold.wanted]
+    leaders = [(fold, fold.leader()) for fold in call.folds]
+    wanted = [(fold, leader) for fold, leader in leaders if leader is not None]
+    done = [fold for fold, leader in leaders if leader is None]
     call.folds = [fold for fold, _ in wanted]
     if not wanted:
         permit.cancelled()

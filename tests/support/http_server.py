@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
 from types import TracebackType
@@ -35,7 +36,7 @@ class Call:
     took_ms: float = 0.0
 
 
-class HTTPServer:
+class HTTPServer(ABC):
     """Serves `routes` in this event loop on a port of this machine, 0 a free one, while it is entered."""
 
     def __init__(self, *, port: int = 0, max_body_bytes: int = MAX_BODY_BYTES) -> None:
@@ -45,8 +46,9 @@ class HTTPServer:
         self._max_body_bytes = max_body_bytes
         self._closing = asyncio.Event()
 
+    @abstractmethod
     def routes(self) -> Iterable[web.RouteDef]:
-        raise NotImplementedError
+        """What it answers to."""
 
     @property
     def base_url(self) -> str:
