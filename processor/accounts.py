@@ -69,6 +69,44 @@ class TaskProgress:
     updated_at_ms: int
 
 
+class BudgetKey(NamedTuple):
+    """`month` is a UTC month "2026-11"."""
+
+    payer_id: str
+    month: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Budget:
+    """What a payer may spend in one UTC month; None: no such limit. `hard`: texts beyond it are refused."""
+
+    max_tokens: int | None
+    max_cost_nanos: int | None
+    hard: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BudgetState:
+    """One `usage-budgets` record: a payer's month against its budget, as far as the aggregator has folded.
+
+    `reached_percent` is the highest of 0, 50, 80 and 100 that either limit has reached. Tokens without a price are in
+    `unpriced_tokens`, and in no cost.
+    """
+
+    key: BudgetKey
+    budget: Budget
+    billed_tokens: int
+    billed_cost_nanos: int
+    unpriced_tokens: int
+    reached_percent: int
+    updated_at_ms: int
+
+    @property
+    def refuses(self) -> bool:
+        """Whether texts of this month are refused."""
+        return self.budget.hard and self.reached_percent >= 100
+
+
 class Cursor(NamedTuple):
     """Where the aggregator's fold of one partition stands, and what tells its topic from one made again.
 

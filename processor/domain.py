@@ -157,7 +157,13 @@ class DlqClass(Word):
 WHOLE_REQUEST = -1
 """The chunk_index of an error that stands for all chunks of its request."""
 
-TOKEN_TYPE_EMBEDDING = "embedding"
+
+class TokenType(Word):
+    """What kind of tokens a usage event counts: ours are `embedding`, others' who share the topic input or output."""
+
+    EMBEDDING = "embedding"
+    INPUT = "input"
+    OUTPUT = "output"
 
 
 class Source(NamedTuple):
@@ -510,6 +516,7 @@ class Usage:
     cached_texts: int
     parts: Sequence[Part]
     token_source: TokenSource
+    token_type: TokenType = TokenType.EMBEDDING
     price_nanos_per_million: int | None
     price_version: str | None
     charged_at_ms: int

@@ -12,6 +12,7 @@ from typing import NamedTuple, Protocol, TypeVar
 from processor.accounts import (
     Attempt,
     BucketKey,
+    BudgetState,
     Cursor,
     DocumentKey,
     DocumentVectors,
@@ -29,6 +30,7 @@ from processor.domain import (
     DocumentManifest,
     EmbeddingFunction,
     Entry,
+    Fault,
     ModelSpec,
     ProviderCall,
     Record,
@@ -141,12 +143,14 @@ class RunHandler(Protocol):
         ...
 
 
-Outgoing = Result | Usage | ProviderCall | DocumentManifest | DeadLetter | Tombstone | UsageTotal | TaskProgress
+Outgoing = (
+    Result | Usage | ProviderCall | DocumentManifest | DeadLetter | Tombstone | UsageTotal | TaskProgress | BudgetState
+)
 
 
 class Destination(NamedTuple):
     """A message and the logical topic it goes to. Names: results, replies, sink, usage, calls, documents, dlq,
-    totals, progress, late. Replies carry an explicit topic and partition."""
+    totals, progress, late, budgets. Replies carry an explicit topic and partition."""
 
     name: str
     message: Outgoing
@@ -279,6 +283,14 @@ class TokenCounter(Protocol):
 
     def truncate(self, text: str, model: ModelSpec, limit: int, *, keep_end: bool) -> str:
         """A head (or tail with keep_end) of at most `limit` tokens, cut between tokens; a text that fits as it is."""
+        ...
+
+
+class Budgets(Protocol):
+    """Which payers have spent what they may: a worker's view of `usage-budgets`, in memory."""
+
+    def refuses(self, payer_id: str, charged_at_ms: int) -> Fault | None:
+        """Why a text that would be charged to this payer then is not paid for; None: it is."""
         ...
 
 

@@ -275,14 +275,44 @@ class Settings(BaseSettings):
         description="redis:// or rediss:// of the shared cache (L2); none: L1 alone.",
         validation_alias=_alias("EMBEDDING_REDIS_URL", "REDIS_URL"),
     )
+    redis_cluster: bool = Field(False, description="Whether the URL names a node of a Redis Cluster.")
+    redis_username: str | None = Field(None, description="ACL user of Redis; or in the URL.")
+    redis_password: SecretStr | None = Field(None, description="Password of Redis; or in the URL, or the file below.")
+    redis_password_file: Path | None = Field(None, description="File that holds the password of Redis.")
+    redis_ca_file: Path | None = Field(
+        None, description="PEM file of the certificate authority of Redis, for rediss://."
+    )
+    redis_cert_file: Path | None = Field(None, description="PEM file of our certificate for Redis (mutual TLS).")
+    redis_key_file: Path | None = Field(None, description="PEM file of our key for Redis (mutual TLS).")
     redis_timeout_ms: int = Field(250, gt=0, description="Time budget of a look-up; then the cache is gone without.")
     cache_ttl_s: int = Field(86_400, gt=0, description="Life of a cache entry.")
+    cache_ttl_jitter_percent: int = Field(
+        10,
+        ge=0,
+        le=90,
+        description="An entry lives up to so much shorter, by chance: what was stored together "
+        "does not expire together.",
+    )
+    cache_scope: Literal["tenant", "shared"] = Field(
+        "tenant",
+        description="Whose vectors a text may be answered with: its tenant's, or anybody's. shared saves more, and "
+        "lets a tenant find out by timing whether another one has embedded a text.",
+    )
     l1_bytes: int = Field(64 * 1024 * 1024, ge=0, description="Size of the in-process cache.")
+    l1_policy: Literal["lru", "lfu"] = Field(
+        "lru", description="What the in-process cache drops first: what was not used for longest, or least often."
+    )
     cache_secret: SecretStr = Field(
         SecretStr("embedding-processor"),
         description="Key of the cache-key hash; set one of your own, or the file below.",
     )
     cache_secret_file: Path | None = Field(None, description="File that holds the cache secret.")
+    cache_secret_former: SecretStr | None = Field(
+        None,
+        description="The secret before the present one: what was stored under it is still found. For as long as "
+        "entries live after a change; or the file below.",
+    )
+    cache_secret_former_file: Path | None = Field(None, description="File that holds the former cache secret.")
 
     # Aggregator
     aggregator_store: Path = Field(Path("aggregator.sqlite"), description="The aggregator's local store; can be lost.")
@@ -291,6 +321,18 @@ class Settings(BaseSettings):
         30.0,
         gt=0,
         description="Added to call and session timeout: an intent without receipt is then unconfirmed.",
+    )
+
+    usage_token_types: Annotated[tuple[str, ...], NoDecode] = Field(
+        ("embedding",),
+        description="Token types of usage events that are totalled, separated by commas, * for all; those of other "
+        "services that share the topic are passed over.",
+    )
+    budgets_file: Path | None = Field(
+        None, description="YAML file of monthly limits of tokens or money by payer; none: no budgets."
+    )
+    budgets_bind_queries: bool = Field(
+        False, description="Whether a spent budget refuses texts of the interactive lane too (a worker's setting)."
     )
 
     # Client
@@ -317,7 +359,7 @@ class Settings(BaseSettings):
     def _is_an_address(cls, value: str | None) -> str | None:
         return None if value is None else checked_address(value)
 
-    @field_validator("models", "reply_topics", "vector_spaces", mode="before")
+    @field_validator("models", "reply_topics", "vector_spaces", "usage_token_types", mode="before")
     @classmethod
     def _split(cls, value: Any) -> Any:
         return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value

@@ -11,6 +11,7 @@ from processor.domain import (
     CacheLevel,
     Part,
     TokenSource,
+    TokenType,
     Usage,
 )
 from processor.work import Instant, Job
@@ -75,6 +76,7 @@ def charge(job: Job, provider: str, now: Instant) -> Usage:
     usage.cached_texts = cached
     usage.parts = [Part(attempt_id, share) for attempt_id, share in parts.items()]
     usage.token_source = weakest
+    usage.token_type = TokenType.EMBEDDING
     usage.price_nanos_per_million = nanos
     usage.price_version = price.version if price is not None else None
     usage.charged_at_ms = job.source.append_ms

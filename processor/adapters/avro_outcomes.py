@@ -15,7 +15,6 @@ import numpy as np
 from processor.domain import (
     ACTION_ALIASES,
     OPERATION_OF,
-    TOKEN_TYPE_EMBEDDING,
     Fault,
     Part,
     Request,
@@ -307,7 +306,7 @@ class OutcomeWriter:
                 LONGS[usage.completed_at_ms],
                 LONGS[usage.time_taken_ms],
                 TEXTS[usage.operation],
-                TEXTS[TOKEN_TYPE_EMBEDDING],
+                TEXTS[usage.token_type],
                 TEXTS[usage.provider],
                 TEXTS[usage.model],
                 TEXTS[usage.vector_space],

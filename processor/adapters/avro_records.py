@@ -35,6 +35,7 @@ from processor.domain import (
     Result,
     Source,
     TokenSource,
+    TokenType,
     Usage,
 )
 from processor.ports import Undecodable
@@ -161,6 +162,7 @@ def _usage(fields: Fields) -> Usage:
         ),
         operation=_word(Operation, fields["operation"]),
         token_source=_word(TokenSource, fields["token_source"]),
+        token_type=_word(TokenType, fields["token_type"]),
         billed=Amounts(**fields["billed"]),
         saved=Amounts(**fields["saved"]),
         parts=tuple(Part(**part) for part in fields["parts"]),

@@ -13,7 +13,7 @@ from hypothesis import Phase, find, settings
 from hypothesis import strategies as st
 from hypothesis.errors import NoSuchExample
 
-from processor.domain import ACTION_ALIASES, OPERATION_OF, TOKEN_TYPE_EMBEDDING, Amounts, Request, Result, Usage
+from processor.domain import ACTION_ALIASES, OPERATION_OF, Amounts, Request, Result, TokenType, Usage
 
 LONG = st.integers(-(2**63), 2**63 - 1)
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
@@ -183,7 +183,7 @@ def usage_fields(usage: Usage) -> dict[str, Any]:
         "source_topic": usage.source.topic,
         "source_partition": usage.source.partition,
         "source_offset": usage.source.offset,
-        "token_type": TOKEN_TYPE_EMBEDDING,
+        "token_type": TokenType.EMBEDDING,
         "mean_characters": usage.characters / usage.texts if usage.texts else None,
         "billed": _amounts(usage.billed),
         "saved": _amounts(usage.saved),
