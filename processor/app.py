@@ -32,7 +32,7 @@ from processor.adapters.tiered_cache import TieredCache
 from processor.adapters.tokens import LocalTokenCounter
 from processor.agents import Worker
 from processor.aggregate import DAY_MS
-from processor.aggregator import Aggregator, FoldedTopics
+from processor.aggregator import Aggregator
 from processor.domain import Lane
 from processor.embed import Deployment, Route
 from processor.limits import PACE, Gate, LimitPolicy
@@ -41,6 +41,7 @@ from processor.pipeline import Ports
 from processor.ports import Clock, Events
 from processor.quota import QuotaShare
 from processor.settings import Settings
+from processor.totals import FoldedTopics
 from processor.work import Policy
 
 WORKER_TOPICS = ("results", "replies", "sink", "usage", "calls", "documents", "dlq")

@@ -13,11 +13,11 @@ from processor.adapters import rebuild
 from processor.adapters.avro import Codec
 from processor.adapters.reader import KafkaReader
 from processor.adapters.sqlite_store import SqliteStore
-from processor.aggregator import FORGET_TOTALS, FoldedTopics, merge_totals
 from processor.app import folded_topics
 from processor.errors import StoreError
 from processor.ports import Span
 from processor.settings import Settings
+from processor.totals import FORGET_TOTALS, FoldedTopics, merge_totals
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

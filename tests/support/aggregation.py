@@ -17,10 +17,11 @@ from processor.adapters.avro import Codec
 from processor.adapters.murmur2 import partition_of
 from processor.adapters.sqlite_store import SqliteStore
 from processor.aggregate import PartitionTotals, buckets_of, newest_totals, sums_of, total_of
-from processor.aggregator import Aggregator, FoldedTopics
+from processor.aggregator import Aggregator
 from processor.domain import Amounts, Part, Record, Source, Usage
 from processor.errors import LeaseLost
 from processor.ports import Destination, Events, Lease, Run, Span, StoreChange, Undecodable
+from processor.totals import FoldedTopics
 from tests.support.builders import NOW_MS, a_request, a_usage
 from tests.support.steps import FakeLease, VirtualClock
 
