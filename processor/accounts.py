@@ -5,11 +5,16 @@ As in `domain`, nothing here does I/O or reads a clock.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from functools import lru_cache
 from typing import NamedTuple
 
 from processor.domain import CallOutcome
+
+DAY_MS = 86_400_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +79,25 @@ class BudgetKey(NamedTuple):
 
     payer_id: str
     month: str
+
+
+def month_of(at_ms: int) -> str:
+    """The UTC month that a charge of that time counts in."""
+    return _month(at_ms // DAY_MS)
+
+
+@lru_cache(maxsize=512)
+def _month(day: int) -> str:
+    return f"{datetime.fromtimestamp(day * 86_400, UTC):%Y-%m}"
+
+
+def budget_key_of(key: bytes | None) -> BudgetKey | None:
+    """Whose state a key of the budgets topic stands for; None when it is none of ours."""
+    try:
+        payer_id, month = json.loads(key or b"")
+    except (ValueError, TypeError):
+        return None
+    return BudgetKey(payer_id, month)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

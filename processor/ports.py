@@ -12,6 +12,7 @@ from typing import NamedTuple, Protocol, TypeVar
 from processor.accounts import (
     Attempt,
     BucketKey,
+    BudgetKey,
     BudgetState,
     Cursor,
     DocumentKey,
@@ -144,8 +145,18 @@ class RunHandler(Protocol):
 
 
 Outgoing = (
-    Result | Usage | ProviderCall | DocumentManifest | DeadLetter | Tombstone | UsageTotal | TaskProgress | BudgetState
+    Result
+    | Usage
+    | ProviderCall
+    | DocumentManifest
+    | DeadLetter
+    | Tombstone
+    | UsageTotal
+    | TaskProgress
+    | BudgetState
+    | BudgetKey
 )
+"""A budget's key alone takes its state back: a null value."""
 
 
 class Destination(NamedTuple):
@@ -389,6 +400,10 @@ class AggregateStore(Protocol):
 
     def totals(self, keys: Collection[BucketKey]) -> dict[BucketKey, dict[int, tuple[int, UsageSums]]]:
         """Per bucket: usage partition -> (last_offset, sums)."""
+        ...
+
+    def payers(self, bucket: str) -> set[str]:
+        """Who has a total in this day or month. Looks at every bucket: not for each run."""
         ...
 
     def tasks(self, keys: Collection[TaskKey]) -> dict[TaskKey, TaskProgress]: ...

@@ -170,6 +170,11 @@ class SqliteStore:
             )
         return found
 
+    def payers(self, bucket: str) -> set[str]:
+        of_all = _text(["", bucket, "all", ""])[len('[""') :]
+        rows = self._rows("SELECT DISTINCT bucket FROM totals WHERE substr(bucket, ?) = ?", (-len(of_all), of_all))
+        return {BucketKey(*json.loads(key)).payer_id for (key,) in rows}
+
     def counted(self, begins: Mapping[int, int]) -> dict[tuple[int, int], set[BucketKey]]:
         found: dict[tuple[int, int], set[BucketKey]] = {}
         sql = "SELECT partition, last_offset, bucket FROM totals WHERE (partition, last_offset) IN ({})"

@@ -150,6 +150,22 @@ def test_forgotten_totals_are_gone(store: SqliteStore) -> None:
     assert store.totals([KEY, OTHER]) == {OTHER: {1: (5, UsageSums())}}
 
 
+def test_payers_of_a_bucket_are_those_with_a_total_of_all(store: SqliteStore) -> None:
+    """Each payer once, whatever its id looks like; not those of another bucket or dimension."""
+    odd = 'a"b,"2026-11","all",""]'
+    keys = [
+        BucketKey("acme", "2026-11", "all", ""),
+        BucketKey(odd, "2026-11", "all", ""),
+        BucketKey("day", "2026-11-21", "all", ""),
+        BucketKey("model", "2026-11", "model", "all"),
+        BucketKey("before", "2026-10", "all", ""),
+    ]
+    store.merge_totals(
+        [UsageTotal(key=k, partitions={0: (1, UsageSums()), 1: (2, UsageSums())}, updated_at_ms=1) for k in keys]
+    )
+    assert (store.payers("2026-11"), store.payers("2026-12")) == ({"acme", odd}, set())
+
+
 def test_the_greatest_and_the_least_retained_offsets_are_told_with_their_buckets(store: SqliteStore) -> None:
     """A least one below the begin of the log can't be looked at, the greatest is told in any case."""
     other = UsageTotal(key=OTHER, partitions={1: (2, UsageSums())}, updated_at_ms=1)
