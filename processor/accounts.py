@@ -14,10 +14,10 @@ from typing import NamedTuple
 
 from processor.domain import CallOutcome
 
-DAY_MS = 86_400_000
+_DAY_MS = 86_400_000
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True)
 class UsageSums:
     """Running sums of a bucket. Unpriced billed tokens are summed apart from cost (None costs add nothing)."""
 
@@ -83,7 +83,7 @@ class BudgetKey(NamedTuple):
 
 def month_of(at_ms: int) -> str:
     """The UTC month that a charge of that time counts in."""
-    return _month(at_ms // DAY_MS)
+    return _month(at_ms // _DAY_MS)
 
 
 @lru_cache(maxsize=512)
@@ -107,6 +107,17 @@ class Budget:
     max_tokens: int | None
     max_cost_nanos: int | None
     hard: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BudgetPlan:
+    """Which payer has which budget; `default` is that of payers who are not named, None: they have none."""
+
+    named: Mapping[str, Budget] = field(default_factory=dict)
+    default: Budget | None = None
+
+    def of(self, payer_id: str) -> Budget | None:
+        return self.named.get(payer_id, self.default)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,7 +13,7 @@ from typing import NamedTuple, TypeVar
 
 import structlog
 
-from processor.accounts import Cursor, Ledger, LedgerSummary, TaskKey
+from processor.accounts import BudgetKey, BudgetPlan, BudgetState, Cursor, Ledger, LedgerSummary, TaskKey, UsageTotal
 from processor.aggregate import (
     DAY_MS,
     Copy,
@@ -25,6 +25,7 @@ from processor.aggregate import (
     seen_only_until,
     summarise,
 )
+from processor.budgets import PERCENTS, BudgetBook, read_budgets
 from processor.documents import UNKNOWN, deleted, document_key, fold_manifest, tombstones
 from processor.domain import DeadLetter, DocumentManifest, ProviderCall, Record, Usage
 from processor.errors import LeaseLost, StoreError
@@ -68,6 +69,7 @@ class Place(NamedTuple):
 
 
 NOWHERE = Place(0, 0)
+NO_BUDGETS = BudgetPlan()
 
 
 class Aggregator:
@@ -84,6 +86,7 @@ class Aggregator:
         clock: Clock,
         events: Events,
         horizon_ms: int,
+        budgets: BudgetPlan = NO_BUDGETS,
     ) -> None:
         self._topics = topics
         self._store = store
@@ -93,6 +96,7 @@ class Aggregator:
         self._clock = clock
         self._events = events
         self._horizon_ms = horizon_ms
+        self._budgets = BudgetBook(budgets, store, horizon_ms=horizon_ms)
         self._folds: Mapping[str, Callable[[Lease, Sequence[Record]], Awaitable[None]]] = {
             topics.usage: self._fold_usage,
             topics.calls: self._fold_calls,
@@ -138,6 +142,14 @@ class Aggregator:
                 for partition, span in spans[usage].items()
                 if self._position(usage, partition, spans) < span.end
             }
+            self._budgets.begin(await read_budgets(self._topics.budgets, self._reader, self._decoder))
+            if not self._backlog:
+                # Without a lease, of which there is none yet: what a process that froze right here sends too late is
+                # replaced with the payer's next charge.
+                now_ms = self._clock.now_ms()
+                budgets = self._due_budgets([], now_ms)
+                await self._outbox.send([Destination("budgets", budget) for budget in budgets])
+                self._budgets.published(budgets, now_ms)
             return {(topic, partition): self._position(topic, partition, spans) for topic, partition in partitions}
 
     async def on_run(self, run: Run) -> None:
@@ -211,8 +223,9 @@ class Aggregator:
     # --- folds: publish, save, finish ---------------------------------------------------------------------
 
     async def _fold_usage(self, lease: Lease, records: Sequence[Record]) -> None:
-        """Progress has no offsets by which a reader could tell an older version: while any usage partition has a
-        backlog it is only saved, so that who starts from an old store or none never publishes less than was known."""
+        """Progress and budgets have no offsets by which a reader could tell an older version: while any usage partition
+        has a backlog they are not published, so that who starts from an old store or none never publishes less than
+        was known."""
         cursor, fresh = self._fresh(lease, records)
         if fresh:
             place = self._place(lease)
@@ -235,13 +248,17 @@ class Aggregator:
             if fresh[-1].source.offset + 1 >= place.end:
                 self._backlog.discard(lease.partition)
             tasks = fold.tasks if self._backlog else self._store.unpublished_tasks() | dict(fold.tasks)
+            budgets = [] if self._backlog else self._due_budgets(fold.totals, now_ms)
             await self._publish(
                 lease,
                 [Destination("late", copy.usage) for copy in fold.late if copy.offset >= place.acted_on],
                 [Destination("totals", total) for total in fold.totals],
                 [] if self._backlog else [Destination("progress", task) for task in tasks.values()],
+                [Destination("budgets", budget) for budget in budgets],
                 self._dead_letters(letters, place),
             )
+            if not self._backlog:
+                self._budgets.published(budgets, now_ms)
             self._store.save(
                 StoreChange(
                     topic=lease.topic,
@@ -260,6 +277,22 @@ class Aggregator:
             self._events.count("usage_events", fold.duplicates, {"outcome": "duplicate"})
             self._events.count("usage_events", len(fold.late), {"outcome": "late"})
         _finish(lease, records)
+
+    def _due_budgets(self, totals: Sequence[UsageTotal], now_ms: int) -> list[BudgetState | BudgetKey]:
+        """What to publish of budgets with these totals. What has risen is told first: twice after a crash, but told."""
+        due = self._budgets.due(totals, now_ms)
+        for state, before in self._budgets.rises(due):
+            log.warning(
+                "aggregator.budget_reached",
+                payer_id=state.key.payer_id,
+                month=state.key.month,
+                percent=state.reached_percent,
+                hard=state.budget.hard,
+            )
+            for percent in PERCENTS:
+                if before < percent <= state.reached_percent:
+                    self._events.count("budgets_reached", 1, {"percent": str(percent)})
+        return due
 
     def _usage_state(self, partition: int, copies: Sequence[Copy]) -> UsageState:
         store = self._store

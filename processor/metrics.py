@@ -60,6 +60,13 @@ METRICS = (
     Metric("extension_loaded", "gauge", ("name",), "1 if a compiled part of faust or aiokafka is in use; 0 is slow."),
     Metric("usage_events", "counter", ("outcome",), "Usage events folded: charged, duplicate or late."),
     Metric("stale_vectors_deleted", "counter", (), "Tombstones written for what a newer manifest left out."),
+    Metric("budgets_reached", "counter", ("percent",), "Payers' months that reached 50, 80 or 100% of their budget."),
+    Metric(
+        "budgets_age_seconds",
+        "gauge",
+        (),
+        "Time since the brokers last confirmed a worker's view of the budgets; -1: it has none.",
+    ),
     Metric("aggregator_pruned_keys", "counter", (), "Keys dropped from the store: no copy of them can come."),
     Metric("ledger_over_attributed_attempts", "counter", (), "Attempts charged more than their bill: must stay 0."),
     Metric("ledger_tokens", "gauge", ("class",), "Tokens of the ledger: billed, attributed and residuals by class."),

@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final, NamedTuple, TypeVar
 
-from processor.accounts import TaskProgress, UsageTotal
+from processor.accounts import BudgetKey, BudgetState, TaskProgress, UsageTotal
 from processor.adapters.avro_outcomes import OutcomeWriter, encode_version
 from processor.adapters.avro_records import WIRE_NAME, read, write
 from processor.adapters.avro_requests import RequestReader
@@ -122,6 +122,8 @@ class Codec:
             return Encoded(key, None, [("source_version", message.source_version.encode())])
         if isinstance(message, DeadLetter):
             return self._dead_letter(message)
+        if isinstance(message, BudgetKey):
+            return Encoded(key, None)
         return Encoded(key, self._headers[WIRE_NAME[type(message)]] + write(message))
 
     def encode_request(self, request: Request) -> bytes:
@@ -247,6 +249,8 @@ _KEY_OF: Final[Mapping[type, Callable[[Any], bytes | None]]] = {
     Tombstone: lambda tombstone: tombstone.vector_id.encode(),
     UsageTotal: lambda total: _composite_key(*total.key),
     TaskProgress: lambda progress: _composite_key(progress.tenant_id, progress.task_id),
+    BudgetState: lambda state: _composite_key(*state.key),
+    BudgetKey: lambda key: _composite_key(*key),
     DocumentManifest: lambda manifest: _composite_key(manifest.tenant_id, manifest.collection, manifest.document_id),
     DeadLetter: lambda letter: letter.record.key,
 }

@@ -1,6 +1,7 @@
 """Domain objects to the bodies of their Avro records and back, without framing.
 
-What is hot is read and written elsewhere: requests in `avro_requests`, results and usage events in `avro_outcomes`.
+What is hot is read and written elsewhere: requests in `avro_requests`, results and usage events in `avro_outcomes`,
+`avro_results` and `avro_usage`.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from typing import Any, Final, TypeVar, cast
 import numpy as np
 from fastavro import schemaless_reader, schemaless_writer
 
-from processor.accounts import BucketKey, TaskProgress, UsageSums, UsageTotal
+from processor.accounts import BucketKey, Budget, BudgetKey, BudgetState, TaskProgress, UsageSums, UsageTotal
 from processor.adapters.avro_results import read_result
+from processor.adapters.avro_usage import checked, read_usage
 from processor.adapters.schemas import Schema, current
 from processor.domain import (
     Amounts,
@@ -53,6 +55,7 @@ WIRE_NAME: Final[Mapping[type, str]] = {
     ProviderCall: "ProviderCall",
     DocumentManifest: "DocumentManifest",
     TaskProgress: "TaskProgress",
+    BudgetState: "BudgetState",
 }
 """The schema of each domain class."""
 
@@ -109,12 +112,19 @@ def _total_fields(total: UsageTotal) -> Fields:
     }
 
 
+def _budget_fields(state: BudgetState) -> Fields:
+    fields = _plain_fields(state)
+    del fields["key"], fields["budget"]
+    return fields | state.key._asdict() | _plain_fields(state.budget)
+
+
 _FIELDS: Final[Mapping[type, Callable[[Any], Fields]]] = {
     Request: _request_fields,
     ProviderCall: _call_fields,
     DocumentManifest: _plain_fields,
     UsageTotal: _total_fields,
     TaskProgress: _plain_fields,
+    BudgetState: _budget_fields,
 }
 
 
@@ -152,7 +162,7 @@ def _request(fields: Fields) -> Request:
 
 def _usage(fields: Fields) -> Usage:
     """Its request holds what a usage event repeats: no chunks and nothing of how the texts were to be embedded."""
-    return Usage(
+    usage = Usage(
         request=Request(**{name: fields[name] for name in _ECHOED}, first_chunk_index=fields["first_chunk_index"]),
         source=Source(
             fields["source_topic"],
@@ -168,6 +178,7 @@ def _usage(fields: Fields) -> Usage:
         parts=tuple(Part(**part) for part in fields["parts"]),
         **{name: fields[name] for name in _USAGE_PLAIN},
     )
+    return checked(usage)
 
 
 _ECHOED: Final = (
@@ -199,6 +210,14 @@ def _total(fields: Fields) -> UsageTotal:
     )
 
 
+def _budget_state(fields: Fields) -> BudgetState:
+    return BudgetState(
+        key=BudgetKey(fields.pop("payer_id"), fields.pop("month")),
+        budget=Budget(**{name: fields.pop(name) for name in Budget.__dataclass_fields__}),
+        **fields,
+    )
+
+
 def _manifest(fields: Fields) -> DocumentManifest:
     fields["chunk_ids"] = tuple(fields["chunk_ids"])
     fields["vector_spaces"] = tuple(fields["vector_spaces"])
@@ -221,6 +240,15 @@ def _received(fields: Fields) -> ReceivedResult:
     return ReceivedResult(**fields)
 
 
+def _read_usage(value: bytes, start: int, writer: Schema) -> Usage | Undecodable:
+    """Likewise. Raises ValueError for what is no time or amount."""
+    usage = read_usage(value, start) if writer is current(writer.name) else None
+    if usage is not None:
+        return usage
+    fields = _read_fields(value, start, writer)
+    return fields if isinstance(fields, Undecodable) else _usage(fields)
+
+
 def _word(kind: type[Word], text: str) -> Word:
     """The member of an open set, or the text itself, which a newer writer may have sent."""
     return cast(Word, kind._value2member_map_.get(text, text))
@@ -229,9 +257,10 @@ def _word(kind: type[Word], text: str) -> Word:
 _READERS: Final[Mapping[type, Callable[[bytes, int, Schema], Any]]] = {
     Request: _reader(_request),
     ReceivedResult: _read_result,
-    Usage: _reader(_usage),
+    Usage: _read_usage,
     ProviderCall: _reader(_call),
     UsageTotal: _reader(_total),
     DocumentManifest: _reader(_manifest),
     TaskProgress: _reader(lambda fields: TaskProgress(**fields)),
+    BudgetState: _reader(_budget_state),
 }

@@ -12,12 +12,23 @@ from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-from processor.accounts import BucketKey, LedgerSummary, TaskKey, TaskProgress, UsageSums, UsageTotal
+from processor.accounts import (
+    BucketKey,
+    BudgetKey,
+    BudgetPlan,
+    BudgetState,
+    LedgerSummary,
+    TaskKey,
+    TaskProgress,
+    UsageSums,
+    UsageTotal,
+)
 from processor.adapters.avro import Codec
 from processor.adapters.murmur2 import partition_of
 from processor.adapters.sqlite_store import SqliteStore
 from processor.aggregate import PartitionTotals, buckets_of, newest_totals, sums_of, total_of
 from processor.aggregator import Aggregator
+from processor.budgets import read_budgets
 from processor.domain import Amounts, Part, Record, Source, Usage
 from processor.errors import LeaseLost
 from processor.ports import Destination, Events, Lease, Run, Span, StoreChange, Undecodable
@@ -31,13 +42,18 @@ DAY_MS = 86_400_000
 HORIZON_MS = 35 * DAY_MS
 
 TOPICS = FoldedTopics(
-    usage="token-usage", calls="embedding-calls", documents="embedding-documents", totals="token-usage-totals"
+    usage="token-usage",
+    calls="embedding-calls",
+    documents="embedding-documents",
+    totals="token-usage-totals",
+    budgets="usage-budgets",
 )
 TOPIC_OF = {
     "usage": TOPICS.usage,
     "calls": TOPICS.calls,
     "documents": TOPICS.documents,
     "totals": TOPICS.totals,
+    "budgets": TOPICS.budgets,
     "progress": "task-progress",
     "late": "token-usage-late",
     "dlq": "embedding-requests-dlq",
@@ -181,6 +197,10 @@ class MemoryLog:
             TaskKey(task.tenant_id, task.task_id): task for _, task in await self.contents("progress", TaskProgress)
         }
 
+    async def budgets(self) -> dict[BudgetKey, BudgetState]:
+        """The last record of each payer and month; a null value deletes."""
+        return await read_budgets(TOPICS.budgets, self, self.codec)
+
     def tombstones(self) -> list[tuple[str, str]]:
         """(vector id, source_version) of each, in the order of sending within a partition."""
         return [
@@ -271,6 +291,7 @@ class Bench:
         self.path = path
         self.horizon_ms = horizon_ms
         self.clock = VirtualClock()
+        self.budgets = BudgetPlan()
         self.counts: dict[tuple[str, str], float] = defaultdict(float)
 
     def lose_store(self) -> None:
@@ -291,6 +312,7 @@ class Bench:
             clock=self.clock,
             events=Events(count=self._count),
             horizon_ms=self.horizon_ms,
+            budgets=self.budgets,
         )
 
     def _count(self, name: str, value: float, labels: Mapping[str, str]) -> None:

@@ -184,7 +184,7 @@ def duration(milliseconds: int) -> str:
 def readers(topic: Topic) -> list[str]:
     if topic.id in REQUEST_TOPICS:
         return ["worker"]
-    return [*(["aggregator"] if topic.id in {"usage", "calls", "documents", "totals"} else []), "yours"]
+    return [*(["aggregator"] if topic.id in {"usage", "calls", "documents", "totals", "budgets"} else []), "yours"]
 
 
 def newest(name: str) -> Path:
