@@ -16,7 +16,6 @@ import uvloop
 
 from processor.adapters import logs, topics
 from processor.adapters.avro import Codec
-from processor.adapters.budgets_file import read_budgets_file
 from processor.adapters.catalogue import load_catalogue
 from processor.adapters.clock import SystemClock, new_attempt_id, worker_id
 from processor.adapters.faust_engine import Engine
@@ -46,7 +45,7 @@ from processor.totals import FoldedTopics
 from processor.work import Policy
 
 WORKER_TOPICS = ("results", "replies", "sink", "usage", "calls", "documents", "dlq")
-AGGREGATOR_TOPICS = ("usage", "calls", "documents", "totals", "progress", "budgets", "late", "sink", "dlq")
+AGGREGATOR_TOPICS = ("usage", "calls", "documents", "totals", "progress", "late", "sink", "dlq")
 
 GC_FIRST_THRESHOLD = 500_000
 """Records in work are many objects that die young and in no circle. With Python's 700 a third of a record's CPU went
@@ -71,11 +70,7 @@ def folded_topics(settings: Settings) -> FoldedTopics:
     """What the aggregator reads, by full name."""
     names = {name: settings.topic(topic.name) for name, topic in topics.topics().items()}
     return FoldedTopics(
-        usage=names["usage"],
-        calls=names["calls"],
-        documents=names["documents"],
-        totals=names["totals"],
-        budgets=names["budgets"],
+        usage=names["usage"], calls=names["calls"], documents=names["documents"], totals=names["totals"]
     )
 
 
@@ -97,6 +92,8 @@ def worker_policy(settings: Settings, reply_partitions: Mapping[str, int]) -> Po
         poison_attempts=settings.poison_attempts,
         confirm_after_s=settings.provider_timeout_s + settings.session_timeout_s + settings.ledger_confirm_margin_s,
         cache_secret=(settings.secret("cache_secret") or "").encode(),
+        cache_secret_former=None if (former := settings.secret("cache_secret_former")) is None else former.encode(),
+        cache_shared=settings.cache_scope == "shared",
     )
 
 
@@ -297,7 +294,6 @@ class AggregatorProcess(Process):
             horizon_ms=settings.horizon_days * DAY_MS,
         )
         self.engine = Engine(
-            budgets=read_budgets_file(settings.budgets_file),
             settings,
             app_id=settings.aggregator_group_id,
             topics=[folded.usage, folded.calls, folded.documents],

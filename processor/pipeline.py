@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from processor.batching import Batcher
-from processor.cache import cache_key, hash_key, look_up, remember
+from processor.cache import CacheKeys, look_up, remember
 from processor.decode import EMPTY_TEXT, Checker, counts_as_usage, echoable, too_long
 from processor.domain import (
     Action,
@@ -100,7 +100,7 @@ class Pipeline:
         self._finished = finished
         self._queued = queued
         self._checker = Checker(policy, ports.catalogue)
-        self._cache_secret = hash_key(policy.cache_secret)
+        self._keys = CacheKeys.of(policy)
         self._found_at_once = 0
         self._emitter = Emitter(ports.outbox, self.order, ports.clock, self._write)
 
@@ -155,7 +155,7 @@ class Pipeline:
         ports, started = self.ports, self.ports.clock.monotonic()
         known: list[Fold] = []
         try:
-            misses = await look_up(window.folds, ports.cache)  # 3. a cache that is gone is gone without
+            misses = await look_up(window.folds, ports.cache, self._keys)  # 3. a cache that is gone is gone without
             known += [fold for fold in window.folds if fold.entry is not None]
             for some in _portions(misses):
                 await measure(some, ports.counter, ports.clock)  # 4. counted exactly, and cut if need be
@@ -273,7 +273,7 @@ class Pipeline:
         """What this process remembers needs no window; else the work goes into the fold of its cache key."""
         request = work.job.request
         own = None if request.use_cache else work.item
-        key = cache_key(self._cache_secret, request.tenant_id, function, work.chunk.text, own)
+        key = self._keys.present(request.tenant_id, function, work.chunk.text, own)
         found = self.ports.cache.peek(key, function.dimensions)
         if found is None:
             self.batcher.add(work, key, function, now)

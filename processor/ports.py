@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import NamedTuple, Protocol, TypeVar
 
 from processor.accounts import (
@@ -192,11 +193,20 @@ class Outbox(Protocol):
         ...
 
 
+SCOPE_TAG_BYTES = 8
+"""A cache key begins with a tag of whose it is: by it a tenant's entries are found without naming the tenant."""
+FUNCTION_TAG_BYTES = 4
+"""Then comes one of the embedding function; the rest is a hash of all, text included."""
+
+
 class Found(NamedTuple):
     """A cache hit and the level that had it (L1 or L2)."""
 
     entry: Entry
     level: CacheLevel
+
+
+NO_FORMER: Mapping[bytes, bytes] = MappingProxyType({})
 
 
 class VectorCache(Protocol):
@@ -211,8 +221,14 @@ class VectorCache(Protocol):
         """What this process itself remembers, without waiting for anybody."""
         ...
 
-    async def get_many(self, keys: Sequence[bytes], dimensions: int) -> Mapping[bytes, Found]:
-        """Known keys only; an entry that fails its check is counted, deleted and left out."""
+    async def get_many(
+        self, keys: Sequence[bytes], dimensions: int, former: Mapping[bytes, bytes] = NO_FORMER
+    ) -> Mapping[bytes, Found]:
+        """Known keys only; an entry that fails its check is counted, deleted and left out.
+
+        `former`: by key, the one of the same text under the secret before. What is there alone is found too, and kept
+        under its key from then on, with its leader and attempt.
+        """
         ...
 
     async def put_many(self, entries: Mapping[bytes, Entry]) -> None: ...

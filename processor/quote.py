@@ -14,7 +14,7 @@ from uuid import UUID
 import numpy as np
 
 from processor.batching import Batcher
-from processor.cache import cache_key, hash_key, look_up
+from processor.cache import CacheKeys, look_up
 from processor.decode import EMPTY_TEXT, Checker
 from processor.domain import (
     CacheLevel,
@@ -152,7 +152,7 @@ class Quoter:
     ) -> None:
         self.quote = Quote()
         self._checker = Checker(policy, catalogue)
-        self._secret = hash_key(policy.cache_secret)
+        self._keys = CacheKeys.of(policy)
         self._cache = cache
         self._counter = counter
         self._clock = clock
@@ -212,7 +212,7 @@ class Quoter:
             done.append(work)
             return
         own = None if request.use_cache else work.item
-        key = cache_key(self._secret, request.tenant_id, function, text, own)
+        key = self._keys.present(request.tenant_id, function, text, own)
         work.outcome = self._known.get(key)
         if work.outcome is None:
             self._batcher.add(work, key, function, self._now.monotonic_s)
@@ -231,7 +231,7 @@ class Quoter:
         misses = window.folds
         if self._cache is not None:
             try:
-                misses = await look_up(window.folds, self._cache)
+                misses = await look_up(window.folds, self._cache, self._keys)
             except CacheUnavailable as error:
                 self.quote.cache_unavailable, self._cache = str(error), None
         for fold in window.folds:

@@ -60,6 +60,8 @@ class Policy:
     poison_attempts: int = 5
     confirm_after_s: float = 120.0
     cache_secret: bytes = field(default=b"", repr=False)
+    cache_secret_former: bytes | None = field(default=None, repr=False)
+    cache_shared: bool = False
 
 
 @dataclass(slots=True, eq=False)

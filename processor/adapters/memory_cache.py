@@ -12,7 +12,7 @@ from typing import NamedTuple, Self
 import numpy as np
 
 from processor.domain import CacheLevel, Entry
-from processor.ports import Found
+from processor.ports import NO_FORMER, Found
 from processor.settings import Settings
 
 ENTRY_OVERHEAD_BYTES = 800
@@ -61,7 +61,12 @@ class MemoryCache:
         self._kept.move_to_end(key)
         return found
 
-    async def get_many(self, keys: Sequence[bytes], dimensions: int) -> Mapping[bytes, Found]:
+    async def get_many(
+        self,
+        keys: Sequence[bytes],
+        dimensions: int,
+        former: Mapping[bytes, bytes] = NO_FORMER,  # noqa: ARG002  (this process never had another secret)
+    ) -> Mapping[bytes, Found]:
         return {key: found for key in keys if (found := self.peek(key, dimensions)) is not None}
 
     async def put_many(self, entries: Mapping[bytes, Entry]) -> None:

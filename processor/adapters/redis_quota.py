@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Self, cast
 
-from processor.adapters.redis_client import open_redis, redis_url, trip
+from processor.adapters.redis_client import RedisAccess, trip
 from processor.errors import QuotaUnavailable
 from processor.ports import QuotaAsk, QuotaGrant
 from processor.settings import Settings
@@ -54,9 +54,11 @@ return answer
 class RedisQuota:
     """Implements `ports.SharedQuota`. `pace` is the part of a limit that flows in; a lease is one round trip."""
 
-    def __init__(self, url: str, *, timeout_s: float, pace: float, prefix: str = "embedding:quota:1:") -> None:
+    def __init__(
+        self, access: RedisAccess, *, timeout_s: float, pace: float, prefix: str = "embedding:quota:1:"
+    ) -> None:
         # No second try: what the first may have granted would be lost.
-        self._redis = open_redis(url, timeout_s=timeout_s, retries=0, decode_responses=True)
+        self._redis = access.open(timeout_s=timeout_s, retries=0, decode_responses=True)
         self._timeout_s = timeout_s
         self._pace = pace
         self._prefix = prefix
@@ -64,8 +66,8 @@ class RedisQuota:
 
     @classmethod
     def from_settings(cls, settings: Settings, *, pace: float) -> Self:
-        """SettingsError when there is no URL or it is none."""
-        return cls(redis_url(settings), timeout_s=settings.redis_timeout_ms / 1000, pace=pace)
+        """SettingsError when a setting of Redis is missing or unusable."""
+        return cls(RedisAccess.from_settings(settings), timeout_s=settings.redis_timeout_ms / 1000, pace=pace)
 
     async def lease(
         self, account: str, requests: QuotaAsk, tokens: QuotaAsk, wait_s: float

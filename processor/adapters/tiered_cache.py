@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from processor.domain import CacheLevel, Entry
 from processor.errors import CacheUnavailable
-from processor.ports import Events, Found, VectorCache
+from processor.ports import NO_FORMER, Events, Found, VectorCache
 
 PAUSE_S = 1.0
 """An L2 that failed is left alone for so long; then one call tries it while the others still go without."""
@@ -37,7 +37,9 @@ class TieredCache:
     def peek(self, key: bytes, dimensions: int) -> Found | None:
         return self._l1.peek(key, dimensions)
 
-    async def get_many(self, keys: Sequence[bytes], dimensions: int) -> Mapping[bytes, Found]:
+    async def get_many(
+        self, keys: Sequence[bytes], dimensions: int, former: Mapping[bytes, bytes] = NO_FORMER
+    ) -> Mapping[bytes, Found]:
         keys = list(dict.fromkeys(keys))
         found = dict(await self._l1.get_many(keys, dimensions))
         self._count(CacheLevel.L1, hits=len(found), of=len(keys))
@@ -48,7 +50,7 @@ class TieredCache:
             return found
         if self._reads.closed():
             try:
-                shared = await self._l2.get_many(missing, dimensions)
+                shared = await self._l2.get_many(missing, dimensions, former)
             except CacheUnavailable:
                 self._reads.failed()
             else:

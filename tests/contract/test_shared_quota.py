@@ -11,6 +11,7 @@ import pytest
 from redis.asyncio import Redis
 
 from processor.adapters.embedded import EmbeddedCache
+from processor.adapters.redis_client import RedisAccess
 from processor.adapters.redis_quota import KEPT_S, RedisQuota
 from processor.errors import QuotaUnavailable, SettingsError
 from processor.ports import QuotaAsk, QuotaGrant, SharedQuota
@@ -50,7 +51,7 @@ async def case(request: pytest.FixtureRequest, unique: str) -> AsyncIterator[Cas
         yield Case(MemoryQuota(clock), move)
         return
     url: str = request.getfixturevalue("redis_url")
-    quota = RedisQuota(url, timeout_s=5, pace=1.0, prefix=unique)
+    quota = RedisQuota(RedisAccess(url), timeout_s=5, pace=1.0, prefix=unique)
     client = Redis.from_url(url)
 
     async def age(seconds: float) -> None:
@@ -147,7 +148,7 @@ async def test_a_wait_that_one_was_asked_for_is_kept_by_all(case: Case) -> None:
 
 async def test_what_nobody_uses_is_forgotten(redis_url: str, unique: str) -> None:
     """A key has a life of its own, so accounts that are gone leave nothing behind."""
-    quota = RedisQuota(redis_url, timeout_s=5, pace=1.0, prefix=unique)
+    quota = RedisQuota(RedisAccess(redis_url), timeout_s=5, pace=1.0, prefix=unique)
     await Case(quota, asyncio.sleep).tokens()
     client = Redis.from_url(redis_url)
     assert 0 < await client.ttl(f"{unique}a") <= KEPT_S
@@ -157,7 +158,7 @@ async def test_what_nobody_uses_is_forgotten(redis_url: str, unique: str) -> Non
 
 async def test_many_at_once_never_get_more_than_flows_in(redis_url: str, unique: str) -> None:
     """Slices are cut one after the other: forty workers that ask at the same moment share what is there."""
-    quotas = [RedisQuota(redis_url, timeout_s=5, pace=1.0, prefix=unique) for _ in range(40)]
+    quotas = [RedisQuota(RedisAccess(redis_url), timeout_s=5, pace=1.0, prefix=unique) for _ in range(40)]
     loop = asyncio.get_running_loop()
     started = loop.time()
     ask = QuotaAsk(50, 60_000, None)
@@ -176,7 +177,7 @@ async def test_a_redis_that_does_not_answer_is_said_to_be_unavailable(unique: st
     """Dead or hanging, it costs its time budget and no more, and works again when it is back."""
     server = EmbeddedCache()
     server.start()
-    quota = RedisQuota(server.url, timeout_s=0.2, pace=1.0, prefix=unique)
+    quota = RedisQuota(RedisAccess(server.url), timeout_s=0.2, pace=1.0, prefix=unique)
     case = Case(quota, asyncio.sleep)
     await case.tokens()
     assert server._process is not None
@@ -205,7 +206,7 @@ async def test_a_redis_that_does_not_answer_is_said_to_be_unavailable(unique: st
 def test_a_url_that_is_none_is_refused() -> None:
     """The setting is named."""
     with pytest.raises(SettingsError, match="EMBEDDING_REDIS_URL"):
-        RedisQuota("localhost:6379", timeout_s=1, pace=1.0)
+        RedisQuota(RedisAccess("localhost:6379"), timeout_s=1, pace=1.0)
 
 
 @pytest.mark.parametrize(
@@ -214,7 +215,7 @@ def test_a_url_that_is_none_is_refused() -> None:
 )
 async def test_nonsense_in_redis_is_no_quota(field: str, value: str, redis_url: str, unique: str) -> None:
     """Taken for numbers it would keep the gates of all workers shut, or open them wide."""
-    quota = RedisQuota(redis_url, timeout_s=5, pace=1.0, prefix=unique)
+    quota = RedisQuota(RedisAccess(redis_url), timeout_s=5, pace=1.0, prefix=unique)
     async with Redis.from_url(redis_url) as client:
         await client.hset(f"{unique}a", mapping={"at": "1", "tokens_per_minute": "600", field: value})
     with pytest.raises(QuotaUnavailable):

@@ -19,9 +19,9 @@ from processor.adapters.avro import encode_request, request_key
 from processor.adapters.catalogue import load_catalogue
 from processor.adapters.kafka import connection
 from processor.adapters.murmur2 import partition_of
-from processor.adapters.redis_cache import RedisCache
+from processor.adapters.redis_cache import KEY_PREFIX, RedisCache
 from processor.app import worker_policy
-from processor.cache import cache_key, hash_key
+from processor.cache import CacheKeys
 from processor.decode import Checker
 from processor.domain import Entry, Item, Request, TokenSource, Usage
 from processor.work import Plan
@@ -195,17 +195,17 @@ async def test_a_quote_leaves_the_cache_as_it_is(stack: Stack, tmp_path: Path) -
     plan = Checker(worker_policy(settings, {}), load_catalogue(settings)).check(a_request(), 0)
     assert isinstance(plan, Plan)
     assert plan.function is not None
-    secret = hash_key(settings.cache_secret.get_secret_value().encode())
-    good, bad = (cache_key(secret, "acme", plan.function, text, None) for text in ("good", "bad"))
+    keys = CacheKeys(settings.cache_secret.get_secret_value().encode())
+    good, bad = (keys.present("acme", plan.function, text, None) for text in ("good", "bad"))
     entry = Entry(a_vector(8), 1, Item("somebody", 0), "attempt", TokenSource.PROVIDER)
     cache, raw = RedisCache.from_settings(settings), Redis.from_url(settings.redis_url or "")
     try:
         await cache.put_many({good: entry, bad: entry})
-        await raw.setrange(b"embedding:1:" + bad, 30, b"broken")
-        spoilt = await raw.get(b"embedding:1:" + bad)
+        await raw.setrange(KEY_PREFIX + bad, 30, b"broken")
+        spoilt = await raw.get(KEY_PREFIX + bad)
         quoted = await quote(stack, *map(str, files), "--tenant", "acme")
         assert (quoted["texts_to_embed"], quoted["cached_texts"]) == (1, 1)
-        assert await raw.get(b"embedding:1:" + bad) == spoilt
+        assert await raw.get(KEY_PREFIX + bad) == spoilt
     finally:
         await cache.close()
         await raw.aclose()

@@ -34,7 +34,7 @@ from processor.embed import Deployment, Route
 from processor.errors import LeaseLost
 from processor.limits import Gate, LimitPolicy
 from processor.pipeline import Ports
-from processor.ports import Destination, Found, Lease, ProviderAnswer, Run, TokenCounts
+from processor.ports import NO_FORMER, Destination, Found, Lease, ProviderAnswer, Run, TokenCounts
 from processor.work import Policy
 from tests.support.builders import NOW_MS, a_record, a_source
 
@@ -172,7 +172,12 @@ class MemoryCache:
     def peek(self, key: bytes, dimensions: int) -> Found | None:
         return None
 
-    async def get_many(self, keys: Sequence[bytes], dimensions: int) -> Mapping[bytes, Found]:
+    async def get_many(
+        self, keys: Sequence[bytes], dimensions: int, former: Mapping[bytes, bytes] = NO_FORMER
+    ) -> Mapping[bytes, Found]:
+        for key, old in former.items():
+            if old in self.entries:
+                self.entries.setdefault(key, self.entries[old])
         return {
             key: Found(entry, CacheLevel.L2)
             for key in keys

@@ -16,7 +16,7 @@ from processor.adapters.memory_cache import ENTRIES_A_TURN, ENTRY_OVERHEAD_BYTES
 from processor.adapters.tiered_cache import TieredCache
 from processor.domain import Entry, Item, TokenSource
 from processor.errors import CacheUnavailable
-from processor.ports import Found
+from processor.ports import NO_FORMER, Found
 
 D = 4
 SIZE = D * 4 + ENTRY_OVERHEAD_BYTES
@@ -95,7 +95,9 @@ class Flaky:
     def peek(self, key: bytes, dimensions: int) -> Found | None:
         return None
 
-    async def get_many(self, keys: Sequence[bytes], dimensions: int) -> Mapping[bytes, Found]:
+    async def get_many(
+        self, keys: Sequence[bytes], dimensions: int, former: Mapping[bytes, bytes] = NO_FORMER
+    ) -> Mapping[bytes, Found]:
         self.calls += 1
         await self.go.wait()
         raise CacheUnavailable("test")

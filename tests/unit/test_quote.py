@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 
 from processor.adapters.avro import encode_request
-from processor.cache import cache_key, hash_key
+from processor.cache import CacheKeys
 from processor.decode import Checker
 from processor.domain import DlqClass, Entry, ErrorCode, Item, Request, TokenSource
 from processor.errors import CacheUnavailable
 from processor.identity import request_id
-from processor.ports import Found, Undecodable
+from processor.ports import NO_FORMER, Found, Undecodable
 from processor.quote import Pace, Quote, Quoter, Share
 from processor.work import Policy
 from tests.support.builders import NOW_MS, a_request, a_source, a_vector
@@ -147,7 +147,9 @@ async def test_a_cache_out_of_reach_is_named() -> None:
     class Gone(MemoryCache):
         asked = 0
 
-        async def get_many(self, keys: Sequence[bytes], dimensions: int) -> Mapping[bytes, Found]:
+        async def get_many(
+            self, keys: Sequence[bytes], dimensions: int, former: Mapping[bytes, bytes] = NO_FORMER
+        ) -> Mapping[bytes, Found]:
             self.asked += 1
             raise CacheUnavailable("redis: TimeoutError")
 
@@ -254,7 +256,7 @@ async def a_cache(tenant: str, texts: Sequence[str], own: Item | None = None) ->
     cache = MemoryCache()
     await cache.put_many(
         {
-            cache_key(hash_key(b""), tenant, function, text, own): Entry(
+            CacheKeys(b"").present(tenant, function, text, own): Entry(
                 a_vector(4), 1, own or Item("somebody", 0), "attempt", TokenSource.PROVIDER
             )
             for text in texts
