@@ -16,6 +16,7 @@ import uvloop
 
 from processor.adapters import logs, topics
 from processor.adapters.avro import Codec
+from processor.adapters.budgets_file import read_budgets_file
 from processor.adapters.catalogue import load_catalogue
 from processor.adapters.clock import SystemClock, new_attempt_id, worker_id
 from processor.adapters.faust_engine import Engine
@@ -45,7 +46,7 @@ from processor.totals import FoldedTopics
 from processor.work import Policy
 
 WORKER_TOPICS = ("results", "replies", "sink", "usage", "calls", "documents", "dlq")
-AGGREGATOR_TOPICS = ("usage", "calls", "documents", "totals", "progress", "late", "sink", "dlq")
+AGGREGATOR_TOPICS = ("usage", "calls", "documents", "totals", "progress", "budgets", "late", "sink", "dlq")
 
 GC_FIRST_THRESHOLD = 500_000
 """Records in work are many objects that die young and in no circle. With Python's 700 a third of a record's CPU went
@@ -70,7 +71,11 @@ def folded_topics(settings: Settings) -> FoldedTopics:
     """What the aggregator reads, by full name."""
     names = {name: settings.topic(topic.name) for name, topic in topics.topics().items()}
     return FoldedTopics(
-        usage=names["usage"], calls=names["calls"], documents=names["documents"], totals=names["totals"]
+        usage=names["usage"],
+        calls=names["calls"],
+        documents=names["documents"],
+        totals=names["totals"],
+        budgets=names["budgets"],
     )
 
 
@@ -292,6 +297,7 @@ class AggregatorProcess(Process):
             clock=SystemClock(),
             events=Events(self.metrics.count, self.metrics.observe),
             horizon_ms=settings.horizon_days * DAY_MS,
+            budgets=read_budgets_file(settings.budgets_file),
         )
         self.engine = Engine(
             settings,
