@@ -1,0 +1,212 @@
+"""Redis killed, frozen, slow, flushed, full, its values corrupted: the work goes on without, and the bill adds up.
+
+L1 is off, so that every look-up is Redis's business; windows are small, so that there are look-ups enough to go wrong.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import pytest
+from redis.asyncio import Redis
+
+from processor.adapters.embedded import ChildServer
+from processor.domain import Request
+from processor.settings import Settings
+from tests.support.redis_server import SlowProxy, freeze, own_redis
+from tests.support.stack import Child, until
+from tests.support.traffic import hard_requests
+from tests.support.world import Begin, World
+
+CHUNKS = 5
+REQUESTS = 200
+WAVES = 4
+"""Of requests while Redis is not well."""
+SLOW_S = 0.5
+TIMEOUT_S = Settings.model_fields["redis_timeout_ms"].default / 1000
+SMALL = {"EMBEDDING_L1_BYTES": "0", "EMBEDDING_WINDOW_MAX_TEXTS": "16"}
+
+Tell = Callable[[str], None]
+
+
+@dataclass
+class Server:
+    """The Redis under test, at `url` or through the proxy."""
+
+    process: ChildServer
+    url: str
+    admin: Redis
+    proxy: SlowProxy
+
+
+Fault = Callable[[Server], AbstractAsyncContextManager[None]]
+
+
+@asynccontextmanager
+async def killed(server: Server) -> AsyncIterator[None]:
+    """Connections are refused; it comes back empty."""
+    await asyncio.to_thread(server.process.kill)
+    yield
+    await asyncio.to_thread(server.process.start)
+
+
+@asynccontextmanager
+async def frozen(server: Server) -> AsyncIterator[None]:
+    """Connections stand, nobody answers."""
+    with freeze(server.process):
+        yield
+
+
+@asynccontextmanager
+async def slow(server: Server) -> AsyncIterator[None]:
+    """Each answer is later than a look-up may take."""
+    server.proxy.delay_s = SLOW_S
+    yield
+    server.proxy.delay_s = 0.0
+
+
+@asynccontextmanager
+async def full(server: Server) -> AsyncIterator[None]:
+    """Nothing is evicted, and every write is refused."""
+    await server.admin.config_set("maxmemory-policy", "noeviction")
+    await server.admin.config_set("maxmemory", "1")
+    yield
+    await server.admin.config_set("maxmemory", "0")
+
+
+@pytest.fixture
+async def server() -> AsyncIterator[Server]:
+    process, url = own_redis()
+    with process, SlowProxy(url) as proxy:
+        admin = Redis.from_url(url)
+        yield Server(process, url, admin, proxy)
+        await admin.aclose()
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("fault", [killed, frozen, slow, full])
+async def test_a_redis_that_is_not_well_is_gone_without(fault: Fault, begin: Begin, server: Server, tell: Tell) -> None:
+    """Every request made meanwhile ends well and soon, metrics and health say so, then the cache is used again."""
+    url = server.proxy.url if fault is slow else server.url
+    async with begin("--base-ms", "5", EMBEDDING_REDIS_URL=url, **SMALL) as world:
+        worker = await world.a_worker()
+        await _used(world, worker)
+        before = _figures(worker)
+        async with fault(server):
+            for wave in range(WAVES):
+                await _carried(world, hard_requests(REQUESTS, chunks=CHUNKS, seed=2 + wave))
+            during = {name: value - before[name] for name, value in _figures(worker).items()}
+            health = _health(worker)["cache"]
+            if fault is killed:
+                await world.a_worker()  # starts without Redis as well
+        await _used(world, worker)
+        assert _health(worker)["cache"]["redis"] == "ok"
+        books, residuals, _ = await world.finish_and_audit()
+    tell(f"Redis {fault.__name__}: {during}, health {health}, {asdict(residuals)}")
+    assert during["not_stored"] > 0
+    if fault is full:
+        assert during["hits"] > 0, "it refuses writes, not reads"
+        assert during["unavailable"] == 0
+    else:
+        assert during["hits"] == 0
+        assert during["unavailable"] > 0
+        assert health["redis"] != "ok"
+    # One look-up at a time tries it, once in a while: the others must not wait for the same time-out.
+    assert during["slow_windows"] < during["windows"] / 4
+    assert books.bills
+
+
+@pytest.mark.faults
+async def test_values_that_are_broken_or_anothers_are_never_delivered(begin: Begin, server: Server, tell: Tell) -> None:
+    """Random bytes, cut off, empty, another key's: each is counted and made anew, and no vector is wrong."""
+    requests = hard_requests(REQUESTS, chunks=CHUNKS)
+    async with begin("--base-ms", "5", EMBEDDING_REDIS_URL=server.url, **SMALL) as world:
+        worker = await world.a_worker()
+        await _carried(world, requests)
+        broken = await _corrupt(server.admin)
+        before = _figures(worker)
+        await _carried(world, requests)
+        met = _figures(worker)
+        await _carried(world, requests)
+        after = _figures(worker)
+        books, residuals, _ = await world.finish_and_audit()
+    tell(f"Redis corrupted: {broken} values, {met['corrupt'] - before['corrupt']:.0f} met, {asdict(residuals)}")
+    assert broken > REQUESTS
+    assert met["corrupt"] - before["corrupt"] >= broken, "a broken value passed for a good one"
+    assert met["hits"] == before["hits"], "there was none left that is good"
+    assert after["corrupt"] == met["corrupt"], "what was broken was not replaced"
+    assert after["hits"] > met["hits"]
+    assert books.bills
+
+
+@pytest.mark.faults
+async def test_a_flushed_redis_costs_money_and_nothing_else(begin: Begin, server: Server, tell: Tell) -> None:
+    """What is sent again after a flush is embedded again, but charged once, and the cache is used again."""
+    requests = hard_requests(REQUESTS, chunks=CHUNKS)
+    async with begin("--base-ms", "5", EMBEDDING_REDIS_URL=server.url, **SMALL) as world:
+        worker = await world.a_worker()
+        for _ in range(WAVES):
+            await world.traffic.send(requests[: REQUESTS // 2])
+            await server.admin.flushall()
+            await _carried(world, requests[REQUESTS // 2 :])
+            await server.admin.flushall()
+        await _used(world, worker)
+        _, residuals, copies = await world.finish_and_audit()
+    tell(f"Redis flushed: {copies} copies, {asdict(residuals)}")
+    assert residuals.rework > 0, "nothing that was flushed was asked for again"
+    assert residuals.total == residuals.rework
+
+
+async def _carried(world: World, requests: list[Request]) -> None:
+    await world.traffic.send(requests)
+    await until(world.traffic.all_committed, within_s=60, what="every request is committed")
+
+
+async def _used(world: World, worker: Child) -> None:
+    """Ask for the same texts until they are found."""
+    before = _hits(worker)
+    requests = hard_requests(REQUESTS // 4, chunks=CHUNKS, seed=99)
+
+    async def found() -> bool:
+        await _carried(world, requests)
+        return _hits(worker) > before
+
+    await until(found, within_s=30, what="the cache is used", every_s=0.3)
+
+
+async def _corrupt(redis: Redis) -> int:
+    """Break every value in one of five ways; how many there were."""
+    dice = random.Random(8)
+    kept: dict[bytes, bytes] = {key: await redis.get(key) async for key in redis.scan_iter(_type="string")}
+    neighbours = [*kept.values()][1:] + [*kept.values()][:1]
+    for way, (key, value), neighbour in zip((n % 5 for n in range(len(kept))), kept.items(), neighbours, strict=True):
+        place = dice.randrange(len(value))
+        flipped = value[:place] + bytes([value[place] ^ (1 << dice.randrange(8))]) + value[place + 1 :]
+        await redis.set(key, [flipped, dice.randbytes(len(value)), value[:place], b"", neighbour][way])
+    return len(kept)
+
+
+def _figures(worker: Child) -> dict[str, float]:
+    """What the worker has counted so far; a window is slow when it took as long as a look-up may."""
+    windows = worker.metric("embedding_window_seconds_count") or 0
+    quick = worker.metric(f'embedding_window_seconds_bucket{{le="{TIMEOUT_S}"}}') or 0
+    faults = {
+        kind: worker.metric(f'embedding_cache_faults_total{{kind="{kind}"}}') or 0
+        for kind in ("unavailable", "not_stored", "corrupt")
+    }
+    return faults | {"hits": _hits(worker), "windows": windows, "slow_windows": windows - quick}
+
+
+def _hits(worker: Child) -> float:
+    return worker.metric('embedding_cache_lookups_total{level="l2",result="hit"}') or 0
+
+
+def _health(worker: Child) -> dict[str, Any]:
+    health = worker.get("/health/detailed")
+    assert health is not None, worker.tail()
+    return health
