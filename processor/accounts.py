@@ -17,7 +17,7 @@ from processor.domain import CallOutcome
 _DAY_MS = 86_400_000
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class UsageSums:
     """Running sums of a bucket. Unpriced billed tokens are summed apart from cost (None costs add nothing)."""
 

@@ -7,7 +7,7 @@ arguments.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -54,20 +54,28 @@ def copy_of(usage: Usage, offset: int, append_ms: int) -> Copy:
     return Copy(offset, append_ms, usage, buckets_of(usage))
 
 
-def buckets_of(usage: Usage) -> list[BucketKey]:
+def buckets_of(usage: Usage) -> tuple[BucketKey, ...]:
     """The buckets that a charge counts in: its UTC day and month by each dimension that it has a value for."""
     request = usage.request
-    values = [("all", ""), ("model", usage.model), ("operation", str(usage.operation))]
-    if request.agent_id is not None:
-        values.append(("agent", request.agent_id))
-    if request.collection is not None:
-        values.append(("collection", request.collection))
-    payer_id = usage.payer_id
-    return [
+    day = usage.charged_at_ms // DAY_MS
+    return _buckets(usage.payer_id, day, usage.model, usage.operation, request.agent_id, request.collection)
+
+
+@lru_cache(maxsize=8_192)
+def _buckets(
+    payer_id: str, day: int, model: str, operation: str, agent_id: str | None, collection: str | None
+) -> tuple[BucketKey, ...]:
+    values = [("all", ""), ("model", model), ("operation", str(operation))]
+    if agent_id is not None:
+        values.append(("agent", agent_id))
+    if collection is not None:
+        values.append(("collection", collection))
+    date = datetime.fromtimestamp(day * 86_400, UTC)
+    return tuple(
         BucketKey(payer_id, period, dimension, value)
-        for period in _periods(usage.charged_at_ms // DAY_MS)
+        for period in (f"{date:%Y-%m-%d}", f"{date:%Y-%m}")
         for dimension, value in values
-    ]
+    )
 
 
 def bucket_of_key(key: bytes | None) -> BucketKey | None:
@@ -77,12 +85,6 @@ def bucket_of_key(key: bytes | None) -> BucketKey | None:
     except (ValueError, TypeError):
         return None
     return BucketKey(payer_id, bucket, dimension, value)
-
-
-@lru_cache(maxsize=512)
-def _periods(day: int) -> tuple[str, str]:
-    date = datetime.fromtimestamp(day * 86_400, UTC)
-    return f"{date:%Y-%m-%d}", f"{date:%Y-%m}"
 
 
 def sums_of(usage: Usage) -> tuple[int, ...]:
@@ -161,7 +163,7 @@ def fold_usage(
     copy is taken.
     """
     seen: dict[str, Seen] = {}
-    buckets: dict[BucketKey, _Bucket] = {}
+    buckets = _Buckets(before.totals, partition)
     tasks: dict[TaskKey, TaskProgress] = {}
     attributed: dict[str, tuple[int, int]] = {}
     late: list[Copy] = []
@@ -185,14 +187,8 @@ def fold_usage(
         _count_progress(tasks, before.tasks, usage, now_ms)
         if is_late:
             late.append(copy)
-            continue
-        added = sums_of(usage)
-        for key in keys:
-            bucket = buckets.get(key)
-            if bucket is None:
-                bucket = buckets[key] = _Bucket(before.totals.get(key, {}).get(partition))
-            if offset > bucket.last_offset:
-                bucket.take(offset, added)
+        else:
+            buckets.take(keys, offset, sums_of(usage))
     attempts = {
         attempt_id: _charged(before.attempts.get(attempt_id, Attempt()), tokens, append_ms)
         for attempt_id, (tokens, append_ms) in attributed.items()
@@ -204,12 +200,11 @@ def fold_usage(
                 key=key,
                 partitions={
                     **before.totals.get(key, {}),
-                    partition: (bucket.last_offset, _sums(bucket.sums)),
+                    partition: (bucket.last_offset, UsageSums(*bucket.sums)),
                 },
                 updated_at_ms=now_ms,
             )
-            for key, bucket in buckets.items()
-            if bucket.changed
+            for key, bucket in buckets.changed()
         ],
         tasks=tasks,
         attempts=attempts,
@@ -220,24 +215,72 @@ def fold_usage(
     )
 
 
-def _sums(values: Sequence[int]) -> UsageSums:
-    return UsageSums(**dict(zip(SUM_NAMES, values, strict=True)))
-
-
 class _Bucket:
-    """The sums of one bucket in one usage partition while a run is folded."""
+    """The sums of one bucket in one usage partition. It takes charges above `known_offset` alone."""
 
-    __slots__ = ("changed", "last_offset", "sums")
+    __slots__ = ("known_offset", "last_offset", "sums")
 
     def __init__(self, known: tuple[int, UsageSums] | None) -> None:
-        self.last_offset = known[0] if known else -1
+        self.known_offset = self.last_offset = known[0] if known else -1
         self.sums: tuple[int, ...] = sums_as_tuple(known[1]) if known else NO_SUMS
-        self.changed = False
+
+    def add(self, last_offset: int, sums: tuple[int, ...]) -> None:
+        self.last_offset = max(self.last_offset, last_offset)
+        self.sums = tuple(map(add, self.sums, sums))
+
+
+class _Group:
+    """What charges of the same buckets add up to, to be added to each of them once."""
+
+    __slots__ = ("buckets", "known_offset", "last_offset", "sums")
+
+    def __init__(self, buckets: Sequence[_Bucket]) -> None:
+        self.buckets = buckets
+        self.known_offset = max(bucket.known_offset for bucket in buckets)
+        self.last_offset = -1
+        self.sums = NO_SUMS
 
     def take(self, offset: int, added: tuple[int, ...]) -> None:
-        self.sums = tuple(map(add, self.sums, added))
-        self.last_offset = offset
-        self.changed = True
+        if offset > self.known_offset:
+            self.last_offset = offset
+            self.sums = tuple(map(add, self.sums, added))
+            return
+        for bucket in self.buckets:  # some of them have it from the totals topic
+            if offset > bucket.known_offset:
+                bucket.add(offset, added)
+
+    def settle(self) -> None:
+        if self.last_offset >= 0:
+            for bucket in self.buckets:
+                bucket.add(self.last_offset, self.sums)
+
+
+class _Buckets:
+    """The buckets of one usage partition while a run is folded into them."""
+
+    def __init__(self, before: Mapping[BucketKey, PartitionTotals], partition: int) -> None:
+        self._before = before
+        self._partition = partition
+        self._buckets: dict[BucketKey, _Bucket] = {}
+        self._groups: dict[Sequence[BucketKey], _Group] = {}
+
+    def take(self, keys: Sequence[BucketKey], offset: int, added: tuple[int, ...]) -> None:
+        group = self._groups.get(keys)
+        if group is None:
+            group = self._groups[keys] = _Group([self._bucket(key) for key in keys])
+        group.take(offset, added)
+
+    def changed(self) -> Iterator[tuple[BucketKey, _Bucket]]:
+        """To be called once, at the end."""
+        for group in self._groups.values():
+            group.settle()
+        return ((key, bucket) for key, bucket in self._buckets.items() if bucket.last_offset > bucket.known_offset)
+
+    def _bucket(self, key: BucketKey) -> _Bucket:
+        bucket = self._buckets.get(key)
+        if bucket is None:
+            bucket = self._buckets[key] = _Bucket(self._before.get(key, {}).get(self._partition))
+        return bucket
 
 
 def _count_progress(
@@ -279,7 +322,7 @@ def total_of(partitions: PartitionTotals) -> UsageSums:
     sums = NO_SUMS
     for _, part in partitions.values():
         sums = tuple(map(add, sums, sums_as_tuple(part)))
-    return _sums(sums)
+    return UsageSums(*sums)
 
 
 # --- the ledger ------------------------------------------------------------------------------------------
