@@ -19,30 +19,37 @@ from processor.adapters.avro import Codec
 from processor.adapters.reader import KafkaReader
 from processor.aggregate import PartitionTotals, newest_totals, total_of
 from processor.cli.console import money
-from processor.ports import Undecodable
+from processor.ports import RecordReader, TopicReader, Undecodable
 from processor.settings import Settings
 
 
 async def read_totals(settings: Settings) -> dict[BucketKey, UsageSums]:
     """Every bucket with its sums as of now. Raises BrokerUnavailable or TopicsError."""
+    reader = KafkaReader(settings, group_id=settings.aggregator_group_id)
     codec = Codec.from_settings(settings)
-    topic = settings.topic(topics.topics()["totals"].name)
-    newest: dict[bytes | None, tuple[BucketKey, PartitionTotals]] = {}
     try:
-        fetched = KafkaReader(settings, group_id=settings.aggregator_group_id).read(topic)
-        async with aclosing(fetched):
-            async for records in fetched:
-                for record in records:
-                    if record.value is None:
-                        newest.pop(record.key, None)
-                        continue
-                    total = await codec.read(UsageTotal, record.value)
-                    if not isinstance(total, Undecodable):
-                        _, known = newest.get(record.key, (total.key, {}))
-                        newest[record.key] = total.key, newest_totals(known, total.partitions)
+        published = await read_partition_totals(reader, codec, settings.topic(topics.topics()["totals"].name))
     finally:
         await codec.close()
-    return {key: total_of(partitions) for key, partitions in sorted(newest.values(), key=lambda total: total[0])}
+    return {key: total_of(partitions) for key, partitions in sorted(published.items())}
+
+
+async def read_partition_totals(
+    reader: TopicReader, decoder: RecordReader, topic: str
+) -> dict[BucketKey, PartitionTotals]:
+    """The same by usage partition, with the last folded offset of each."""
+    newest: dict[bytes | None, tuple[BucketKey, PartitionTotals]] = {}
+    async with aclosing(reader.read(topic)) as fetched:
+        async for records in fetched:
+            for record in records:
+                if record.value is None:
+                    newest.pop(record.key, None)
+                    continue
+                total = await decoder.read(UsageTotal, record.value)
+                if not isinstance(total, Undecodable):
+                    _, known = newest.get(record.key, (total.key, {}))
+                    newest[record.key] = total.key, newest_totals(known, total.partitions)
+    return dict(newest.values())
 
 
 def is_bucket(text: str) -> bool:

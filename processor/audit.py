@@ -1,0 +1,422 @@
+"""The audit's recomputation: totals and ledger once more, from the retained logs, with a set.
+
+It shares with the aggregator what a bucket and its sums are, and nothing of its fold or store. Usage is taken first,
+then calls: whatever charges name has its intent by then.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from functools import lru_cache
+from operator import add
+from typing import NamedTuple
+
+from processor.accounts import BucketKey
+from processor.aggregate import (
+    DAY_MS,
+    NO_SUMS,
+    SPARE_RETENTION_MS,
+    SUM_NAMES,
+    PartitionTotals,
+    buckets_of,
+    seen_only_until,
+    sums_as_tuple,
+    sums_of,
+)
+from processor.answers import split
+from processor.domain import CallKind, CallOutcome, ProviderCall, Source, TokenType, Usage
+from processor.findings import Breach, Difference, Finding, LedgerCheck, Residual, TotalsCheck, UsageCheck
+from processor.invoice import Bills
+from processor.usage import cost_nanos
+
+Key = bytes | str
+CLOSED = -1
+"""In place of an attempt's attributed tokens once its receipt was judged."""
+
+
+class Extent(NamedTuple):
+    """The retained log of a partition: offsets `begin` up to, not including, `end`; append time of its first record."""
+
+    begin: int
+    end: int
+    first_ms: int | None = None
+
+    def complete_from_ms(self, now_ms: int) -> int:
+        """From when on nothing appended here has expired; 0: nothing at all. A day is spared for brokers' clocks."""
+        if self.begin == 0:
+            return 0
+        return now_ms - SPARE_RETENTION_MS if self.first_ms is None else self.first_ms + DAY_MS
+
+
+class FirstCopies:
+    """Tells charges from copies: a copy is one if the previous copy of its key stands at most two horizons before it.
+
+    About 150 bytes a key.
+    """
+
+    def __init__(self, horizon_ms: int) -> None:
+        self._apart_ms = 2 * horizon_ms
+        self._last_ms: defaultdict[int, dict[Key, int]] = defaultdict(dict)
+
+    def take(self, partition: int, key: Key, append_ms: int) -> bool:
+        """Whether this copy, the next one of its partition in offset order, is a charge."""
+        last_ms = self._last_ms[partition]
+        known = last_ms.get(key)
+        if known is not None and append_ms <= known + self._apart_ms:
+            if append_ms > known:  # a new partition leader's clock may stand behind the old one's
+                last_ms[key] = append_ms
+            return False
+        last_ms[key] = append_ms
+        return True
+
+    def __contains__(self, key: Key) -> bool:
+        return any(key in keys for keys in self._last_ms.values())
+
+
+class Intent(NamedTuple):
+    """An attempt that has no receipt yet. `owners[i]` is the place in `requests` of the item with `local_tokens[i]`."""
+
+    attempt_id: str
+    at_ms: int
+    confirm_by_ms: int
+    estimated_tokens: int
+    price: int | None
+    provider: str
+    requests: tuple[Key, ...]
+    owners: array[int]
+    local_tokens: array[int]
+
+
+class Audit:
+    """Takes the retained usage events, then the calls, each partition in offset order; then the checks can be read.
+
+    `published` and `folded_to` (usage partition -> the aggregator's committed offset) must have been read before the
+    extents of the logs. `token_types`: those that are totalled, None for all.
+    """
+
+    def __init__(
+        self,
+        *,
+        published: Mapping[BucketKey, PartitionTotals],
+        folded_to: Mapping[int, int],
+        usage_log: Mapping[int, Extent],
+        calls_log: Mapping[int, Extent],
+        horizon_ms: int,
+        now_ms: int,
+        token_types: frozenset[str] | None = frozenset({TokenType.EMBEDDING}),
+        provider: str | None = None,
+    ) -> None:
+        self._published = published
+        self._folded_to = folded_to
+        self._usage_log = usage_log
+        self._calls_log = calls_log
+        self._horizon_ms = horizon_ms
+        self._now_ms = now_ms
+        self._token_types = token_types
+        self._charges_from_ms = max((log.complete_from_ms(now_ms) for log in usage_log.values()), default=0)
+        self._calls_from_ms = max((log.complete_from_ms(now_ms) for log in calls_log.values()), default=0)
+        self._first = FirstCopies(horizon_ms)
+        self._late: set[Key] = set()
+        self._sums: defaultdict[int, dict[Sequence[BucketKey], list[int]]] = defaultdict(dict)
+        """Usage partition -> buckets that get the same charges -> their sums."""
+        self._attributed: dict[Key, int] = {}
+        self._old: set[Key] = set()
+        """Attempts of charges so old that the intent may have expired."""
+        self._open: dict[Key, Intent] = {}
+        self._finished = False
+        self.usage = UsageCheck()
+        self.ledger = LedgerCheck()
+        self.as_folded: Counter[str] = Counter()
+        """The ledger by the names of `accounts.Ledger`, to be held against the aggregator's own."""
+        self.bills = Bills(provider, known_from_ms=self._calls_from_ms)
+
+    # --- usage --------------------------------------------------------------------------------------------
+
+    def take_usage(self, source: Source, usage: Usage) -> None:
+        check = self.usage
+        check.events += 1
+        if self._token_types is not None and usage.token_type not in self._token_types:
+            check.others += 1
+            return
+        _, partition, offset, append_ms = source
+        key = packed(usage.request_id)
+        if not self._first.take(partition, key, append_ms):
+            check.duplicates += 1
+            return
+        check.charges += 1
+        ours = usage.token_type == TokenType.EMBEDDING
+        if ours and sum(part.tokens for part in usage.parts) != usage.billed.tokens:
+            self._breach(
+                Breach.PARTS_DIFFER,
+                usage.billed.tokens - sum(part.tokens for part in usage.parts),
+                usage.price_nanos_per_million,
+                append_ms,
+                provider=usage.provider,
+                request_id=usage.request_id,
+            )
+        if append_ms - usage.charged_at_ms > self._horizon_ms:
+            check.late.add(usage.billed.tokens, usage.price_nanos_per_million)
+            self._late.add(key)
+            return
+        if ours:
+            for attempt_id, tokens in usage.parts:
+                attempt = packed(attempt_id)
+                self._attributed[attempt] = self._attributed.get(attempt, 0) + tokens
+                if self._calls_from_ms and append_ms < self._calls_from_ms + self._horizon_ms:
+                    self._old.add(attempt)
+        self._count(partition, offset, usage)
+
+    def _count(self, partition: int, offset: int, usage: Usage) -> None:
+        """Into each bucket that must hold it: folded by everybody's word, or by the bucket's own."""
+        buckets: Sequence[BucketKey] = tuple(buckets_of(usage))
+        if offset >= self._folded_to.get(partition, 0):
+            folded = [bucket for bucket in buckets if offset <= self._last_offset(bucket, partition)]
+            self.usage.not_folded += len(folded) < len(buckets)
+            buckets = tuple(folded)
+        sums = self._sums[partition]
+        row = sums.get(buckets)
+        if row is None:
+            row = sums[buckets] = list(NO_SUMS)
+        for index, amount in enumerate(sums_of(usage)):
+            if amount:
+                row[index] += amount
+
+    def _last_offset(self, bucket: BucketKey, partition: int) -> int:
+        """Of the last charge that the published bucket counts of this partition."""
+        known = self._published.get(bucket, {}).get(partition)
+        return -1 if known is None else known[0]
+
+    # --- totals -------------------------------------------------------------------------------------------
+
+    def totals(self) -> TotalsCheck:
+        """Every published bucket, and every one that should be, held against the recomputation."""
+        check = TotalsCheck()
+        recomputed: defaultdict[BucketKey, dict[int, list[int]]] = defaultdict(dict)
+        for partition, groups in self._sums.items():
+            for buckets, sums in groups.items():
+                for bucket in buckets:
+                    known = recomputed[bucket].get(partition, NO_SUMS)
+                    recomputed[bucket][partition] = list(map(add, known, sums))
+        for bucket in sorted(recomputed.keys() | self._published.keys()):
+            check.buckets += 1
+            published, expected = self._published.get(bucket, {}), recomputed.get(bucket, {})
+            found: list[Difference] = []
+            proven = equal = True
+            for partition in sorted(published.keys() | expected.keys()):
+                ours = tuple(expected.get(partition, NO_SUMS))
+                last_offset = self._last_offset(bucket, partition)
+                theirs = sums_as_tuple(published[partition][1]) if partition in published else NO_SUMS
+                log = self._usage_log.get(partition, Extent(0, 0))
+                if last_offset >= log.end:
+                    found.append(Difference(bucket, partition, "last_offset", last_offset, log.end - 1))
+                exact, complete = self._provable(log, bucket.bucket)
+                for name, theirs_, ours_ in zip(SUM_NAMES, theirs, ours, strict=True):
+                    if (exact and theirs_ != ours_) or (complete and theirs_ > ours_):
+                        found.append(Difference(bucket, partition, name, theirs_, ours_))
+                proven &= exact
+                equal &= theirs == ours
+            check.differences += found
+            check.equal += equal
+            if not found:
+                check.proven += proven
+                check.not_provable += not proven
+        return check
+
+    def _provable(self, log: Extent, period: str) -> tuple[bool, bool]:
+        """(whether each first copy of the period can be told, whether each of its charges is still in the log).
+
+        What is complete but not exact may hold a copy whose first has expired: it bounds the total from above.
+        """
+        begins_ms = period_begins_ms(period)
+        complete = begins_ms >= log.complete_from_ms(self._now_ms)
+        first_ms = self._now_ms if log.first_ms is None else log.first_ms
+        until_ms = seen_only_until(None, log.begin, first_ms, horizon_ms=self._horizon_ms, now_ms=self._now_ms)
+        return complete and (until_ms is None or begins_ms >= until_ms + DAY_MS), complete
+
+    @property
+    def has_lost_records(self) -> bool:
+        """Whether any partition of either log begins after its first offset."""
+        return any(log.begin > 0 for log in (*self._usage_log.values(), *self._calls_log.values()))
+
+    # --- calls --------------------------------------------------------------------------------------------
+
+    def take_call(self, source: Source, call: ProviderCall) -> None:
+        """The first intent and the first receipt of an attempt stand."""
+        key = packed(call.attempt_id)
+        attributed = self._attributed.get(key, 0)
+        if attributed == CLOSED:
+            return
+        if call.kind is CallKind.INTENT:
+            if key not in self._open:
+                self._open[key] = _intent(call, source.append_ms)
+            return
+        self._attributed[key] = CLOSED
+        self._close(self._open.pop(key, None), call, source, attributed)
+
+    def _close(self, intent: Intent | None, receipt: ProviderCall, source: Source, attributed: int) -> None:
+        """U6 where a receipt exists: bill = attributed + residual, per attempt."""
+        ledger, billed = self.ledger, receipt.billed_tokens or 0
+        price, began_ms = receipt.price_nanos_per_million, source.append_ms - receipt.time_taken_ms
+        if intent is not None:
+            price, began_ms = price if intent.price is None else intent.price, intent.at_ms
+        self.bills.take(receipt.provider, began_ms, source.append_ms, billed, billed, price)
+        ledger.billed.add(billed, price)
+        ledger.attributed.add(attributed, price, attempts=attributed > 0)
+        ledger.failed_attempts += receipt.outcome is CallOutcome.FAILED
+        self._fold_like_the_aggregator(receipt, billed, attributed, price)
+
+        def found(kind: Residual | Breach, tokens: int) -> None:
+            self._add(kind, tokens, price, source.append_ms, receipt.provider, receipt.attempt_id)
+
+        log = self._calls_log.get(source.partition, Extent(0, 0))
+        begun_unseen = source.append_ms < log.complete_from_ms(self._now_ms)
+        if intent is None and not begun_unseen:
+            found(Breach.UNMATCHED, billed)
+        residual = billed - attributed
+        if receipt.outcome is CallOutcome.INVALID or intent is None or residual < 0:
+            if residual:
+                waste = receipt.outcome is CallOutcome.INVALID
+                over = Breach.OVER_ATTRIBUTED if residual < 0 else None
+                found(over or (Residual.WASTE if waste else Residual.EXPIRED), abs(residual))
+            return
+        unclaimed, late = self._not_charged(intent, billed)
+        rework = residual - unclaimed - late
+        expired = intent.at_ms < self._charges_from_ms
+        for kind, tokens in (
+            (Residual.EXPIRED if expired else Residual.UNCLAIMED, unclaimed),
+            (Residual.LATE, late),
+            (Residual.REWORK, rework),
+            (Breach.OVER_ATTRIBUTED, -rework),
+        ):
+            if tokens > 0:
+                found(kind, tokens)
+
+    def _not_charged(self, intent: Intent, billed: int) -> tuple[int, int]:
+        """Of this bill the shares of items whose requests have no charge, and of those with a late one."""
+        charged = [request in self._first for request in intent.requests]
+        late = [request in self._late for request in intent.requests]
+        if all(charged) and not any(late):
+            return 0, 0
+        shares = split(billed, intent.local_tokens)
+        owned = list(zip(intent.owners, shares, strict=True))
+        return (
+            sum(share for owner, share in owned if not charged[owner]),
+            sum(share for owner, share in owned if late[owner]),
+        )
+
+    def _fold_like_the_aggregator(self, receipt: ProviderCall, billed: int, attributed: int, price: int | None) -> None:
+        residual = billed - attributed
+        names = {"attempts": 1, "billed_tokens": billed, "attributed_tokens": attributed}
+        if residual < 0:
+            names |= {"over_attributed_attempts": 1, "over_attributed_tokens": -residual}
+        elif residual > 0:
+            word = "waste" if receipt.outcome is CallOutcome.INVALID else "uncharged"
+            cost = cost_nanos(residual, price)
+            names |= {f"{word}_attempts": 1, f"{word}_tokens": residual, f"{word}_cost_nanos": cost or 0}
+            names["unpriced_tokens"] = residual if cost is None else 0
+        self.as_folded.update(names)
+
+    def finish(self) -> None:
+        """Once, when every call was taken: judge attempts without receipt and charges without intent."""
+        assert not self._finished
+        self._finished = True
+        for key, intent in self._open.items():
+            attributed = self._attributed.pop(key, 0)
+            price, beyond = intent.price, max(intent.estimated_tokens - attributed, 0)
+            if attributed:
+                self.ledger.recovered.add(attributed, price)
+            waits = intent.confirm_by_ms >= self._now_ms
+            kind = Residual.IN_FLIGHT if waits else Residual.UNCONFIRMED
+            self._add(kind, beyond, price, intent.at_ms, intent.provider, intent.attempt_id)
+            self.bills.take(intent.provider, intent.at_ms, intent.confirm_by_ms, attributed, attributed + beyond, price)
+            self.as_folded.update({"attempts": 1, "attributed_tokens": attributed})
+            if not waits:
+                cost = cost_nanos(beyond, price)
+                self.as_folded.update(
+                    unconfirmed_attempts=1,
+                    unconfirmed_max_tokens=beyond,
+                    unconfirmed_max_cost_nanos=cost or 0,
+                    unpriced_tokens=beyond if cost is None else 0,
+                )
+        for key, tokens in self._attributed.items():
+            if tokens == CLOSED:
+                continue
+            self.as_folded["unmatched_tokens"] += tokens
+            if key not in self._old:
+                self._breach(Breach.UNMATCHED, tokens, None, 0, attempt_id=unpacked(key))
+
+    # --- findings -----------------------------------------------------------------------------------------
+
+    def _add(
+        self, kind: Residual | Breach, tokens: int, price: int | None, at_ms: int, provider: str, attempt_id: str
+    ) -> None:
+        if isinstance(kind, Breach):
+            self._breach(kind, tokens, price, at_ms, provider=provider, attempt_id=attempt_id)
+            return
+        self.ledger.residuals[kind].add(tokens, price)
+        cost = cost_nanos(tokens, price)
+        self.ledger.findings.append(Finding(kind, attempt_id, "", tokens, cost, at_ms, provider))
+
+    def _breach(
+        self,
+        kind: Breach,
+        tokens: int,
+        price: int | None,
+        at_ms: int,
+        *,
+        provider: str = "",
+        attempt_id: str = "",
+        request_id: str = "",
+    ) -> None:
+        self.ledger.breaches[kind].add(tokens, price)
+        cost = cost_nanos(tokens, price)
+        self.ledger.findings.append(Finding(kind, attempt_id, request_id, tokens, cost, at_ms, provider))
+
+
+def _intent(call: ProviderCall, append_ms: int) -> Intent:
+    places: dict[str, int] = {}
+    owners, local_tokens = array("I"), array("q")
+    for request_id, _, _, tokens in call.items:
+        owners.append(places.setdefault(request_id, len(places)))
+        local_tokens.append(tokens)
+    return Intent(
+        call.attempt_id,
+        append_ms,
+        append_ms if call.confirm_by_ms is None else call.confirm_by_ms,
+        call.estimated_tokens,
+        call.price_nanos_per_million,
+        call.provider,
+        tuple(map(packed, places)),
+        owners,
+        local_tokens,
+    )
+
+
+@lru_cache(maxsize=4_096)
+def period_begins_ms(period: str) -> int:
+    """The beginning of a UTC day "2026-11-21" or month "2026-11"."""
+    day = period if len(period) == len("2026-11-21") else f"{period}-01"
+    return int(datetime.fromisoformat(day).replace(tzinfo=UTC).timestamp() * 1000)
+
+
+def packed(name: str) -> Key:
+    """A UUID in its usual spelling as its 16 bytes; any other text as it is."""
+    if len(name) == 36 and name[8] == name[13] == name[18] == name[23] == "-":
+        digits = name.replace("-", "")
+        try:
+            raw = bytes.fromhex(digits)
+        except ValueError:
+            return name
+        if raw.hex() == digits:
+            return raw
+    return name
+
+
+def unpacked(key: Key) -> str:
+    if isinstance(key, str):
+        return key
+    digits = key.hex()
+    return "-".join((digits[:8], digits[8:12], digits[12:16], digits[16:20], digits[20:]))

@@ -1,0 +1,229 @@
+"""`usage audit`: reads the topics, the aggregator's store and an invoice, and holds them against a recomputation."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import aclosing, closing
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from processor.accounts import Ledger
+from processor.adapters.avro import Codec
+from processor.adapters.reader import KafkaReader
+from processor.adapters.sqlite_store import SqliteStore
+from processor.aggregate import DAY_MS, summarise
+from processor.app import folded_topics
+from processor.audit import Audit, Extent
+from processor.cli.totals import read_partition_totals
+from processor.domain import ProviderCall, Source, Usage
+from processor.findings import LedgerCheck, TotalsCheck, UsageCheck
+from processor.invoice import DayBill, InvoiceLine
+from processor.ports import RecordReader, TopicReader, Undecodable
+from processor.settings import Settings
+from processor.totals import FoldedTopics
+
+T = TypeVar("T")
+
+
+FOLDED = frozenset(
+    {
+        *("attempts", "billed_tokens", "attributed_tokens", "waste_attempts", "waste_tokens", "waste_cost_nanos"),
+        *("uncharged_attempts", "uncharged_tokens", "uncharged_cost_nanos", "unconfirmed_attempts"),
+        *("unconfirmed_max_tokens", "unconfirmed_max_cost_nanos", "unpriced_tokens", "over_attributed_attempts"),
+        *("over_attributed_tokens", "unmatched_tokens"),
+    }
+)
+"""Sums of `accounts.Ledger` that the audit recomputes."""
+
+
+class LedgerDifference(NamedTuple):
+    """A sum of the aggregator's own ledger that is not what the logs say."""
+
+    name: str
+    stored: int
+    recomputed: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AuditReport:
+    """What an audit found. `undecodable`: records of usage and calls that nobody could read; they are dead letters.
+
+    `ledger_differences` is None when the aggregator's store could not be compared; `store_note` says why.
+    """
+
+    usage: UsageCheck
+    totals: TotalsCheck
+    ledger: LedgerCheck
+    undecodable: Sequence[Source] = ()
+    ledger_differences: Sequence[LedgerDifference] | None = None
+    store_note: str = ""
+    invoice: Sequence[InvoiceLine] = ()
+    seconds: float = 0.0
+
+    @property
+    def clean(self) -> bool:
+        """Whether everything is explained: totals and ledgers agree, nothing is breached, the invoice may be right."""
+        return (
+            not self.totals.differences
+            and not any(line.attempts for line in self.ledger.breaches.values())
+            and self.ledger.balanced
+            and not self.ledger_differences
+            and all(line.inside for line in self.invoice)
+        )
+
+    def fields(self) -> dict[str, Any]:
+        """The summary as JSON has it; differences and findings are counted here and listed apart."""
+        ledger = self.ledger
+        return {
+            "clean": self.clean,
+            "seconds": round(self.seconds, 3),
+            "usage": asdict(self.usage),
+            "undecodable": len(self.undecodable),
+            "totals": asdict(self.totals) | {"differences": len(self.totals.differences)},
+            "ledger": {
+                "billed": asdict(ledger.billed),
+                "attributed": asdict(ledger.attributed),
+                "recovered": asdict(ledger.recovered),
+                "failed_attempts": ledger.failed_attempts,
+                "balanced": ledger.balanced,
+                "residuals": {kind.value: asdict(line) for kind, line in ledger.residuals.items()},
+                "breaches": {kind.value: asdict(line) for kind, line in ledger.breaches.items()},
+            },
+            "store": self.store_note or ("differs" if self.ledger_differences else "agrees"),
+            "invoice_lines": len(self.invoice),
+            "invoice_outside": sum(not line.inside for line in self.invoice),
+        }
+
+
+async def run_audit(
+    settings: Settings,
+    *,
+    invoice: Mapping[str, DayBill] | None = None,
+    provider: str | None = None,
+    store: Path | None = None,
+) -> AuditReport:
+    """Audit what is retained now, beside running workers and aggregators. Nothing is changed.
+
+    `invoice`: UTC day "2026-11-21" -> bill, of the deployment `provider` or of all; `store`: the aggregator's, default
+    that of the settings where there is such a file. Raises BrokerUnavailable, TopicsError, StoreError.
+    """
+    begun_at, now_ms = time.monotonic(), time.time_ns() // 1_000_000
+    codec = Codec.from_settings(settings)
+    try:
+        books, unread, ends = await read_books(
+            KafkaReader(settings, group_id=settings.aggregator_group_id),
+            codec,
+            folded_topics(settings),
+            horizon_ms=settings.horizon_days * DAY_MS,
+            now_ms=now_ms,
+            token_types=None if "*" in settings.usage_token_types else frozenset(settings.usage_token_types),
+            provider=provider,
+        )
+    finally:
+        await codec.close()
+    differences, note = _compare_store(settings, store, books, ends, now_ms)
+    return AuditReport(
+        usage=books.usage,
+        totals=books.totals(),
+        ledger=books.ledger,
+        undecodable=unread,
+        ledger_differences=differences,
+        store_note=note,
+        invoice=list(books.bills.check(invoice or {})),
+        seconds=time.monotonic() - begun_at,
+    )
+
+
+async def read_books(
+    reader: TopicReader,
+    decoder: RecordReader,
+    topics: FoldedTopics,
+    *,
+    horizon_ms: int,
+    now_ms: int,
+    token_types: frozenset[str] | None,
+    provider: str | None = None,
+) -> tuple[Audit, list[Source], dict[tuple[str, int], int]]:
+    """The finished audit, the places of records that nobody could read, and (topic, partition) -> end of reading.
+
+    In this order: what is committed has been published, what is published stands in the log, and what a charge names
+    has its intent.
+    """
+    folded_to = await reader.committed(topics.usage)
+    published = await read_partition_totals(reader, decoder, topics.totals)
+    audit = Audit(
+        published=published,
+        folded_to=folded_to,
+        usage_log=await _extents(reader, topics.usage),
+        calls_log=await _extents(reader, topics.calls),
+        horizon_ms=horizon_ms,
+        now_ms=now_ms,
+        token_types=token_types,
+        provider=provider,
+    )
+    unread: list[Source] = []
+    ends: dict[tuple[str, int], int] = {}
+    async for source, usage in _messages(reader, decoder, topics.usage, Usage, unread, ends):
+        audit.take_usage(source, usage)
+    async for source, call in _messages(reader, decoder, topics.calls, ProviderCall, unread, ends):
+        audit.take_call(source, call)
+    audit.finish()
+    return audit, unread, ends
+
+
+async def _extents(reader: TopicReader, topic: str) -> dict[int, Extent]:
+    spans = await reader.spans(topic)
+    begins = {partition: span.begin for partition, span in spans.items() if 0 < span.begin < span.end}
+    first = await reader.records_at(topic, begins)
+    return {
+        partition: Extent(span.begin, span.end, first[partition].source.append_ms if partition in first else None)
+        for partition, span in spans.items()
+    }
+
+
+async def _messages(
+    reader: TopicReader,
+    decoder: RecordReader,
+    topic: str,
+    kind: type[T],
+    unread: list[Source],
+    ends: dict[tuple[str, int], int],
+) -> AsyncIterator[tuple[Source, T]]:
+    """What a topic holds; `ends` notes how far it was read."""
+    async with aclosing(reader.read(topic)) as fetched:
+        async for records in fetched:
+            for record in records:
+                message = await decoder.read(kind, record.value)
+                if isinstance(message, Undecodable):
+                    unread.append(record.source)
+                else:
+                    yield record.source, message
+            last = records[-1].source
+            ends[topic, last.partition] = last.offset + 1
+
+
+def _compare_store(
+    settings: Settings, path: Path | None, books: Audit, ends: Mapping[tuple[str, int], int], now_ms: int
+) -> tuple[list[LedgerDifference] | None, str]:
+    """The aggregator's ledger beside ours, where both stand at the same offsets; else why they can't be compared."""
+    if path is None and not settings.aggregator_store.exists():
+        return None, f"not compared: there is no {settings.aggregator_store} here"
+    with closing(SqliteStore(path or settings.aggregator_store, read_only=True)) as store:
+        places = list(ends)
+        before = [store.cursor(*place) for place in places]
+        summary = summarise(store.ledger(), store.open_attempts(), now_ms)
+        if before != [store.cursor(*place) for place in places]:
+            return None, "not compared: the aggregator is folding; run it again"
+        stands_at = [cursor.next_offset if cursor else 0 for cursor in before]
+    if books.has_lost_records:
+        return None, "not compared: the logs have lost records that the ledger was made of"
+    if apart := sum(abs(end - offset) for end, offset in zip(ends.values(), stands_at, strict=True)):
+        return None, f"not compared: the aggregator stands {apart} records from where the audit read to; run it again"
+    folded = summary.sums._asdict()
+    return [
+        LedgerDifference(name, folded[name], books.as_folded[name])
+        for name in Ledger._fields
+        if name in FOLDED and folded[name] != books.as_folded[name]
+    ], ""

@@ -1,0 +1,140 @@
+"""A provider's invoice by UTC day, held against the ledger: an interval, since what nobody confirmed may be billed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, date, datetime, timedelta
+from decimal import Decimal
+
+NANOS = 10**9
+MILLION = 10**6
+CLOCKS_APART_MS = 60_000
+"""How far a provider's clock may stand from the brokers': a call so near to midnight may be billed on either day."""
+
+
+@dataclass(frozen=True, slots=True)
+class DayBill:
+    """What an invoice says of a UTC day, or of several; None: nothing. `amount` is in dollars."""
+
+    tokens: int | None = None
+    amount: Decimal | None = None
+
+    def __add__(self, other: DayBill) -> DayBill:
+        tokens = [each.tokens for each in (self, other) if each.tokens is not None]
+        amounts = [each.amount for each in (self, other) if each.amount is not None]
+        return DayBill(sum(tokens) if tokens else None, sum(amounts, Decimal(0)) if amounts else None)
+
+
+@dataclass(slots=True)
+class Interval:
+    """What may have been billed. `*_micronanos` are tokens x price, a million of them a nano-dollar: exact.
+
+    `unpriced_tokens` (of `high_tokens`) have no price: with some, the money has no upper bound.
+    """
+
+    low_tokens: int = 0
+    high_tokens: int = 0
+    low_micronanos: int = 0
+    high_micronanos: int = 0
+    unpriced_tokens: int = 0
+
+    def add(self, low_tokens: int, high_tokens: int, price: int | None) -> None:
+        self.low_tokens += low_tokens
+        self.high_tokens += high_tokens
+        if price is None:
+            self.unpriced_tokens += high_tokens
+        else:
+            self.low_micronanos += low_tokens * price
+            self.high_micronanos += high_tokens * price
+
+
+@dataclass(frozen=True, slots=True)
+class InvoiceLine:
+    """One day of an invoice, or its total, beside what the ledger knows. `provable`: the log of calls reaches back."""
+
+    day: str
+    billed: DayBill
+    known: Interval
+    provable: bool
+
+    @property
+    def tokens_inside(self) -> bool:
+        tokens = self.billed.tokens
+        return tokens is None or self.known.low_tokens <= tokens <= self.known.high_tokens
+
+    @property
+    def amount_inside(self) -> bool:
+        """An amount stands for what is rounded to it: half a unit of its last digit is granted both ways."""
+        if self.billed.amount is None:
+            return True
+        exponent = self.billed.amount.as_tuple().exponent
+        assert isinstance(exponent, int)
+        granted = Decimal((0, (5,), exponent - 1))
+        low = Decimal(self.known.low_micronanos) / (MILLION * NANOS) - granted
+        high = Decimal(self.known.high_micronanos) / (MILLION * NANOS) + granted
+        return low <= self.billed.amount and (self.known.unpriced_tokens > 0 or self.billed.amount <= high)
+
+    @property
+    def inside(self) -> bool:
+        """Whether it may be right, as far as anybody can tell."""
+        return not self.provable or (self.tokens_inside and self.amount_inside)
+
+
+class Bills:
+    """What the ledger says that a provider billed, by the first and last UTC day on which it may have.
+
+    `provider`: only calls of that deployment. Before `known_from_ms` the log of calls has lost records.
+    """
+
+    def __init__(self, provider: str | None, *, known_from_ms: int) -> None:
+        self._provider = provider
+        self._known_from_ms = known_from_ms
+        self._spans: dict[tuple[int, int], Interval] = {}
+
+    def take(
+        self, provider: str, begun_ms: int, ended_ms: int, low_tokens: int, high_tokens: int, price: int | None
+    ) -> None:
+        """A call that began and ended then, whose bill lies between these."""
+        if self._provider in (None, provider) and high_tokens:
+            span = _day_of(begun_ms - CLOCKS_APART_MS), _day_of(ended_ms + CLOCKS_APART_MS)
+            self._spans.setdefault(span, Interval()).add(low_tokens, high_tokens, price)
+
+    def check(self, invoice: Mapping[str, DayBill]) -> Iterator[InvoiceLine]:
+        """A line for each day from the first to the last one of the invoice, and for all together.
+
+        A day between that the invoice leaves out is one of nothing.
+        """
+        if not invoice:
+            return
+        days = {_ordinal(day): bill for day, bill in invoice.items()}
+        whole = sum(days.values(), DayBill())
+        nothing = DayBill(None if whole.tokens is None else 0, None if whole.amount is None else whole.amount * 0)
+        first, last = min(days), max(days)
+        for day in range(first, last + 1):
+            yield self._line(date.fromordinal(day).isoformat(), days.get(day, nothing), day, day)
+        yield self._line("total", whole, first, last)
+
+    def _line(self, name: str, billed: DayBill, first: int, last: int) -> InvoiceLine:
+        known = Interval()
+        for (begun, ended), span in self._spans.items():
+            if first <= ended and begun <= last:
+                known.high_tokens += span.high_tokens
+                known.high_micronanos += span.high_micronanos
+                known.unpriced_tokens += span.unpriced_tokens
+                if first <= begun and ended <= last:
+                    known.low_tokens += span.low_tokens
+                    known.low_micronanos += span.low_micronanos
+        return InvoiceLine(name, billed, known, provable=_begins_ms(first) >= self._known_from_ms)
+
+
+def _day_of(ms: int) -> int:
+    return datetime.fromtimestamp(ms / 1000, UTC).date().toordinal()
+
+
+def _ordinal(day: str) -> int:
+    return date.fromisoformat(day).toordinal()
+
+
+def _begins_ms(day: int) -> int:
+    return int((date.fromordinal(day) - date(1970, 1, 1)) / timedelta(milliseconds=1))
