@@ -16,6 +16,7 @@ import uvloop
 
 from processor.adapters import logs, topics
 from processor.adapters.avro import Codec
+from processor.adapters.budget_feed import NO_VIEW, BudgetFeed
 from processor.adapters.budgets_file import read_budgets_file
 from processor.adapters.catalogue import load_catalogue
 from processor.adapters.clock import SystemClock, new_attempt_id, worker_id
@@ -190,7 +191,9 @@ class WorkerProcess(Process):
 
     def __init__(self, settings: Settings) -> None:
         source = "queries" if settings.lane is Lane.INTERACTIVE else "requests"
-        super().__init__(settings, {source, *WORKER_TOPICS}, {"/models": self._models})
+        binds = settings.lane is Lane.BULK or settings.budgets_bind_queries
+        used_topics = {source, *WORKER_TOPICS} | ({"budgets"} if binds else set())
+        super().__init__(settings, used_topics, {"/models": self._models})
         events = Events(self.metrics.count, self.metrics.observe, lambda fields: log.info("call", **fields))
         clock = SystemClock()
         self.catalogue = load_catalogue(settings)
@@ -198,6 +201,7 @@ class WorkerProcess(Process):
         opened = open_deployments(settings, self.catalogue)
         self.redis = RedisCache.from_settings(settings, events) if settings.redis_url else None
         self.cache = TieredCache(MemoryCache.from_settings(settings), self.redis, events)
+        self.budgets = BudgetFeed(settings, self.codec) if binds else None
         self.reply_partitions: dict[str, int] = {}
         policy = worker_policy(settings, self.reply_partitions)
         self.quota = RedisQuota.from_settings(settings, pace=PACE) if settings.redis_url else None
@@ -222,6 +226,7 @@ class WorkerProcess(Process):
                 outbox=self.outbox,
                 clock=clock,
                 events=events,
+                budgets=self.budgets,
             ),
             policy,
             self.route,
@@ -241,6 +246,8 @@ class WorkerProcess(Process):
         self.metrics.gauge("read_ahead_bytes").set_function(lambda: self.worker.held_bytes)
         self.metrics.gauge("queued_texts").set_function(lambda: self.worker.queued_texts)
         self.metrics.gauge("provider_paused").set_function(lambda: float(self.route.paused is not None))
+        budgets = self.budgets
+        self.metrics.gauge("budgets_age_seconds").set_function(lambda: NO_VIEW if budgets is None else budgets.age_s)
         for deployment in deployments:
             watch_gate(self.metrics, deployment.name, deployment.gate)
 
@@ -250,7 +257,11 @@ class WorkerProcess(Process):
         self.reply_partitions |= await topics.partition_counts(settings, map(settings.topic, settings.reply_topics))
         if (default := self.catalogue.find(self.catalogue.default_model)) is not None:
             self.counter.count([""], default)  # loads its tables: 25 ms, here where nobody waits
-        self.worker.start(*(share.run() for share in self.shares))
+        beside = [share.run() for share in self.shares]
+        if self.budgets is not None:
+            await self.budgets.start()
+            beside.append(self.budgets.run())
+        self.worker.start(*beside)
         provider = self.route.provider_name
         log.info("worker", id=worker_id(), lane=settings.lane, provider=provider, port=self.http.port)
 
@@ -273,6 +284,9 @@ class WorkerProcess(Process):
             },
             "decoding": {"paused": self.worker.pipeline.paused},
             "cache": {"redis": await self.redis.ping() if self.redis is not None else "not configured"},
+            "budgets": None
+            if self.budgets is None
+            else {"age_s": round(self.budgets.age_s, 1), "refused": self.budgets.refused},
             "work": {"read_ahead_bytes": self.worker.held_bytes, "queued_texts": self.worker.queued_texts},
         }
 

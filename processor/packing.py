@@ -17,8 +17,8 @@ from typing import NamedTuple
 from processor.decode import too_long
 from processor.domain import CacheLevel, CallEstimator, EmbeddingFunction, ErrorCode, Fault, Truncate
 from processor.fairness import Text, Turns
-from processor.ports import Clock, TokenCounter
-from processor.work import Call, Fold, Outcome, Policy
+from processor.ports import Budgets, Clock, TokenCounter
+from processor.work import Call, Fold, Outcome, Policy, Work
 
 SLICE_CHARACTERS, TURN_S = 4_096, 0.002
 """Texts are counted a slice at a time: 0.1 ms of byte pairs, 1.2 ms of word pieces. Everybody else gets a turn once
@@ -153,11 +153,14 @@ class _Pool:
     `since` is when it began to fill for its next call, `nearest_due` a bound on the deadlines of what waits.
     """
 
-    def __init__(self, function: EmbeddingFunction, weights: Mapping[str, int], now: float) -> None:
+    def __init__(
+        self, function: EmbeddingFunction, weights: Mapping[str, int], budgets: Budgets | None, now: float
+    ) -> None:
         self.function = function
         self.load = _Load()
         self.since = now
         self.nearest_due = float("inf")
+        self._budgets = budgets
         self._turns = Turns(weights)
         self._front: deque[Text] = deque()
 
@@ -209,7 +212,7 @@ class _Pool:
     def _in_turn(self, now_ms: int, ended: list[Text]) -> Iterator[Text]:
         """Texts in fair order, each taken out; those that end instead are set aside."""
         while (text := self._front.popleft() if self._front else self._turns.pop()) is not None:
-            if _goes_out(text, now_ms):
+            if _goes_out(text, now_ms, self._budgets):
                 yield text
             else:
                 ended.append(text)
@@ -223,7 +226,7 @@ class _Pool:
         ours = [next_text, *(self._front.popleft() for _ in range(min(LOOK_AHEAD, len(self._front))))]
         borrowed: list[Text] = []
         for text in self._turns.borrow(LOOK_AHEAD + 1 - len(ours)):
-            (borrowed if _goes_out(text, now_ms) else ended).append(text)
+            (borrowed if _goes_out(text, now_ms, self._budgets) else ended).append(text)
         others = ours + borrowed
         call = _largest_first(begun, others, limits)
         if _load(call).share(limits) < FULL:
@@ -274,20 +277,27 @@ def _is_unwanted(text: Text) -> bool:
     return not text.fold.wanted
 
 
-def _goes_out(text: Text, now_ms: int) -> bool:
-    """Whether anybody still wants it, once works past their request's deadline have ended.
+def _goes_out(text: Text, now_ms: int, budgets: Budgets | None) -> bool:
+    """Whether anybody still wants it, once works past their request's deadline or their payer's budget have ended.
 
     That is decided before the first call of a fold; from then on what may be paid for is delivered, late or not.
     """
-    wanted = False
+    wanted, decides = False, text.due > float("-inf")
     for work in text.fold.works:
         if work.outcome is None and work.ticket.live:
-            deadline_ms = work.job.request.deadline_ms
-            if deadline_ms is not None and deadline_ms < now_ms and text.due > float("-inf"):
-                work.outcome = Outcome(CacheLevel.MISS, fault=PAST_DEADLINE)
+            fault = _over(work, now_ms, budgets) if decides else None
+            if fault is not None:
+                work.outcome = Outcome(CacheLevel.MISS, fault=fault)
             else:
                 wanted = True
     return wanted
+
+
+def _over(work: Work, now_ms: int, budgets: Budgets | None) -> Fault | None:
+    request = work.job.request
+    if request.deadline_ms is not None and request.deadline_ms < now_ms:
+        return PAST_DEADLINE
+    return None if budgets is None else budgets.refuses(request.payer_id, work.ticket.source.append_ms)
 
 
 # Packer
@@ -311,8 +321,9 @@ class _Cap:
 class Packer:
     """What waits for a provider call, by embedding function, and the calls that wait to be tried again."""
 
-    def __init__(self, policy: Policy) -> None:
+    def __init__(self, policy: Policy, budgets: Budgets | None = None) -> None:
         self._weights = policy.tenant_weights
+        self._budgets = budgets
         self._pools: dict[str, _Pool] = {}  # the one served least recently first
         self._retries: list[tuple[float, int, Call]] = []
         self._caps: dict[str, _Cap] = {}
@@ -342,7 +353,7 @@ class Packer:
     def take(
         self, now: float, now_ms: int, patience_s: float, max_tokens: int | None
     ) -> tuple[Call | None, list[Fold]]:
-        """The next call, and folds that ended instead: past every deadline, or wanted by nobody any more.
+        """The next call, and folds that ended instead: past every deadline or budget, or wanted by nobody any more.
 
         No call but ended folds: ask again. A call to be tried again comes first, whole, whatever `max_tokens` is.
         """
@@ -445,7 +456,7 @@ class Packer:
     def _pool(self, function: EmbeddingFunction, now: float) -> _Pool:
         pool = self._pools.get(function.name)
         if pool is None:
-            pool = self._pools[function.name] = _Pool(function, self._weights, now)
+            pool = self._pools[function.name] = _Pool(function, self._weights, self._budgets, now)
         return pool
 
     def _text(self, fold: Fold, due: float = float("-inf")) -> Text:

@@ -35,6 +35,7 @@ from processor.limits import Permit
 from processor.ordering import DocumentOrder
 from processor.packing import Packer, measure
 from processor.ports import (
+    Budgets,
     Catalogue,
     Clock,
     Destination,
@@ -64,7 +65,7 @@ BY_REFERENCE = frozenset({DlqClass.TOO_LARGE, DlqClass.LETHAL})
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ports:
-    """What the steps need from the outside."""
+    """What the steps need from the outside; without `budgets` none is enforced."""
 
     decoder: RequestDecoder
     catalogue: Catalogue
@@ -73,6 +74,7 @@ class Ports:
     outbox: Outbox
     clock: Clock
     events: Events = field(default_factory=Events)
+    budgets: Budgets | None = None
 
 
 class Pipeline:
@@ -94,7 +96,7 @@ class Pipeline:
         self.policy = policy
         self.route = route
         self.batcher = Batcher(policy)
-        self.packer = Packer(policy)
+        self.packer = Packer(policy, ports.budgets)
         self.order = DocumentOrder()
         self.paused: str | None = None
         self._finished = finished
@@ -176,7 +178,7 @@ class Pipeline:
         await self.deliver(parcels, receipts)  # 7 and 8
 
     async def give_up(self, folds: Sequence[Fold]) -> None:
-        """Steps 7 and 8 for texts that no call is made of: their deadline has passed, or nobody wants them."""
+        """Steps 7 and 8 for texts that no call is made of: past their deadline or budget, or wanted by nobody."""
         await self.deliver(self._settle(folds))
 
     async def deliver(self, parcels: Sequence[Parcel], receipts: Sequence[Awaitable[None]] = ()) -> None:

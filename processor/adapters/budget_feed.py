@@ -1,0 +1,157 @@
+"""A worker's view of the budgets: all of `usage-budgets`, read before work is taken and followed from then on."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping
+from decimal import Decimal
+from typing import Any
+
+import structlog
+from aiokafka import AIOKafkaConsumer, TopicPartition
+from aiokafka.errors import KafkaError
+
+from processor.accounts import Budget, BudgetKey, BudgetState, budget_key_of, month_of
+from processor.adapters import topics
+from processor.adapters.kafka import answered, connection, unavailable
+from processor.domain import ErrorCode, Fault
+from processor.errors import BrokerUnavailable, RegistryUnavailable, TopicsError
+from processor.ports import RecordReader, Undecodable
+from processor.settings import Settings
+
+POLL_MS = 1_000
+IDLE_POLLS = 60
+"""Empty polls in a row, short of the end, after which the broker is held to be gone."""
+AGAIN_AFTER_S = 1.0
+
+NO_VIEW = -1.0
+
+log = structlog.get_logger(__name__)
+
+Refusals = dict[BudgetKey, Fault]
+
+
+class BudgetFeed:
+    """Implements `ports.Budgets` outside of any group. `start` it, then let `run` follow.
+
+    While the broker or the schema registry is away the last view stands; `age_s` says since when. A follower that is
+    in trouble begins anew with the whole topic, and its view is replaced once that is read.
+    """
+
+    def __init__(self, settings: Settings, decoder: RecordReader) -> None:
+        self._settings = settings
+        self._decoder = decoder
+        self._topic = settings.topic(topics.topics()["budgets"].name)
+        self._consumer: Any = None
+        self._refused: Refusals = {}
+
+    def refuses(self, payer_id: str, charged_at_ms: int) -> Fault | None:
+        return self._refused.get(BudgetKey(payer_id, month_of(charged_at_ms))) if self._refused else None
+
+    @property
+    def age_s(self) -> float:
+        """Seconds since the brokers last said of every partition what it holds; -1 when there is no such answer."""
+        consumer = self._consumer
+        polled = [] if consumer is None else [consumer.last_poll_timestamp(place) for place in consumer.assignment()]
+        return NO_VIEW if not polled or None in polled else max(0.0, time.time() - min(polled) / 1000)
+
+    @property
+    def refused(self) -> int:
+        """How many payers' months are refused."""
+        return len(self._refused)
+
+    async def start(self) -> None:
+        """Read all of the topic. Brokers that don't answer are waited for; raises BrokerUnavailable, TopicsError."""
+        await answered(self._settings, self._begin)
+
+    async def run(self) -> None:
+        """Follow the topic until cancelled."""
+        try:
+            while True:
+                try:
+                    if self._consumer is None:
+                        await self._begin()
+                    while True:
+                        await self._take(self._consumer, self._refused)
+                except (KafkaError, OSError, BrokerUnavailable, RegistryUnavailable, TopicsError) as error:
+                    log.warning("the last view of the budgets stands", why=type(error).__name__)
+                    await self._end()
+                await asyncio.sleep(AGAIN_AFTER_S)
+        finally:
+            await self._end()
+
+    async def _begin(self) -> None:
+        """A consumer that stands at the end of the topic, and the view of all before it."""
+        count = (await topics.partition_counts(self._settings, [self._topic])).get(self._topic)
+        if not count:
+            raise TopicsError(f"{self._topic}: is missing; run `{topics.CREATE_COMMAND}`")
+        places = [TopicPartition(self._topic, partition) for partition in range(count)]
+        # No reset: positions that are not in the log are those of a topic that was made again.
+        consumer = AIOKafkaConsumer(
+            group_id=None, enable_auto_commit=False, auto_offset_reset="none", **connection(self._settings)
+        )
+        refused: Refusals = {}
+        try:
+            await consumer.start()
+            consumer.assign(places)
+            for place, offset in (await consumer.beginning_offsets(places)).items():
+                consumer.seek(place, offset)
+            ends = await consumer.end_offsets(places)
+            idle = 0
+            # The position, not the last record's offset: the end of a compacted log may hold no record.
+            while any([await consumer.position(place) < ends[place] for place in places]):
+                idle = 0 if await self._take(consumer, refused) else idle + 1
+                if idle == IDLE_POLLS:
+                    raise BrokerUnavailable("the broker sends nothing more of the budgets", may_pass=True)
+        except (KafkaError, OSError) as error:
+            await consumer.stop()
+            raise unavailable(self._settings, error) from error
+        except BaseException:
+            await consumer.stop()
+            raise
+        self._consumer, self._refused = consumer, refused
+        log.info("budgets read", refused=len(refused))
+
+    async def _end(self) -> None:
+        consumer, self._consumer = self._consumer, None
+        if consumer is not None:
+            await consumer.stop()
+
+    async def _take(self, consumer: Any, refused: Refusals) -> bool:
+        """Take what has come into the view; whether anything has."""
+        fetched: Mapping[TopicPartition, Any] = await consumer.getmany(timeout_ms=POLL_MS)
+        for records in fetched.values():
+            for record in records:
+                key = budget_key_of(record.key)
+                if key is None:
+                    continue
+                state = None if record.value is None else await self._decoder.read(BudgetState, record.value)
+                if isinstance(state, Undecodable):
+                    log.error(
+                        "a budget can't be read", partition=record.partition, offset=record.offset, why=state.code
+                    )
+                elif state is not None and state.refuses:
+                    refused[key] = exceeded(state)
+                else:
+                    refused.pop(key, None)
+        return bool(fetched)
+
+
+def exceeded(state: BudgetState) -> Fault:
+    """Not retryable: the same request again has its charge already, which is of nothing."""
+    return Fault(
+        ErrorCode.BUDGET_EXCEEDED,
+        "budget",
+        f"budget: the payer's {_limits(state.budget)} of {state.key.month} are spent; have them raised or wait for the "
+        "next month, then send it under a new correlation id",
+    )
+
+
+def _limits(budget: Budget) -> str:
+    limits = []
+    if budget.max_tokens is not None:
+        limits.append(f"{budget.max_tokens} tokens")
+    if budget.max_cost_nanos is not None:
+        limits.append(f"{Decimal(budget.max_cost_nanos).scaleb(-9).normalize():f} dollars")
+    return " or ".join(limits)
