@@ -1,25 +1,36 @@
 """The checker: what the topics and the provider's own books say, held against the laws.
 
 It shares no code with the processor but the codec: outcomes, charges, bills and totals are computed here again, from
-the records alone.
+the records alone, whether a broker or a test's memory holds them.
 """
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
-from typing import Any, TypeVar
+from fractions import Fraction
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from processor.accounts import BucketKey, UsageTotal
+from processor.accounts import BucketKey, LedgerSummary, UsageSums, UsageTotal
 from processor.adapters.avro import Codec
 from processor.adapters.reader import KafkaReader
 from processor.adapters.topics import topics
-from processor.domain import CallKind, CallOutcome, ProviderCall, ReceivedResult, Record, Request, Usage
+from processor.domain import (
+    CallItem,
+    CallKind,
+    CallOutcome,
+    Chunk,
+    ProviderCall,
+    ReceivedResult,
+    Record,
+    Request,
+    Usage,
+)
 from processor.identity import request_id
 from processor.ports import Undecodable
 from processor.settings import Settings
@@ -37,9 +48,24 @@ EMBEDDING = {
 }
 
 
+HORIZON_MS = 35 * 86_400_000
+
+
+class Charge(NamedTuple):
+    """The first copy of a usage event (U5). A late one is quarantined: it is in no total."""
+
+    record: Record
+    usage: Usage
+    late: bool
+
+
 @dataclass(slots=True)
 class Books:
-    """Everything that was written, in log order per partition."""
+    """Everything that was written, in log order per partition, and what the provider says it billed.
+
+    A bill is `{"attempt_id": ..., "tokens": ..., "billed": ...}`, one a call. `key_of` is what copies of a usage event
+    are known by.
+    """
 
     requests: list[tuple[Record, Request]] = field(default_factory=list)
     results: list[tuple[Record, ReceivedResult]] = field(default_factory=list)
@@ -47,17 +73,31 @@ class Books:
     calls: list[tuple[Record, ProviderCall]] = field(default_factory=list)
     totals: dict[BucketKey, UsageTotal] = field(default_factory=dict)
     bills: list[Mapping[str, Any]] = field(default_factory=list)
+    horizon_ms: int = HORIZON_MS
+    key_of: Callable[[Usage], str] = lambda usage: usage.request_id
 
-    def charges(self) -> dict[str, tuple[Record, Usage]]:
-        """The first copy of each usage event: the charge (U5)."""
-        first: dict[str, tuple[Record, Usage]] = {}
-        for record, usage in sorted(self.usage, key=lambda pair: pair[0].source[1:3]):
-            first.setdefault(usage.request_id, (record, usage))
-        return first
+    def charges(self) -> list[Charge]:
+        """Of each key in its partition the first copy, and the first after a pause of more than twice the horizon."""
+        return self._first_copies(self.key_of)
+
+    def due(self) -> Counter[str]:
+        """How often each request is to be charged, by its id."""
+        return Counter(charge.usage.request_id for charge in self._first_copies(lambda usage: usage.request_id))
 
     def accepted(self) -> dict[str, Request]:
         """Requests of embedding actions by request id; the same request sent again is one."""
         return {request_id(request): request for _, request in self.requests if request.action in EMBEDDING}
+
+    def _first_copies(self, key_of: Callable[[Usage], str]) -> list[Charge]:
+        last_ms: dict[tuple[int, str], int] = {}
+        first = []
+        for record, usage in sorted(self.usage, key=lambda pair: pair[0].source[1:3]):
+            append_ms = record.source.append_ms
+            key = (record.source.partition, key_of(usage))
+            if key not in last_ms or append_ms - last_ms[key] > 2 * self.horizon_ms:
+                first.append(Charge(record, usage, append_ms - usage.charged_at_ms > self.horizon_ms))
+            last_ms[key] = max(append_ms, last_ms.get(key, append_ms))
+        return first
 
 
 async def read_topic(settings: Settings, name: str, kind: type[T]) -> AsyncIterator[tuple[Record, T]]:
@@ -87,21 +127,49 @@ async def read_books(settings: Settings, bills: Sequence[Mapping[str, Any]], sou
     return books
 
 
+SUMS = [field.name for field in fields(UsageSums)]
+CLASSES = ("waste", "rework", "late", "unclaimed", "unconfirmed")
+
+
 @dataclass(slots=True)
 class Residuals:
-    """Tokens billed to nobody by class (U6), and the attempts that charges or intents name without a receipt."""
+    """Tokens that were billed and are charged to nobody, by class (U6), and how many attempts have some of each.
 
+    waste: an invalid answer; rework: its items are charged, but from another attempt or as saved; late: charged too
+    late to count; unclaimed: not charged yet; unconfirmed: no receipt. A recovered attempt has no receipt and a charge
+    that names it.
+    """
+
+    billed: int = 0
     attributed: int = 0
     waste: int = 0
     rework: int = 0
+    late: int = 0
     unclaimed: int = 0
     unconfirmed: int = 0
     recovered_attempts: int = 0
-    billed: int = 0
+    attempts: Counter[str] = field(default_factory=Counter)
 
     @property
     def total(self) -> int:
-        return self.waste + self.rework + self.unclaimed + self.unconfirmed
+        return self.waste + self.uncharged + self.unconfirmed
+
+    @property
+    def uncharged(self) -> int:
+        """What the aggregator's own ledger can tell of an attempt with a good receipt."""
+        return self.rework + self.late + self.unclaimed
+
+    def add(self, kind: str, tokens: int) -> None:
+        if tokens:
+            setattr(self, kind, getattr(self, kind) + tokens)
+            self.attempts[kind] += 1
+
+    def table(self) -> str:
+        """One line a class, for people."""
+        rows = [("billed", self.billed), ("attributed", self.attributed)]
+        rows += [(kind, getattr(self, kind)) for kind in CLASSES]
+        lines = [f"{kind:<12}{tokens:>10} tokens{self.attempts[kind]:>6} attempts" for kind, tokens in rows]
+        return "\n".join([*lines, f"{'recovered':<12}{'':>17}{self.recovered_attempts:>6} attempts"])
 
 
 def check_outcomes(
@@ -110,10 +178,12 @@ def check_outcomes(
     vector_of: Callable[[str, int], np.ndarray[Any, Any]],
     dimensions: int,
     refused: Mapping[str, str] | None = None,
+    refused_models: Mapping[str, str] | None = None,
 ) -> int:
     """Laws 1 and 6: one outcome per accepted chunk, none invented, copies agree, each vector is its own text's.
 
-    A text that holds a marker of `refused` must have ended as an error of that code, and no other text as any.
+    A text that holds a marker of `refused` must have ended as an error of that code, a request for a model of
+    `refused_models` as a whole, and no other as any but a deadline of its own.
     Returns how many records were copies beyond the first.
     """
     accepted = books.accepted()
@@ -122,109 +192,201 @@ def check_outcomes(
     for _, result in books.results:
         request = accepted.get(result.request_id)
         assert request is not None, f"a result for nobody: {result.request_id}"
-        assert 0 <= result.chunk_index < len(request.chunks), "a chunk that was never sent"
-        chunk = request.chunks[result.chunk_index]
         assert (result.tenant_id, result.correlation_id) == (request.tenant_id, request.correlation_id)
-        assert result.chunk_id == chunk.chunk_id
         assert dict(result.metadata) == dict(request.metadata)
-        codes = [code for marker, code in (refused or {}).items() if marker in chunk.text]
-        if codes:
-            assert result.status == "error", result.status
-            assert [result.error and result.error.code] == codes
+        code = (refused_models or {}).get(request.model or "")
+        if code is not None:
+            assert (result.chunk_index, result.length) == (-1, len(request.chunks)), "it stands for all of its chunks"
+            assert result.error
+            assert result.error.code == code
+            stands_for = range(len(request.chunks))
         else:
-            assert result.status == "ok", (result.status, result.error)
-            assert result.vector is not None
-            assert result.vector.shape == (dimensions,)
-            assert np.isfinite(result.vector).all()
-            cosine = float(result.vector @ vector_of(chunk.text, dimensions) / np.linalg.norm(result.vector))
-            assert cosine > 0.99, f"the vector of another text: cosine {cosine:.3f}"
-        place = (result.request_id, result.chunk_index)
-        copies += place in outcomes
-        first = outcomes.setdefault(place, result)
-        assert first.vector_id == result.vector_id
+            position = result.chunk_index - request.first_chunk_index
+            assert 0 <= position < len(request.chunks), "a chunk that was never sent"
+            _check_outcome(result, request, request.chunks[position], vector_of, dimensions, refused or {})
+            stands_for = range(position, position + 1)
+        for position in stands_for:
+            place = (result.request_id, position)
+            copies += place in outcomes
+            first = outcomes.setdefault(place, result)
+            assert (first.chunk_id, first.vector_id) == (result.chunk_id, result.vector_id)
+            assert first.status == result.status or request.deadline_ms is not None, "copies that differ in status"
     missing = {(name, i) for name, request in accepted.items() for i in range(len(request.chunks))} - set(outcomes)
     assert not missing, f"{len(missing)} chunks without outcome, e.g. {sorted(missing)[:3]}"
     return copies
 
 
+def _check_outcome(
+    result: ReceivedResult,
+    request: Request,
+    chunk: Chunk,
+    vector_of: Callable[[str, int], np.ndarray[Any, Any]],
+    dimensions: int,
+    refused: Mapping[str, str],
+) -> None:
+    assert result.chunk_id == chunk.chunk_id
+    codes = [code for marker, code in refused.items() if marker in chunk.text]
+    if not chunk.text or chunk.text.isspace():
+        codes = ["empty_text"]
+    if result.status == "error" and request.deadline_ms is not None and codes != ["empty_text"]:
+        codes.append("deadline_exceeded")
+    elif not codes:
+        assert result.status == "ok", (result.status, result.error)
+        assert result.vector is not None
+        assert result.vector.shape == (dimensions,)
+        assert np.isfinite(result.vector).all()
+        cosine = float(result.vector @ vector_of(chunk.text, dimensions) / np.linalg.norm(result.vector))
+        assert cosine > 0.99, f"the vector of another text: cosine {cosine:.3f}"
+        return
+    assert result.status == "error", result.status
+    assert result.error is not None
+    assert result.error.code in codes, (result.error.code, codes)
+
+
 def check_charges(books: Books) -> None:
-    """U4, U5, law 4: each accepted request is charged exactly once, to its payer, and the parts add up."""
-    charges = books.charges()
+    """U4, U5, law 4: each accepted request is charged exactly once, at its time, to its payer, rightly summed."""
     accepted = books.accepted()
-    assert set(charges) == set(accepted), (
-        f"{len(set(accepted) - set(charges))} requests without charge, {len(set(charges) - set(accepted))} invented"
+    charges = books.charges()
+    charged = Counter(charge.usage.request_id for charge in charges)
+    assert set(charged) == set(accepted), (
+        f"{len(set(accepted) - set(charged))} requests without charge, {len(set(charged) - set(accepted))} invented"
     )
-    for name, (_, usage) in charges.items():
-        request = accepted[name]
+    again = {name: times for name, times in (charged - books.due()).items() if times}
+    assert not again, f"{len(again)} requests charged more than once"
+    sent = {(record.source[:3], request_id(request)): record.source.append_ms for record, request in books.requests}
+    for record, usage in books.usage:
+        request = accepted[usage.request_id]
+        assert usage.charged_at_ms == sent[usage.source[:3], usage.request_id], "not the time of its source record"
         assert usage.payer_id == (request.agent_owner_id or request.tenant_id)
+        assert record.key == usage.payer_id.encode(), "a charge under the key of another payer"
         assert sum(part.tokens for part in usage.parts) == usage.billed.tokens
-        assert usage.billed.texts + usage.saved.texts + usage.failed_texts == len(request.chunks)
+        assert usage.texts == len(request.chunks)
+        assert usage.billed.texts + usage.saved.texts + usage.failed_texts == usage.texts
+        characters = sum(len(chunk.text) for chunk in request.chunks)
+        unfailed = usage.billed.characters + usage.saved.characters
+        assert usage.characters == characters
+        assert unfailed <= characters if usage.failed_texts else unfailed == characters
+        for amounts in (usage.billed, usage.saved):
+            price = usage.price_nanos_per_million
+            exact = None if price is None else round(Fraction(amounts.tokens * price, 1_000_000))  # half to even
+            assert amounts.cost_nanos == exact, (amounts, price)
         if not request.use_cache:
             assert usage.saved.texts == 0, "an item that refuses the cache was given somebody else's vector"
 
 
 def check_attempts(books: Books) -> Residuals:
-    """U6 and law 3 per attempt against the provider's own bill: bill = attributed + residual, nothing negative."""
-    intents = {call.attempt_id: call for _, call in books.calls if call.kind is CallKind.INTENT}
-    receipts = {call.attempt_id: call for _, call in books.calls if call.kind is CallKind.RECEIPT}
-    billed: Counter[str] = Counter()
+    """U1, U3, U6 and law 3 per attempt against the provider's own bill: bill = attributed + residual, none negative."""
+    intents, receipts = _ledger_records(books.calls)
+    billed: dict[str, int] = {}
     for bill in books.bills:
         assert bill["attempt_id"] in intents, "a call without an intent before it"
-        billed[bill["attempt_id"]] += bill["tokens"] if bill["billed"] else 0
-    charges = {name: usage for name, (_, usage) in books.charges().items()}
-    parts: defaultdict[str, Counter[str]] = defaultdict(Counter)
-    for name, usage in charges.items():
-        for part in usage.parts:
-            parts[part.attempt_id][name] += part.tokens
-    residuals = Residuals(billed=sum(billed.values()))
+        assert bill["attempt_id"] not in billed, "two calls under one intent"
+        billed[bill["attempt_id"]] = bill["tokens"] if bill["billed"] else 0
+    on_time = _parts(charge.usage for charge in books.charges() if not charge.late)
+    late = _parts(charge.usage for charge in books.charges() if charge.late)
+    charged = {charge.usage.request_id for charge in books.charges()}
+    assert set(on_time) | set(late) <= set(intents), "a charge names an attempt that nobody intended"
+    residuals = Residuals()
     for attempt_id, intent in intents.items():
-        attributed = sum(parts[attempt_id].values())
-        residual = billed[attempt_id] - attributed
-        assert residual >= 0, f"attempt {attempt_id} billed {billed[attempt_id]}, attributed {attributed}"
-        leaders = {item.request_id for item in intent.items}
-        assert set(parts[attempt_id]) <= leaders, "a charge names an attempt that did not embed its text"
-        residuals.attributed += attributed
-        receipt = receipts.get(attempt_id)
+        bill_tokens, receipt = billed.get(attempt_id, 0), receipts.get(attempt_id)
+        if receipt is not None:
+            assert receipt.billed_tokens == bill_tokens, "a receipt that is not the provider's bill"
+        attributed = sum(on_time[attempt_id].values())
+        named = on_time[attempt_id] + late[attempt_id]
+        shares = _shares_by_request(intent.items, bill_tokens)
+        assert set(named) <= set(shares), "a charge names an attempt that did not embed its text"
+        for name, tokens in named.items():
+            assert tokens <= sum(shares[name]), f"attempt {attempt_id} is attributed more than its bill"
+            assert tokens in _subset_sums(shares[name]), f"attempt {attempt_id}: {tokens} is no share of {shares[name]}"
+        residuals.add("billed", bill_tokens)
+        residuals.add("attributed", attributed)
         if receipt is None:
             residuals.recovered_attempts += attributed > 0
-            residuals.unconfirmed += residual
-        elif receipt.outcome is CallOutcome.INVALID:
-            residuals.waste += residual
-        elif residual and all(leader in charges for leader in leaders):
-            residuals.rework += residual
+            residuals.add("unconfirmed", bill_tokens - attributed)
+        elif receipt.outcome is CallOutcome.OK:
+            left = {name: sum(of_request) - named[name] for name, of_request in shares.items()}
+            residuals.add("late", sum(late[attempt_id].values()))
+            residuals.add("rework", sum(tokens for name, tokens in left.items() if name in charged))
+            residuals.add("unclaimed", sum(tokens for name, tokens in left.items() if name not in charged))
         else:
-            residuals.unclaimed += residual
-        if receipt is not None:
-            assert receipt.billed_tokens == billed[attempt_id], "a receipt that is not the provider's bill"
-    assert not set(parts) - set(intents), "a charge names an attempt that nobody intended"
+            assert not named, f"a charge names the {receipt.outcome} attempt {attempt_id}"
+            residuals.add("waste", bill_tokens)
     assert residuals.billed == residuals.attributed + residuals.total
     return residuals
 
 
+def check_shares(books: Books) -> None:
+    """U1, U3: the tokens of every vector, billed or saved, are a share that was once paid for this very text."""
+    accepted = books.accepted()
+    intents, _ = _ledger_records(books.calls)
+    billed = {bill["attempt_id"]: bill["tokens"] for bill in books.bills if bill["billed"]}
+    paid: defaultdict[tuple[str, str, str], set[int]] = defaultdict(set)
+    for attempt_id, intent in intents.items():
+        for item, share in zip(intent.items, _split(billed.get(attempt_id, 0), intent.items), strict=True):
+            request = accepted[item.request_id]
+            assert item.payer_id == (request.agent_owner_id or request.tenant_id)
+            chunk = request.chunks[item.index - request.first_chunk_index]
+            paid[request.tenant_id, intent.vector_space, chunk.text].add(share)
+    for _, result in books.results:
+        if result.vector is not None:
+            request = accepted[result.request_id]
+            chunk = request.chunks[result.chunk_index - request.first_chunk_index]
+            assert result.token_count in paid[result.tenant_id, result.vector_space, chunk.text], result.token_count
+    for _, usage in books.usage:
+        request = accepted[usage.request_id]
+        if usage.failed_texts == 0:
+            of_texts = [paid[request.tenant_id, usage.vector_space, chunk.text] for chunk in request.chunks]
+            tokens = usage.billed.tokens + usage.saved.tokens
+            assert sum(map(min, of_texts)) <= tokens <= sum(map(max, of_texts)), (tokens, of_texts)
+
+
+def check_nothing_paid_twice(books: Books, residuals: Residuals) -> None:
+    """U7, with the cache kept, no zombies, no two workers on one key: copies agree, good answers are charged."""
+    assert residuals.uncharged == 0, residuals.table()
+    first: dict[str, Usage] = {}
+    for _, usage in books.usage:
+        known = first.setdefault(usage.request_id, usage)
+        for name in ("payer_id", "model", "billed", "saved", "failed_texts", "parts", "token_source", "price_version"):
+            assert getattr(usage, name) == getattr(known, name), f"copies that differ in {name}"
+
+
 def check_totals(books: Books) -> None:
-    """Law 5: published totals are those of a recomputation with a set, first copy wins."""
-    expected: defaultdict[tuple[str, str, str, str], Counter[str]] = defaultdict(Counter)
-    for _, usage in books.charges().values():
+    """Law 5: published totals are those of a recomputation with a set, first copy wins; no bucket is invented."""
+    expected: defaultdict[BucketKey, Counter[str]] = defaultdict(Counter)
+    for _, usage, late in books.charges():
+        if late:
+            continue
         at = datetime.fromtimestamp(usage.charged_at_ms / 1000, UTC)
+        values = {
+            "all": "",
+            "model": usage.model,
+            "operation": str(usage.operation),
+            "agent": usage.request.agent_id,
+            "collection": usage.request.collection,
+        }
         for bucket in (f"{at:%Y-%m-%d}", f"{at:%Y-%m}"):
-            for dimension, value in (("all", ""), ("model", usage.model), ("operation", str(usage.operation))):
-                sums = expected[usage.payer_id, bucket, dimension, value]
-                sums["requests"] += 1
-                sums["billed_tokens"] += usage.billed.tokens
-                sums["saved_tokens"] += usage.saved.tokens
-                sums["failed_texts"] += usage.failed_texts
-                sums["billed_cost_nanos"] += usage.billed.cost_nanos or 0
-    for (payer, bucket, dimension, value), sums in expected.items():
-        matching = [
-            total
-            for key, total in books.totals.items()
-            if (key.payer_id, key.bucket, key.dimension) == (payer, bucket, dimension)
-            and (dimension == "all" or key.value == value)
-        ]
-        assert len(matching) == 1, (payer, bucket, dimension, value, len(matching))
-        for name, amount in sums.items():
-            published = sum(getattr(part, name) for _, part in matching[0].partitions.values())
-            assert published == amount, (payer, bucket, dimension, value, name, published, amount)
+            for dimension, value in values.items():
+                if value is not None:
+                    expected[BucketKey(usage.payer_id, bucket, dimension, value)].update(_sums(usage))
+    assert set(books.totals) == set(expected), (
+        f"{len(set(expected) - set(books.totals))} buckets missing, {len(set(books.totals) - set(expected))} invented"
+    )
+    for key, sums in expected.items():
+        for name in SUMS:
+            published = sum(getattr(part, name) for _, part in books.totals[key].partitions.values())
+            assert published == sums[name], (key, name, published, sums[name])
+
+
+def check_ledger(books: Books, summary: LedgerSummary, residuals: Residuals) -> None:
+    """U6: what the aggregator knows without the provider's books: equal where a receipt exists, else an interval."""
+    intents, receipts = _ledger_records(books.calls)
+    sums = summary.sums
+    assert sums.attempts == len(intents)
+    assert sums.billed_tokens == sum(receipt.billed_tokens or 0 for receipt in receipts.values())
+    assert sums.attributed_tokens == residuals.attributed
+    assert (sums.waste_tokens, sums.uncharged_tokens) == (residuals.waste, residuals.uncharged)
+    assert sums.over_attributed_attempts == sums.unmatched_tokens == 0
+    assert sums.unconfirmed_attempts + summary.in_flight_attempts == len(set(intents) - set(receipts))
 
 
 def totals_cover(books: Books) -> bool:
@@ -235,4 +397,64 @@ def totals_cover(books: Books) -> bool:
         if key.dimension == "all" and len(key.bucket) == len("2026-11")
         for _, sums in total.partitions.values()
     )
-    return counted >= len(books.charges())
+    return counted >= sum(not charge.late for charge in books.charges())
+
+
+def _ledger_records(
+    calls: Iterable[tuple[Record, ProviderCall]],
+) -> tuple[dict[str, ProviderCall], dict[str, ProviderCall]]:
+    """Intents and receipts by attempt; no attempt has two of either."""
+    found: dict[CallKind, dict[str, ProviderCall]] = {CallKind.INTENT: {}, CallKind.RECEIPT: {}}
+    for _, call in calls:
+        assert call.attempt_id not in found[call.kind], f"attempt {call.attempt_id} has two {call.kind}s"
+        found[call.kind][call.attempt_id] = call
+    intents, receipts = found[CallKind.INTENT], found[CallKind.RECEIPT]
+    assert set(receipts) <= set(intents), "a receipt without an intent before it"
+    return intents, receipts
+
+
+def _parts(charges: Iterable[Usage]) -> defaultdict[str, Counter[str]]:
+    """Tokens by attempt and request."""
+    parts: defaultdict[str, Counter[str]] = defaultdict(Counter)
+    for usage in charges:
+        for part in usage.parts:
+            parts[part.attempt_id][usage.request_id] += part.tokens
+    return parts
+
+
+def _split(bill: int, items: Sequence[CallItem]) -> list[int]:
+    """Largest remainder of the local counts, ties by lower position."""
+    weights = [item.local_tokens for item in items]
+    if not any(weights):
+        weights = [1] * len(items)
+    exact = [Fraction(bill * weight, sum(weights)) for weight in weights]
+    shares = [int(part) for part in exact]
+    in_turn = sorted(range(len(items)), key=lambda i: (shares[i] - exact[i], i))
+    for i in in_turn[: bill - sum(shares)]:
+        shares[i] += 1
+    return shares
+
+
+def _shares_by_request(items: Sequence[CallItem], bill: int) -> dict[str, list[int]]:
+    shares: defaultdict[str, list[int]] = defaultdict(list)
+    for item, share in zip(items, _split(bill, items), strict=True):
+        shares[item.request_id].append(share)
+    return dict(shares)
+
+
+def _subset_sums(shares: Sequence[int]) -> set[int]:
+    sums = {0}
+    for share in shares:
+        sums |= {known + share for known in sums}
+    return sums
+
+
+def _sums(usage: Usage) -> Counter[str]:
+    """What a charge adds to a bucket, by the names of UsageSums."""
+    sums = Counter(requests=1, failed_texts=usage.failed_texts, cached_texts=usage.cached_texts)
+    for side, amounts in (("billed", usage.billed), ("saved", usage.saved)):
+        for name in ("texts", "tokens", "characters", "cost_nanos"):
+            sums[f"{side}_{name}"] = getattr(amounts, name) or 0
+    if usage.billed.cost_nanos is None:
+        sums["unpriced_tokens"] = usage.billed.tokens
+    return sums
