@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final, NamedTuple, TypeVar
 
 from processor.accounts import BudgetKey, BudgetState, TaskProgress, UsageTotal
-from processor.adapters.avro_outcomes import OutcomeWriter, encode_version
+from processor.adapters.avro_outcomes import OutcomeWriter, encode_version, write_total
 from processor.adapters.avro_records import WIRE_NAME, read, write
 from processor.adapters.avro_requests import RequestReader
 from processor.adapters.registry import SchemaRegistry
@@ -118,6 +118,8 @@ class Codec:
             return _encoded(Encoded, (key, self._outcomes.result(self._headers["EmbeddingResult"], message), headers))
         if isinstance(message, Usage):
             return _encoded(Encoded, (key, self._outcomes.usage(self._headers["TokenUsage"], message), ()))
+        if isinstance(message, UsageTotal):
+            return _encoded(Encoded, (key, write_total(self._headers["UsageTotal"], message), ()))
         if isinstance(message, Tombstone):
             return Encoded(key, None, [("source_version", message.source_version.encode())])
         if isinstance(message, DeadLetter):
@@ -267,7 +269,11 @@ def request_key(request: Request) -> bytes | None:
 
 
 def _composite_key(*parts: str | None) -> bytes:
-    return json.dumps(parts, ensure_ascii=False, separators=(",", ":")).encode()
+    return _as_json(parts).encode()
+
+
+_as_json: Final = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+"""Made once: `json.dumps` makes an encoder for each call."""
 
 
 def encode_request(request: Request) -> bytes:

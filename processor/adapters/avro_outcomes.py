@@ -1,4 +1,4 @@
-"""Results and usage events written straight as bytes, several times as fast as through a general Avro writer.
+"""Results, usage events and totals written straight as bytes, several times as fast as through a general Avro writer.
 
 The bytes are those of the current schemas, field by field in their order: what a general writer makes of the same
 fields. What the records of one sender repeat is remembered in stretches, and a vector is copied once, as it lies there.
@@ -7,11 +7,14 @@ fields. What the records of one sender repeat is remembered in stretches, and a 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
+from operator import attrgetter
 from struct import Struct
 from typing import Any, Final
 
 import numpy as np
 
+from processor.accounts import UsageSums, UsageTotal
 from processor.domain import (
     ACTION_ALIASES,
     OPERATION_OF,
@@ -329,3 +332,24 @@ class OutcomeWriter:
                 OPTIONAL_TEXTS[usage.price_version],
             )
         )
+
+
+def write_total(header: bytes, total: UsageTotal) -> bytes:
+    """The value of the record: the sums of all partitions, and of each. OverflowError beyond 64 bits."""
+    parts = sorted(total.partitions.items())
+    each = [_sum_values(sums) for _, (_, sums) in parts]
+    encoded = [b"".join(map(encode_long, values)) for values in each]
+    pieces = [header, *map(encode_text, total.key)]
+    if len(parts) == 1:
+        pieces += (encoded[0], SOME)
+    else:
+        pieces += (*map(encode_long, map(sum, zip(_NO_SUMS, *each, strict=True))), encode_long(len(parts)))
+    for (partition, (last_offset, _)), sums in zip(parts, encoded, strict=True):
+        pieces += (LONGS[partition], encode_long(last_offset), sums)
+    pieces += (EMPTY if parts else b"", encode_long(total.updated_at_ms))
+    return b"".join(pieces)
+
+
+_SUM_NAMES: Final = [field.name for field in fields(UsageSums)]
+_NO_SUMS: Final = (0,) * len(_SUM_NAMES)
+_sum_values: Callable[[UsageSums], tuple[int, ...]] = attrgetter(*_SUM_NAMES)

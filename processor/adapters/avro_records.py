@@ -61,7 +61,7 @@ WIRE_NAME: Final[Mapping[type, str]] = {
 
 
 def write(message: Any) -> bytes:
-    """The body of any message but a result or usage event, for which see `avro_outcomes`."""
+    """The body of any message but a result, usage event or total, for which see `avro_outcomes`."""
     kind = type(message)
     out = BytesIO()
     schemaless_writer(out, current(WIRE_NAME[kind]).parsed, _FIELDS[kind](message))
@@ -100,18 +100,6 @@ def _call_fields(call: ProviderCall) -> Fields:
     return _plain_fields(call) | {"items": [item._asdict() for item in call.items]}
 
 
-def _total_fields(total: UsageTotal) -> Fields:
-    parts = sorted(total.partitions.items())
-    return total.key._asdict() | {
-        "totals": {name: sum(getattr(sums, name) for _, (_, sums) in parts) for name in UsageSums.__dataclass_fields__},
-        "partitions": [
-            {"partition": partition, "last_offset": last_offset, "sums": _plain_fields(sums)}
-            for partition, (last_offset, sums) in parts
-        ],
-        "updated_at_ms": total.updated_at_ms,
-    }
-
-
 def _budget_fields(state: BudgetState) -> Fields:
     fields = _plain_fields(state)
     del fields["key"], fields["budget"]
@@ -122,7 +110,6 @@ _FIELDS: Final[Mapping[type, Callable[[Any], Fields]]] = {
     Request: _request_fields,
     ProviderCall: _call_fields,
     DocumentManifest: _plain_fields,
-    UsageTotal: _total_fields,
     TaskProgress: _plain_fields,
     BudgetState: _budget_fields,
 }

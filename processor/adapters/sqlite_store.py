@@ -390,19 +390,21 @@ def _split(joined: bytes) -> frozenset[bytes]:
 
 def _text(key: Sequence[str | None]) -> str:
     """A composite key as one column that can be read and looked up: a JSON array."""
-    return json.dumps(key, ensure_ascii=False, separators=(",", ":"))
+    return _as_json(key)
+
+
+_as_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
 def pack_id(text: str) -> bytes:
     """A UUID in its usual spelling as its 16 bytes; any other text as more than 16, so no two ids share a blob."""
-    if len(text) == 36:
+    if len(text) == 36 and text[8:24:5] == "----":
+        digits = text.replace("-", "")
         try:
-            raw = bytes.fromhex(text.replace("-", ""))
+            raw = bytes.fromhex(digits)
         except ValueError:
             pass
         else:
-            spelled = raw.hex()
-            usual = f"{spelled[:8]}-{spelled[8:12]}-{spelled[12:16]}-{spelled[16:20]}-{spelled[20:]}"
-            if text == usual:
+            if raw.hex() == digits and len(raw) == 16:
                 return raw
     return b"\0" * 17 + text.encode()

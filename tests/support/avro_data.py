@@ -13,6 +13,7 @@ from hypothesis import Phase, find, settings
 from hypothesis import strategies as st
 from hypothesis.errors import NoSuchExample
 
+from processor.accounts import UsageSums, UsageTotal
 from processor.domain import ACTION_ALIASES, OPERATION_OF, Amounts, Request, Result, TokenType, Usage
 
 LONG = st.integers(-(2**63), 2**63 - 1)
@@ -204,6 +205,24 @@ def _echo(request: Request) -> dict[str, Any]:
     )
     names += ("agent_owner_id", "conversation_id", "run_id", "source_service", "requested_at_ms", "metadata")
     return {name: getattr(request, name) for name in names}
+
+
+def total_fields(total: UsageTotal) -> dict[str, Any]:
+    """The fields of its record, for fastavro to write."""
+    parts = sorted(total.partitions.items())
+    names = UsageSums.__dataclass_fields__
+    return total.key._asdict() | {
+        "totals": {name: sum(getattr(sums, name) for _, (_, sums) in parts) for name in names},
+        "partitions": [
+            {
+                "partition": partition,
+                "last_offset": last_offset,
+                "sums": {name: getattr(sums, name) for name in names},
+            }
+            for partition, (last_offset, sums) in parts
+        ],
+        "updated_at_ms": total.updated_at_ms,
+    }
 
 
 def _amounts(amounts: Amounts) -> dict[str, Any]:

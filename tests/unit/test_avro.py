@@ -24,6 +24,7 @@ from processor.adapters.avro import (
 from processor.adapters.murmur2 import partition_of
 from processor.adapters.schemas import (
     MAX_SCHEMA_CHARACTERS,
+    SINGLE_OBJECT_HEADER_BYTES,
     allowed,
     canonical_fingerprint,
     confluent_header,
@@ -161,7 +162,9 @@ def test_a_message_comes_back_as_it_was_sent(name: str, message: Any) -> None:
 
 def test_a_total_is_the_sum_over_its_partitions() -> None:
     """A reader of totals needs no sum of its own."""
-    fields = avro_records._total_fields(TOTAL)
+    schema = current("UsageTotal")
+    fields = avro_records._read_fields(value_of("totals", TOTAL), SINGLE_OBJECT_HEADER_BYTES, schema)
+    assert not isinstance(fields, Undecodable)
     assert fields["totals"] == avro_records._plain_fields(UsageSums(requests=3, billed_tokens=12))
 
 

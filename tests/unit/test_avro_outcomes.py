@@ -1,4 +1,4 @@
-"""Results and usage events as bytes: whatever their fields hold, they are those that fastavro writes."""
+"""Results, usage events and totals as bytes: whatever their fields hold, they are those that fastavro writes."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from processor.accounts import BucketKey, UsageSums, UsageTotal
 from processor.adapters import avro_outcomes
 from processor.adapters.avro import encode_request
-from processor.adapters.avro_outcomes import OutcomeWriter, encode_long
+from processor.adapters.avro_outcomes import OutcomeWriter, encode_long, write_total
 from processor.adapters.avro_requests import RequestReader
 from processor.adapters.schemas import SINGLE_OBJECT_HEADER_BYTES, current
 from processor.domain import (
@@ -30,7 +31,7 @@ from processor.domain import (
     TokenSource,
     Usage,
 )
-from tests.support.avro_data import LONG, TEXT, encode, result_fields, usage_fields
+from tests.support.avro_data import LONG, TEXT, encode, result_fields, total_fields, usage_fields
 from tests.support.builders import NOW_MS, a_request, a_result, a_source, a_usage, a_vector, some_chunks
 
 WRITER = OutcomeWriter()
@@ -39,6 +40,7 @@ WRITER = OutcomeWriter()
 PLAIN, PLAIN_USAGE = a_result(), a_usage()
 READER = RequestReader()
 RESULT, USAGE = current("EmbeddingResult").parsed, current("TokenUsage").parsed
+TOTAL = current("UsageTotal").parsed
 
 COUNT = st.sampled_from([0, 1, 3, 63, 64, 8_191, 8_192, 2**31, 2**63 - 1]) | st.integers(0, 2**62)
 TIME = st.sampled_from([NOW_MS, NOW_MS + 1, 0]) | LONG
@@ -122,6 +124,15 @@ USAGES = st.builds(
 )
 
 
+SUMS = st.builds(UsageSums, *[COUNT.map(lambda count: count // 4) for _ in fields(UsageSums)])
+TOTALS = st.builds(
+    UsageTotal,
+    key=st.builds(BucketKey, TEXTS, TEXTS, TEXTS, TEXTS),
+    partitions=st.dictionaries(st.integers(0, 99_999), st.tuples(COUNT, SUMS), max_size=3),
+    updated_at_ms=TIME,
+)
+
+
 def assert_as_fastavro_writes(result: Result) -> None:
     assert WRITER.result(b"head", result) == b"head" + encode(RESULT, result_fields(result))
 
@@ -132,6 +143,13 @@ def test_any_result_is_written_as_fastavro_writes_it(result: Result) -> None:
     """All statuses, errors, vectors and numbers; and a second time, when its parts are remembered."""
     assert_as_fastavro_writes(result)
     assert_as_fastavro_writes(replace(result))
+
+
+@settings(max_examples=150, deadline=None)
+@given(TOTALS)
+def test_any_total_is_written_as_fastavro_writes_it(total: UsageTotal) -> None:
+    """Of none, one and several partitions, which are sorted and summed."""
+    assert write_total(b"head", total) == b"head" + encode(TOTAL, total_fields(total))
 
 
 @settings(max_examples=150, deadline=None)
