@@ -34,7 +34,7 @@ from processor.embed import Deployment, Route
 from processor.errors import LeaseLost
 from processor.limits import Gate, LimitPolicy
 from processor.pipeline import Ports
-from processor.ports import NO_FORMER, Destination, Found, Lease, ProviderAnswer, Run, TokenCounts
+from processor.ports import NO_FORMER, Budgets, Destination, Found, Lease, ProviderAnswer, Run, TokenCounts
 from processor.work import Policy
 from tests.support.builders import NOW_MS, a_record, a_source
 
@@ -268,6 +268,7 @@ class Bench:
         outbox: MemoryOutbox | None = None,
         spare: BillingProvider | None = None,
         max_concurrent_calls: int = 16,
+        budgets: Budgets | None = None,
         **policy: Any,
     ) -> None:
         self.clock = VirtualClock()
@@ -309,6 +310,7 @@ class Bench:
                 counter=WordCounter(),
                 outbox=self.outbox,
                 clock=self.clock,
+                budgets=budgets,
             ),
             self.policy,
             self.route,

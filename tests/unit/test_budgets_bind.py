@@ -1,0 +1,168 @@
+"""Step 4: texts of a payer whose budget is spent are not paid for; hits and what is paid for already are delivered."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from processor.accounts import Budget, BudgetKey, BudgetState
+from processor.adapters.budget_feed import exceeded
+from processor.domain import ErrorCode, Fault, Request, Status
+from processor.errors import ProviderTransient
+from tests.support.builders import NOW_MS, a_request
+from tests.support.steps import Bench, MemoryCache
+
+SPENT = exceeded(
+    BudgetState(
+        key=BudgetKey("acme", "2026-09"),
+        budget=Budget(max_tokens=10, max_cost_nanos=12_500_000_000, hard=True),
+        billed_tokens=10,
+        billed_cost_nanos=0,
+        unpriced_tokens=0,
+        reached_percent=100,
+        updated_at_ms=NOW_MS,
+    )
+)
+
+
+class Spent:
+    """A view in which these payers have spent their budgets, in any month."""
+
+    def __init__(self, *payers: str) -> None:
+        self.payers = set(payers)
+
+    def refuses(self, payer_id: str, charged_at_ms: int) -> Fault | None:
+        return SPENT if payer_id in self.payers else None
+
+
+def of(owner: str, texts: list[str], correlation_id: str, **fields: Any) -> Request:
+    """A request of the tenant acme for which that owner of an agent pays."""
+    return a_request(
+        texts, correlation_id=correlation_id, agent_id="a", agent_owner_id=owner, document_id=None, **fields
+    )
+
+
+def outcomes(bench: Bench) -> dict[str, list[str]]:
+    """Correlation id -> "ok" or the error code of each chunk."""
+    found: dict[str, dict[int, str]] = {}
+    for result in bench.outbox.results:
+        code = result.error.code.value if result.error is not None else "ok"
+        found.setdefault(result.request.correlation_id, {}).setdefault(result.chunk_index, code)
+    return {name: [chunks[index] for index in sorted(chunks)] for name, chunks in found.items()}
+
+
+async def test_a_text_over_budget_is_not_paid_for_and_says_why() -> None:
+    """No call; an error result per chunk, usage of nothing with all texts failed, and the offset is finished."""
+    async with Bench(budgets=Spent("rich")) as bench:
+        await bench.handle(of("rich", ["one", "two words"], "c1"))
+        assert bench.provider.asked == []
+        assert outcomes(bench) == {"c1": ["budget_exceeded"] * 2}
+        (usage,) = bench.outbox.usage
+        assert (usage.payer_id, usage.billed.tokens, usage.failed_texts, usage.parts) == ("rich", 0, 2, [])
+        assert bench.lease.finished == [0]
+
+
+def test_the_refusal_names_month_limits_and_fix_and_no_payer() -> None:
+    """Field `budget`; the same request again would find its charge of nothing, so it is not retryable."""
+    assert (SPENT.code, SPENT.field, SPENT.retryable) == (ErrorCode.BUDGET_EXCEEDED, "budget", False)
+    assert "10 tokens or 12.5 dollars of 2026-09" in SPENT.message
+    assert "new correlation id" in SPENT.message
+    assert "acme" not in SPENT.message
+
+
+@pytest.mark.parametrize("first, second", [("poor", "other"), ("other", "poor")])
+async def test_the_next_payer_of_a_fold_leads(first: str, second: str) -> None:
+    """U2: where payers share a text, the one over budget ends alone, and another one pays for it once."""
+    async with Bench(budgets=Spent("poor")) as bench:
+        await bench.handle(of(first, ["same text"], first), of(second, ["same text"], second))
+        assert outcomes(bench) == {"poor": ["budget_exceeded"], "other": ["ok"]}
+        assert {usage.payer_id: usage.billed.tokens for usage in bench.outbox.usage} == {"poor": 0, "other": 2}
+        assert [item.payer_id for intent in bench.intents() for item in intent.items] == ["other"]
+
+
+async def test_hits_are_delivered_over_budget() -> None:
+    """What costs nothing more is given, and partial hits keep their places."""
+    cache = MemoryCache()
+    async with Bench(cache=cache) as bench:
+        await bench.handle(of("poor", ["known"], "before"))
+    async with Bench(cache=cache, budgets=Spent("poor")) as bench:
+        await bench.handle(of("poor", ["new", "known", "newer"], "after"))
+        assert outcomes(bench) == {"after": ["budget_exceeded", "ok", "budget_exceeded"]}
+        assert bench.provider.asked == []
+
+
+async def test_a_replay_over_budget_still_finds_what_was_paid() -> None:
+    """Crash after step 6: the vector that its payer was about to be charged for is delivered and charged."""
+    cache = MemoryCache()
+    request = of("poor", ["two words"], "c")
+    async with Bench(cache=cache) as bench:
+        await bench.handle(request)
+        paid = bench.outbox.usage[0]
+    async with Bench(cache=cache, budgets=Spent("poor")) as bench:
+        await bench.handle(request)
+        assert [(each.status, each.vector is not None) for each in bench.outbox.results] == [(Status.OK, True)]
+        assert (bench.outbox.usage[0].billed, bench.outbox.usage[0].parts) == (paid.billed, paid.parts)
+
+
+async def test_a_fold_that_has_been_called_is_not_refused_any_more() -> None:
+    """Decided once, before the first call: a budget spent meanwhile does not end what may be paid for already."""
+    spent = Spent()
+    async with Bench(budgets=spent) as bench:
+        bench.provider.script = [ProviderTransient("try_again")]
+        bench.provider.gate = asyncio.Event()
+        await bench.publish(of("poor", ["text"], "begun"))
+        await bench.step()
+        assert len(bench.provider.asked) == 1
+        spent.payers.add("poor")
+        bench.provider.gate.set()
+        await bench.publish(of("poor", ["other"], "late"))
+        await bench.run_until_idle()
+        assert outcomes(bench) == {"begun": ["ok"], "late": ["budget_exceeded"]}
+        assert bench.provider.asked == [["text"], ["text"]]
+
+
+async def test_a_raised_budget_lets_texts_through_again() -> None:
+    """The view is asked for each text: what comes after the release is embedded."""
+    spent = Spent("poor")
+    async with Bench(budgets=spent) as bench:
+        await bench.handle(of("poor", ["text"], "refused"))
+        spent.payers.clear()
+        await bench.handle(of("poor", ["text"], "released"))
+        assert outcomes(bench) == {"refused": ["budget_exceeded"], "released": ["ok"]}
+
+
+OWNERS = ["poor", "broke", "rich", "other"]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    asked=st.lists(
+        st.tuples(st.sampled_from(OWNERS), st.lists(st.sampled_from("abcdef"), min_size=1, max_size=4)),
+        min_size=1,
+        max_size=8,
+    ),
+    spent=st.sets(st.sampled_from(OWNERS)),
+    expired=st.sets(st.integers(0, 7)),
+)
+async def test_no_text_is_paid_by_a_payer_over_budget(
+    asked: list[tuple[str, list[str]]], spent: set[str], expired: set[int]
+) -> None:
+    """Whoever shares texts with whom: each chunk has one outcome, those over budget pay nothing, the others get all."""
+    async with Bench(budgets=Spent(*spent)) as bench:
+        requests = [
+            replace(of(owner, texts, str(i)), deadline_ms=NOW_MS - 1 if i in expired else None)
+            for i, (owner, texts) in enumerate(asked)
+        ]
+        await bench.handle(*requests)
+        for i, (owner, texts) in enumerate(asked):
+            want = "deadline_exceeded" if i in expired else "budget_exceeded" if owner in spent else "ok"
+            assert outcomes(bench)[str(i)] == [want] * len(texts)
+        assert all(usage.billed.tokens == 0 for usage in bench.outbox.usage if usage.payer_id in spent)
+        assert sum(bench.provider.bills.values()) == sum(bench.attributed().values())
+        assert not {item.payer_id for intent in bench.intents() for item in intent.items} & spent
+        assert set(bench.lease.finished) == set(range(len(requests)))
