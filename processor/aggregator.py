@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import zlib
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
 import structlog
@@ -49,8 +49,15 @@ log = structlog.get_logger(__name__)
 
 T = TypeVar("T")
 
-SLICE = 1_000
-"""Records folded in one transaction: bounds the memory of a fold and the time that the event loop stands still."""
+FOLDED_PER_FETCH = 10_000
+"""Of a backlog as many as the broker gives for a partition at once: every bucket that changes is published and written
+once for all that a run brings to it."""
+
+SLICE = 5_000
+"""Records folded in one transaction: bounds the memory of a fold."""
+
+DECODED_A_TURN = 500
+"""So that the loop serves others every few milliseconds."""
 
 PRUNE_PARTS = 256
 PRUNE_EVERY_S = 60.0
@@ -298,7 +305,7 @@ class Aggregator:
         store = self._store
         return UsageState(
             seen=store.seen(partition, {copy.usage.request_id for copy in copies}),
-            totals=store.totals({key for copy in copies for key in copy.buckets}),
+            totals=store.totals({key for buckets in {copy.buckets for copy in copies} for key in buckets}),
             tasks=store.tasks(
                 {
                     TaskKey(copy.usage.request.tenant_id, copy.usage.request.task_id)
@@ -384,17 +391,19 @@ class Aggregator:
         return self._places.get((lease.topic, lease.partition), NOWHERE)
 
     async def _decode(
-        self, kind: type[T], records: Iterable[Record]
+        self, kind: type[T], records: Sequence[Record]
     ) -> tuple[list[tuple[Record, T]], list[tuple[Record, Undecodable]]]:
         """What could be read, and what could not."""
         read: list[tuple[Record, T]] = []
         unread: list[tuple[Record, Undecodable]] = []
-        for record in records:
+        for number, record in enumerate(records, 1):
             message = await self._decoder.read(kind, record.value)
             if isinstance(message, Undecodable):
                 unread.append((record, message))
             else:
                 read.append((record, message))
+            if number % DECODED_A_TURN == 0:
+                await asyncio.sleep(0)
         return read, unread
 
     def _dead_letters(self, unread: Sequence[tuple[Record, Undecodable]], place: Place) -> list[Destination]:

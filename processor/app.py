@@ -34,7 +34,7 @@ from processor.adapters.tiered_cache import TieredCache
 from processor.adapters.tokens import LocalTokenCounter
 from processor.agents import Worker
 from processor.aggregate import DAY_MS
-from processor.aggregator import Aggregator
+from processor.aggregator import FOLDED_PER_FETCH, Aggregator
 from processor.domain import Lane
 from processor.embed import Deployment, Route
 from processor.limits import PACE, Gate, LimitPolicy
@@ -319,6 +319,7 @@ class AggregatorProcess(Process):
             topics=[folded.usage, folded.calls, folded.documents],
             handler=self.aggregator,
             single_owner=True,
+            records_per_fetch=FOLDED_PER_FETCH,
             on_starting=[self._start],
             on_started=[self._started],
             on_stopping=[self._stop],

@@ -158,7 +158,8 @@ class Consumer(driver.Consumer):
             largest_bytes = max(
                 each.serialized_key_size + each.serialized_value_size for run in fetched.values() for each in run
             )
-            self._records_a_fetch = max(1, min(RECORDS_PER_FETCH, FETCH_BYTES // max(1, largest_bytes)))
+            at_most = self.engine.records_per_fetch
+            self._records_a_fetch = max(1, min(at_most, FETCH_BYTES // max(1, largest_bytes)))
         for partition, records in fetched.items():
             # After a rebalance what is left of the fetch is dropped: the next generation seeks before it reads.
             if self.leases is not leases or not self.flow_active:

@@ -26,6 +26,7 @@ from faust.serializers.schemas import Schema
 from processor.adapters.faust_engine import extensions
 from processor.adapters.faust_engine.assignor import SingleOwnerAssignor
 from processor.adapters.faust_engine.consumer import COMMIT_TIMEOUT_S, Consumer, Transport
+from processor.adapters.faust_engine.thread import RECORDS_PER_FETCH
 from processor.adapters.kafka import connection, unavailable, unhurried
 from processor.errors import BrokerUnavailable, DeliveryFailed, ProcessorError, RegistryUnavailable, SettingsError
 from processor.ports import Run, RunHandler
@@ -85,7 +86,8 @@ class Engine:
     `run` is the whole life of a process. `start`, `wait` and `stop` are its parts, to embed it in a running loop.
     The hooks run before the app connects, once it has joined its group, and after the last lease was given up while
     the producer is still open. With `single_owner` one member gets all partitions and the others stand by. With
-    `isolates` a record that ends processes is found and handed over as lethal.
+    `isolates` a record that ends processes is found and handed over as lethal. A run has `records_per_fetch` records at
+    most, and fewer where they are large.
     """
 
     def __init__(
@@ -97,6 +99,7 @@ class Engine:
         handler: RunHandler,
         single_owner: bool = False,
         isolates: bool = False,
+        records_per_fetch: int = RECORDS_PER_FETCH,
         on_starting: Sequence[Hook] = (),
         on_started: Sequence[Hook] = (),
         on_stopping: Sequence[Hook] = (),
@@ -107,6 +110,7 @@ class Engine:
         self._topics = list(topics)
         self._single_owner = single_owner
         self.isolates = isolates
+        self.records_per_fetch = records_per_fetch
         self._on_starting = on_starting
         self._on_started = on_started
         self._on_stopping = on_stopping
