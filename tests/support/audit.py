@@ -291,10 +291,10 @@ def check_attempts(books: Books) -> Residuals:
         bill_tokens, receipt = billed.get(attempt_id, 0), receipts.get(attempt_id)
         if receipt is not None:
             assert receipt.billed_tokens == bill_tokens, "a receipt that is not the provider's bill"
-        attributed = sum(on_time[attempt_id].values())
-        named = on_time[attempt_id] + late[attempt_id]
+        named, named_late = on_time[attempt_id], late[attempt_id]
+        attributed = sum(named.values())
         shares = _shares_by_request(intent.items, bill_tokens)
-        assert set(named) <= set(shares), "a charge names an attempt that did not embed its text"
+        assert set(named) | set(named_late) <= set(shares), "a charge names an attempt that did not embed its text"
         for name, tokens in named.items():
             assert tokens <= sum(shares[name]), f"attempt {attempt_id} is attributed more than its bill"
             assert tokens in _subset_sums(shares[name]), f"attempt {attempt_id}: {tokens} is no share of {shares[name]}"
@@ -305,11 +305,14 @@ def check_attempts(books: Books) -> Residuals:
             residuals.add("unconfirmed", bill_tokens - attributed)
         elif receipt.outcome is CallOutcome.OK:
             left = {name: sum(of_request) - named[name] for name, of_request in shares.items()}
-            residuals.add("late", sum(late[attempt_id].values()))
-            residuals.add("rework", sum(tokens for name, tokens in left.items() if name in charged))
-            residuals.add("unclaimed", sum(tokens for name, tokens in left.items() if name not in charged))
+            of_late = {name: min(named_late[name], tokens) for name, tokens in left.items()}
+            rest = {name: tokens - of_late[name] for name, tokens in left.items()}
+            residuals.add("late", sum(of_late.values()))
+            residuals.add("rework", sum(tokens for name, tokens in rest.items() if name in charged))
+            residuals.add("unclaimed", sum(tokens for name, tokens in rest.items() if name not in charged))
         else:
             assert not named, f"a charge names the {receipt.outcome} attempt {attempt_id}"
+            assert not named_late, f"a charge names the {receipt.outcome} attempt {attempt_id}"
             residuals.add("waste", bill_tokens)
     assert residuals.billed == residuals.attributed + residuals.total
     return residuals
