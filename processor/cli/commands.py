@@ -34,6 +34,8 @@ topics_app = typer.Typer(help="Make and check the topics.", no_args_is_help=True
 app.add_typer(topics_app, name="topics")
 usage_app = typer.Typer()
 app.add_typer(usage_app, name="usage")
+cache_app = typer.Typer(help="Look into the shared cache, erase a tenant from it, fill it.", no_args_is_help=True)
+app.add_typer(cache_app, name="cache")
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, one object a line, instead of text.")]
 
@@ -304,6 +306,79 @@ def rebuild(
     aside = run(carry_out(loaded, planned), debug=_Options.debug)
     moved = "" if aside is None else f"the former store is {aside}; "
     out.print(f"done: {moved}start the aggregator", markup=False, highlight=False)
+
+
+@cache_app.command("stats")
+def cache_stats(
+    tenant: Annotated[str | None, typer.Option(help="Only this tenant's entries.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Count the entries in Redis, and say how it fares: size, life, memory, evictions, hits.
+
+    Bytes and life are those of a sample. Hits are the server's, of all its clients; each worker's own, and the corrupt
+    entries that it met, are in its metrics (cache_lookups, cache_faults).
+    """
+    from processor.cli.cache import read_stats, stats_fields, stats_sentences
+
+    stats = run(read_stats(load(), tenant), debug=_Options.debug)
+    if as_json:
+        print_json(stats_fields(stats))
+    else:
+        out.print("\n".join(stats_sentences(stats)), markup=False, highlight=False)
+
+
+@cache_app.command("purge")
+def cache_purge(
+    tenant: Annotated[str, typer.Option(help="Whose vectors are erased.")],
+    yes: Annotated[bool, typer.Option("--yes", help="Don't ask.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Erase a tenant's vectors from Redis, and from the memory of running workers within seconds.
+
+    Asks first. Needs the workers' settings of the cache: its secret, and the former one while that is changed. What the
+    tenant still sends is cached anew.
+    """
+    from processor.cli.cache import count, purge
+
+    loaded = load()
+    if not yes:
+        found = run(count(loaded, tenant), debug=_Options.debug)
+        typer.confirm(f"Erase {found:,} entries of {tenant}?", abort=True, err=True)
+    purged = run(purge(loaded, tenant), debug=_Options.debug)
+    if as_json:
+        print_json(asdict(purged))
+    else:
+        out.print(purged.sentence(), markup=False, highlight=False)
+
+
+@cache_app.command("warm")
+def cache_warm(
+    files: Annotated[
+        list[Path] | None, typer.Argument(exists=True, dir_okay=False, help="JSON lines, a vector each; or nothing.")
+    ] = None,
+    from_results: Annotated[
+        bool, typer.Option("--from-results", help="Take the results that Kafka retains, with their requests.")
+    ] = False,
+    tenant: Annotated[str | None, typer.Option(help="Only this tenant's.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Put vectors that exist already into Redis, where there are none; nobody is charged for it, then or later.
+
+    A line of a file is {"tenant", "model", "text", "vector"} and, where the request names them too, "dimensions",
+    "input_type", "truncate"; "tokens" is what the provider billed, else they are counted here. The vectors must be
+    those that the model of that name gives today, its prefix included. Settings are read as a worker reads them.
+    """
+    from processor.cli.warm import warm_from_files, warm_from_results
+
+    if bool(files) == from_results:
+        raise typer.BadParameter("give files, or --from-results", param_hint="FILES")
+    loaded = load()
+    work = warm_from_results(loaded, tenant) if from_results else warm_from_files(loaded, files or [], tenant)
+    warmed = run(work, debug=_Options.debug)
+    if as_json:
+        print_json(asdict(warmed))
+    else:
+        out.print(warmed.sentence(), markup=False, highlight=False)
 
 
 @app.command()

@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 
 from processor.adapters import logs
-from processor.errors import BrokerUnavailable, DeliveryFailed, ProcessorError, RegistryUnavailable
+from processor.errors import BrokerUnavailable, CacheUnavailable, DeliveryFailed, ProcessorError, RegistryUnavailable
 
 T = TypeVar("T")
 
@@ -22,8 +22,8 @@ NOT_REACHABLE = 3
 INTERRUPTED = 130
 
 EXIT_CODES = (
-    "Exit codes: 0 ok, 1 failed or something is wrong, 2 wrong usage, 3 Kafka or the registry is not reachable, "
-    "130 interrupted. A worker or an aggregator that can't go on ends with 1, and its log says why. "
+    "Exit codes: 0 ok, 1 failed or something is wrong, 2 wrong usage, 3 Kafka, the registry or Redis is not "
+    "reachable, 130 interrupted. A worker or an aggregator that can't go on ends with 1, and its log says why. "
     "Settings come from environment variables, see `embedding-processor settings`."
 )
 
@@ -42,7 +42,7 @@ err = _console(stderr=True)
 
 def exit_code(error: ProcessorError) -> int:
     """What the process ends with when a command raises this."""
-    unreachable = isinstance(error, BrokerUnavailable | DeliveryFailed | RegistryUnavailable)
+    unreachable = isinstance(error, BrokerUnavailable | DeliveryFailed | RegistryUnavailable | CacheUnavailable)
     return NOT_REACHABLE if unreachable else FAILED
 
 

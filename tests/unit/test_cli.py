@@ -37,6 +37,9 @@ COMMANDS = [
     "results",
     "usage",
     "usage rebuild",
+    "cache stats",
+    "cache purge",
+    "cache warm",
     "doctor",
     "demo",
 ]
@@ -86,6 +89,10 @@ def test_every_command_explains_itself(command: str) -> None:
         ["usage", "--bucket", "2026-13"],
         ["usage", "--bucket", "20261121"],
         ["worker", "--lane", "fast"],
+        ["cache", "purge"],
+        ["cache", "warm"],
+        ["cache", "warm", "README.md", "--from-results"],
+        ["cache", "warm", "no-such-file"],
     ],
 )
 def test_wrong_usage_ends_with_2(arguments: list[str]) -> None:
