@@ -60,6 +60,16 @@ class KafkaReader:
                     await asyncio.sleep(COORDINATOR_POLL_S)
         return {place.partition: known.offset for place, known in found.items() if known.offset >= 0}
 
+    async def offsets_at(self, topic: str, at_ms: int) -> Mapping[int, int]:
+        """Of every partition the first offset that was appended at that time or later, else its end."""
+        async with self._consumer(topic) as consumer:
+            spans = await self._spans(consumer)
+            found = await consumer.offsets_for_times(dict.fromkeys(spans, at_ms))
+            return {
+                place.partition: span.end if found.get(place) is None else found[place].offset
+                for place, span in spans.items()
+            }
+
     async def read(self, topic: str, begin: Mapping[int, int] | None = None) -> AsyncGenerator[Sequence[Record], None]:
         async with self._consumer(topic) as consumer:
             wanted, spans = begin or {}, await self._spans(consumer)

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import aclosing, closing
 from dataclasses import asdict, dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
 
 from processor.accounts import Ledger
 from processor.adapters.avro import Codec
@@ -16,9 +21,10 @@ from processor.adapters.sqlite_store import SqliteStore
 from processor.aggregate import DAY_MS, summarise
 from processor.app import folded_topics
 from processor.audit import Audit, Extent
+from processor.cli.console import money
 from processor.cli.totals import read_partition_totals
 from processor.domain import ProviderCall, Source, Usage
-from processor.findings import LedgerCheck, TotalsCheck, UsageCheck
+from processor.findings import Breach, LedgerCheck, Line, TotalsCheck, UsageCheck, sentences
 from processor.invoice import DayBill, InvoiceLine
 from processor.ports import RecordReader, TopicReader, Undecodable
 from processor.settings import Settings
@@ -227,3 +233,119 @@ def _compare_store(
         for name in Ledger._fields
         if name in FOLDED and folded[name] != books.as_folded[name]
     ], ""
+
+
+# --- for people and programs -------------------------------------------------------------------------------
+
+
+def audit_lines(report: AuditReport) -> Iterator[dict[str, Any]]:
+    """Each difference, finding and day of the invoice as JSON has it."""
+    for each in report.totals.differences:
+        yield {"found": "difference", **each.key._asdict(), **{k: v for k, v in each._asdict().items() if k != "key"}}
+    for ledger_difference in report.ledger_differences or ():
+        yield {"found": "ledger_difference", **ledger_difference._asdict()}
+    for finding in report.ledger.findings:
+        word = "breach" if isinstance(finding.kind, Breach) else "residual"
+        yield {"found": word, **finding._asdict()}
+    for source in report.undecodable:
+        yield {"found": "undecodable", **source._asdict()}
+    for line in report.invoice:
+        known = line.known
+        yield {
+            "found": "invoice",
+            "day": line.day,
+            "tokens": line.billed.tokens,
+            "amount_usd": None if line.billed.amount is None else str(line.billed.amount),
+            "low_tokens": known.low_tokens,
+            "high_tokens": known.high_tokens,
+            "low_usd": usd(known.low_micronanos),
+            "high_usd": None if known.unpriced_tokens else usd(known.high_micronanos),
+            "provable": line.provable,
+            "inside": line.inside,
+        }
+
+
+def print_audit(report: AuditReport, console: Console) -> None:
+    """The report, the verdict last."""
+    for sentence in _sentences(report):
+        console.print(sentence, markup=False, highlight=False)
+    console.print(_ledger_table(report.ledger))
+    for finding in sentences(report.ledger.findings):
+        console.print(finding, markup=False, highlight=False)
+    if report.invoice:
+        console.print(_invoice_table(report.invoice))
+    verdict = "clean: everything is explained" if report.clean else "NOT CLEAN: see the differences and breaches above"
+    console.print(f"{verdict} ({report.seconds:.1f} s)", markup=False, highlight=False)
+
+
+def _sentences(report: AuditReport) -> Iterator[str]:
+    usage, totals = report.usage, report.totals
+    yield (
+        f"usage: {usage.events:,} events, {usage.charges:,} charges, {usage.duplicates:,} duplicates, "
+        f"{usage.late.attempts:,} late ({usage.late.tokens:,} tokens, {_cost(usage.late)}), "
+        f"{usage.others:,} of others, {usage.not_folded:,} not folded yet"
+    )
+    yield (
+        f"totals: {totals.buckets:,} buckets, {totals.proven:,} proven, {totals.not_provable:,} not provable from this "
+        f"log, {len(totals.differences):,} differences"
+    )
+    for key, partition, name, published, recomputed in totals.differences:
+        yield (
+            f"DIFFERENCE {'/'.join(filter(None, key))}, usage partition {partition}: {name} is {published:,}, "
+            f"the log says {recomputed:,}"
+        )
+    if report.ledger_differences is not None:
+        yield f"the aggregator's own ledger: {len(report.ledger_differences)} differences"
+    else:
+        yield f"the aggregator's own ledger: {report.store_note}"
+    for name, stored, recomputed in report.ledger_differences or ():
+        yield f"DIFFERENCE ledger: {name} is {stored:,}, the log says {recomputed:,}"
+    for topic, partition, offset, _ in report.undecodable:
+        yield f"undecodable: {topic}:{partition}:{offset}; it is a dead letter, and counts nowhere"
+    if not report.ledger.balanced:
+        yield "DIFFERENCE ledger: billed is not attributed + residuals"
+
+
+def _ledger_table(ledger: LedgerCheck) -> Table:
+    view = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    view.add_column("provider calls")
+    for name in ("attempts", "tokens", "cost"):
+        view.add_column(name, justify="right")
+    lines = {"billed (receipts)": ledger.billed, "attributed (receipts)": ledger.attributed}
+    lines |= {str(kind): line for kind, line in ledger.residuals.items() if line.attempts}
+    lines["recovered (no receipt)"] = ledger.recovered
+    lines |= {f"BREACH {kind}": line for kind, line in ledger.breaches.items() if line.attempts}
+    for name, line in lines.items():
+        view.add_row(name, f"{line.attempts:,}", f"{line.tokens:,}", _cost(line))
+    view.add_row("failed (billed nothing)", f"{ledger.failed_attempts:,}", "0", money(0))
+    return view
+
+
+def _invoice_table(lines: Sequence[InvoiceLine]) -> Table:
+    view = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    view.add_column("invoice")
+    for name in ("tokens", "receipts", "and unconfirmed", "amount", "receipts", "and unconfirmed"):
+        view.add_column(name, justify="right")
+    view.add_column("")
+    for line in lines:
+        billed, known = line.billed, line.known
+        view.add_row(
+            line.day,
+            "" if billed.tokens is None else f"{billed.tokens:,}",
+            f"{known.low_tokens:,}",
+            f"{known.high_tokens:,}",
+            "" if billed.amount is None else f"${billed.amount}",
+            f"${usd(known.low_micronanos)}",
+            f"{known.unpriced_tokens:,} unpriced" if known.unpriced_tokens else f"${usd(known.high_micronanos)}",
+            "not provable" if not line.provable else "inside" if line.inside else "OUTSIDE",
+        )
+    return view
+
+
+def _cost(line: Line) -> str:
+    return money(line.cost_nanos) + (f" + {line.unpriced_tokens:,} unpriced" if line.unpriced_tokens else "")
+
+
+def usd(micronanos: int) -> str:
+    """Exact dollars of a product of tokens and nano-dollars a million tokens, never in scientific notation."""
+    return f"{Decimal(micronanos).scaleb(-15).normalize():f}"

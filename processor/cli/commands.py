@@ -15,8 +15,8 @@ from rich.table import Table
 from processor.adapters import topics as topic_adapter
 from processor.cli import console, settings_table
 from processor.cli import doctor as doctor_checks
-from processor.cli.console import EXIT_CODES, err, fail_if, out, print_json, run
-from processor.cli.totals import is_bucket, read_totals, table, total_fields
+from processor.cli.console import EXIT_CODES, AsJson, err, fail_if, out, print_json, run
+from processor.cli.usage import app as usage_app
 from processor.client import Client, ReceivedResult
 from processor.domain import Lane
 from processor.errors import ProcessorError
@@ -32,12 +32,9 @@ app = typer.Typer(
 )
 topics_app = typer.Typer(help="Make and check the topics.", no_args_is_help=True)
 app.add_typer(topics_app, name="topics")
-usage_app = typer.Typer()
 app.add_typer(usage_app, name="usage")
 cache_app = typer.Typer(help="Look into the shared cache, erase a tenant from it, fill it.", no_args_is_help=True)
 app.add_typer(cache_app, name="cache")
-
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, one object a line, instead of text.")]
 
 
 class _Options:
@@ -245,67 +242,6 @@ def _print_result(result: ReceivedResult, *, vectors: bool, as_json: bool) -> No
     what = result.error.message if result.error else f"{result.dimensions} dimensions, {result.token_count} tokens"
     where = f"{result.document_id or '-'} {result.chunk_id or f'(all {result.length})'}"
     out.print(f"{result.tenant_id} {where} {result.status} {result.cache} {what}", markup=False, highlight=False)
-
-
-@usage_app.callback(invoke_without_command=True)
-def usage(
-    context: typer.Context,
-    payer: Annotated[str | None, typer.Option(help="Only this payer's.")] = None,
-    bucket: Annotated[
-        str | None, typer.Option(help="A day 2026-11-21 or a month 2026-11; default: all months.")
-    ] = None,
-    dimension: Annotated[
-        Literal["all", "model", "operation", "agent", "collection"], typer.Option(help="What to sum by.")
-    ] = "all",
-    as_json: AsJson = False,
-) -> None:
-    """Print the totals of tokens and money as the aggregator publishes them, by UTC month or day."""
-    if context.invoked_subcommand is not None:
-        return
-    if bucket is not None and not is_bucket(bucket):
-        raise typer.BadParameter("must be a day such as 2026-11-21 or a month such as 2026-11", param_hint="--bucket")
-    totals = run(read_totals(load()), debug=_Options.debug)
-    chosen = {
-        key: sums
-        for key, sums in totals.items()
-        if payer in (None, key.payer_id)
-        and key.dimension == dimension
-        and (key.bucket == bucket if bucket else len(key.bucket) == len("2026-11"))
-    }
-    if as_json:
-        for key, sums in chosen.items():
-            print_json(total_fields(key, sums))
-    elif chosen:
-        out.print(table(chosen))
-    else:
-        err.print("no totals of this choice; they appear some seconds after the requests while an aggregator runs")
-
-
-@usage_app.command()
-def rebuild(
-    forget_totals: Annotated[
-        bool,
-        typer.Option(
-            "--forget-totals", help="Delete the published totals too: token-usage was made again, they are of no log."
-        ),
-    ] = False,
-    yes: Annotated[bool, typer.Option("--yes", help="Don't ask.")] = False,
-) -> None:
-    """Set the aggregator's store aside: it is lost or damaged, or its topics have grown or were made again.
-
-    The next start makes it again from the topics. Stop the aggregator first, and do this wherever an aggregator or a
-    standby keeps a store of its own. Asks before it changes anything.
-    """
-    from processor.cli.rebuild import carry_out, plan
-
-    loaded = load()
-    planned = run(plan(loaded, forget_totals=forget_totals), debug=_Options.debug)
-    out.print("\n".join(planned.sentences()), markup=False, highlight=False)
-    if not yes:
-        typer.confirm("Go on?", abort=True)
-    aside = run(carry_out(loaded, planned), debug=_Options.debug)
-    moved = "" if aside is None else f"the former store is {aside}; "
-    out.print(f"done: {moved}start the aggregator", markup=False, highlight=False)
 
 
 @cache_app.command("stats")

@@ -3,11 +3,10 @@ nothing once a null value has deleted it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import asdict, fields
+from dataclasses import fields
 from datetime import date
-from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.markup import escape
@@ -68,8 +67,17 @@ def add(parts: Iterable[UsageSums]) -> UsageSums:
 
 def table(totals: Mapping[BucketKey, UsageSums]) -> Table:
     """A row for each bucket; `of` is the value of its dimension."""
+    rows = []
+    for key, sums in totals.items():
+        of = "all" if key.dimension == "all" else escape(f"{key.dimension} {key.value}")
+        rows.append(((escape(key.payer_id), key.bucket, of), sums))
+    return sums_table(("payer", "bucket", "of"), rows)
+
+
+def sums_table(heads: Sequence[str], rows: Iterable[tuple[Sequence[str], UsageSums]]) -> Table:
+    """Rows of sums, each with what they are of."""
     view = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
-    for name in ("payer", "bucket", "of"):
+    for name in heads:
         view.add_column(name, overflow="fold")
     for name in (
         "requests",
@@ -82,12 +90,10 @@ def table(totals: Mapping[BucketKey, UsageSums]) -> Table:
         "failed",
     ):
         view.add_column(name, justify="right")
-    for key, sums in totals.items():
+    for names, sums in rows:
         unpriced = "" if not sums.unpriced_tokens else f" + {sums.unpriced_tokens:,} unpriced"
         view.add_row(
-            escape(key.payer_id),
-            key.bucket,
-            "all" if key.dimension == "all" else escape(f"{key.dimension} {key.value}"),
+            *names,
             f"{sums.requests:,}",
             f"{sums.billed_texts:,}",
             f"{sums.billed_tokens:,}",
@@ -98,7 +104,3 @@ def table(totals: Mapping[BucketKey, UsageSums]) -> Table:
             f"{sums.failed_texts:,}",
         )
     return view
-
-
-def total_fields(key: BucketKey, sums: UsageSums) -> dict[str, Any]:
-    return key._asdict() | asdict(sums)

@@ -319,13 +319,13 @@ async def test_the_command_line_from_files_to_a_bill(service: Service, tenant: s
     assert "vector" not in json.loads(out.splitlines()[0])
 
     async def billed() -> bool:
-        code, out, _ = await cli(service, "usage", "--payer", tenant, "--json")
-        totals = [json.loads(line) for line in out.splitlines()]
-        return code == 0 and sum(total["billed_texts"] for total in totals) == summary["ok"]
+        code, out, _ = await cli(service, "usage", "report", "--payer", tenant, "--json")
+        *_, total = [json.loads(line) for line in out.splitlines()]
+        return code == 0 and total["billed_texts"] == summary["ok"]
 
     await until(billed, within_s=30, what="the totals account for the texts")
-    code, out, _ = await cli(service, "usage", "--payer", tenant, "--dimension", "operation")
-    assert (code, "operation document" in out) == (0, True)
+    code, out, _ = await cli(service, "usage", "report", "--payer", tenant, "--by", "operation")
+    assert (code, "document" in out) == (0, True)
     code, out, _ = await cli(service, "doctor", "--json")
     assert code == 0, out
     assert {check["state"] for check in map(json.loads, out.splitlines())} == {"ok"}

@@ -36,6 +36,9 @@ COMMANDS = [
     "quote",
     "results",
     "usage",
+    "usage report",
+    "usage audit",
+    "usage explain",
     "usage rebuild",
     "cache stats",
     "cache purge",
@@ -85,9 +88,16 @@ def test_every_command_explains_itself(command: str) -> None:
         ["quote", "README.md", "--overlap", "500"],
         ["quote", "README.md", "--from", "now"],
         ["results", "--new"],
-        ["usage", "--dimension", "payer"],
-        ["usage", "--bucket", "2026-13"],
-        ["usage", "--bucket", "20261121"],
+        ["usage", "report", "--by", "tenant"],
+        ["usage", "report", "--from", "2026-13"],
+        ["usage", "report", "--to", "20261121"],
+        ["usage", "report", "--from", "2026-11-22", "--to", "2026-11-21"],
+        ["usage", "report", "--by", "month", "--from", "2026-11-21"],
+        ["usage", "report", "--json", "--csv"],
+        ["usage", "audit", "--invoice", "README.md"],
+        ["usage", "audit", "--invoice", "no-such-file"],
+        ["usage", "audit", "--store", "no-such-file"],
+        ["usage", "explain", "id", "--since", "soon"],
         ["worker", "--lane", "fast"],
         ["cache", "purge"],
         ["cache", "warm"],
@@ -106,12 +116,12 @@ def test_wrong_usage_ends_with_2(arguments: list[str]) -> None:
 def test_wrong_settings_are_one_readable_error() -> None:
     """Every fault with its variable, no traceback, exit code 1; --debug shows where it came from."""
     wrong = {"EMBEDDING_CACHE_TTL_S": "soon", "EMBEDDING_LANE": "fast"}
-    done = cli("usage", **wrong)
+    done = cli("usage", "report", **wrong)
     assert done.returncode == 1
     assert "EMBEDDING_CACHE_TTL_S" in done.stderr
     assert "EMBEDDING_LANE" in done.stderr
     assert "Traceback" not in done.stderr
-    assert "Traceback" in cli("--debug", "usage", **wrong).stderr
+    assert "Traceback" in cli("--debug", "usage", "report", **wrong).stderr
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,84 @@
+"""Reads a provider's daily amounts: CSV with a head, or a JSON list of objects, of `date`, `tokens`, `amount`."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterable, Mapping
+from datetime import date
+from decimal import Decimal, InvalidOperation
+from pathlib import Path
+from typing import Any
+
+from processor.invoice import DayBill
+
+
+class InvoiceFault(ValueError):
+    """The file is no invoice of ours; the message names line and field."""
+
+
+def read_invoice(path: Path) -> dict[str, DayBill]:
+    """UTC day -> its bill; rows of one day are summed. Raises InvoiceFault.
+
+    `date` is "2026-11-21", `tokens` a whole number, `amount` dollars; a row has one of the two at least.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        rows = _json_rows(text) if text.lstrip().startswith(("[", "{")) else csv.DictReader(text.splitlines())
+        return _bills(rows)
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, csv.Error) as error:
+        raise InvoiceFault(f"can't be read as CSV or JSON ({type(error).__name__})") from None
+
+
+def _json_rows(text: str) -> list[Any]:
+    rows = json.loads(text, parse_float=Decimal)
+    if not isinstance(rows, list):
+        raise InvoiceFault('must be a list such as [{"date": "2026-11-21", "tokens": 1000, "amount": "0.02"}]')
+    return rows
+
+
+def _bills(rows: Iterable[Any]) -> dict[str, DayBill]:
+    bills: dict[str, DayBill] = {}
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, Mapping) or not row.get("date"):
+            raise InvoiceFault(f"row {number}: date: is missing; the fields are date, tokens, amount")
+        day, bill = _day(number, row["date"]), DayBill(_tokens(number, row), _amount(number, row))
+        if bill == DayBill():
+            raise InvoiceFault(f"row {number}: tokens or amount must be given")
+        bills[day] = bills.get(day, DayBill()) + bill
+    if not bills:
+        raise InvoiceFault("holds no day")
+    return bills
+
+
+def _day(number: int, text: Any) -> str:
+    try:
+        day = date.fromisoformat(str(text).strip()).isoformat()
+    except ValueError:
+        day = ""
+    if day != str(text).strip():
+        raise InvoiceFault(f"row {number}: date: must be a UTC day such as 2026-11-21")
+    return day
+
+
+def _tokens(number: int, row: Mapping[Any, Any]) -> int | None:
+    given = row.get("tokens")
+    if given is None or given == "":
+        return None
+    text = str(given).strip()
+    if isinstance(given, bool) or not (text.isascii() and text.isdecimal()):
+        raise InvoiceFault(f"row {number}: tokens: must be a whole number without separators")
+    return int(text)
+
+
+def _amount(number: int, row: Mapping[Any, Any]) -> Decimal | None:
+    given = row.get("amount")
+    if given is None or given == "":
+        return None
+    try:
+        amount = Decimal(str(given).strip())
+    except InvalidOperation:
+        amount = Decimal("NaN")
+    if isinstance(given, bool) or not amount.is_finite() or amount < 0:
+        raise InvoiceFault(f"row {number}: amount: must be dollars such as 1.25")
+    return amount
