@@ -26,6 +26,7 @@ from processor.adapters.loop_watch import LoopWatch
 from processor.adapters.memory_cache import MemoryCache
 from processor.adapters.outbox import KafkaOutbox
 from processor.adapters.providers import open_deployments
+from processor.adapters.purge_watch import PurgeWatch
 from processor.adapters.reader import KafkaReader
 from processor.adapters.redis_cache import RedisCache
 from processor.adapters.redis_quota import RedisQuota
@@ -200,7 +201,9 @@ class WorkerProcess(Process):
         self.counter = LocalTokenCounter()
         opened = open_deployments(settings, self.catalogue)
         self.redis = RedisCache.from_settings(settings, events) if settings.redis_url else None
-        self.cache = TieredCache(MemoryCache.from_settings(settings), self.redis, events)
+        self.l1 = MemoryCache.from_settings(settings)
+        self.cache = TieredCache(self.l1, self.redis, events)
+        self.purges = PurgeWatch(self.redis, self.l1, clock) if self.redis is not None else None
         self.budgets = BudgetFeed(settings, self.codec) if binds else None
         self.reply_partitions: dict[str, int] = {}
         policy = worker_policy(settings, self.reply_partitions)
@@ -248,6 +251,10 @@ class WorkerProcess(Process):
         self.metrics.gauge("provider_paused").set_function(lambda: float(self.route.paused is not None))
         budgets = self.budgets
         self.metrics.gauge("budgets_age_seconds").set_function(lambda: NO_VIEW if budgets is None else budgets.age_s)
+        self.metrics.gauge("l1_bytes").set_function(lambda: self.l1.size_bytes)
+        gone = self.metrics.gauge("shared_cache_gone")
+        gone.labels("reads").set_function(lambda: float(self.cache.goes_without["reads"]))
+        gone.labels("writes").set_function(lambda: float(self.cache.goes_without["writes"]))
         for deployment in deployments:
             watch_gate(self.metrics, deployment.name, deployment.gate)
 
@@ -261,9 +268,20 @@ class WorkerProcess(Process):
         if self.budgets is not None:
             await self.budgets.start()
             beside.append(self.budgets.run())
+        if self.purges is not None:
+            beside.append(self.purges.run())
         self.worker.start(*beside)
+        await self._tell_cache()
         provider = self.route.provider_name
         log.info("worker", id=worker_id(), lane=settings.lane, provider=provider, port=self.http.port)
+
+    async def _tell_cache(self) -> None:
+        if self.redis is None:
+            return
+        if (said := await self.redis.ping()) != "ok":
+            log.warning("cache", redis=said, meanwhile="goes on without it")
+        if self.settings.has_default_cache_secret:
+            log.warning("cache", secret="the default one", fix="set EMBEDDING_CACHE_SECRET_FILE")
 
     async def _stop(self) -> None:
         await self.worker.stop()
@@ -283,7 +301,12 @@ class WorkerProcess(Process):
                 "deployments": {each.name: each.gate.snapshot() for each in self.route.deployments},
             },
             "decoding": {"paused": self.worker.pipeline.paused},
-            "cache": {"redis": await self.redis.ping() if self.redis is not None else "not configured"},
+            "cache": {
+                "redis": await self.redis.ping() if self.redis is not None else "not configured",
+                "goes_without": self.cache.goes_without,
+                "l1_bytes": self.l1.size_bytes,
+                "l1_entries": len(self.l1),
+            },
             "budgets": None
             if self.budgets is None
             else {"age_s": round(self.budgets.age_s, 1), "refused": self.budgets.refused},

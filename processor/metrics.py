@@ -36,6 +36,8 @@ METRICS = (
     Metric("counter_drift", "counter", ("model",), "Bills that differ from an exact local count."),
     Metric("cache_lookups", "counter", ("level", "result"), "Cache look-ups of keys, by level: hit or miss."),
     Metric("cache_faults", "counter", ("kind",), "Shared-cache faults: unavailable, corrupt, not stored."),
+    Metric("shared_cache_gone", "gauge", ("use",), "1 while reads (writes) go on without the shared cache: it failed."),
+    Metric("l1_bytes", "gauge", (), "Size of the in-process cache as it counts itself."),
     Metric("call_texts", "histogram", (), "Texts of one provider call.", TEXTS),
     Metric("window_seconds", "histogram", (), "Time of one window's look-up and count."),
     Metric("window_texts", "histogram", (), "Texts of one window.", TEXTS),

@@ -29,6 +29,8 @@ from processor.errors import SettingsError
 
 PREFIX = "EMBEDDING_"
 
+DEFAULT_CACHE_SECRET = "embedding-processor"
+
 RESULT_SPARE_BYTES = 50_000
 """What a result may hold beside what it repeats of its request: a vector of up to 10,000 dimensions, ids, names."""
 
@@ -300,10 +302,10 @@ class Settings(BaseSettings):
     )
     l1_bytes: int = Field(64 * 1024 * 1024, ge=0, description="Size of the in-process cache.")
     l1_policy: Literal["lru", "lfu"] = Field(
-        "lru", description="What the in-process cache drops first: what was not used for longest, or least often."
+        "lfu", description="What the in-process cache drops first: what was not used for longest, or least often."
     )
     cache_secret: SecretStr = Field(
-        SecretStr("embedding-processor"),
+        SecretStr(DEFAULT_CACHE_SECRET),
         description="Key of the cache-key hash; set one of your own, or the file below.",
     )
     cache_secret_file: Path | None = Field(None, description="File that holds the cache secret.")
@@ -399,6 +401,11 @@ class Settings(BaseSettings):
             return 1.0
         percent = self.interactive_share_percent
         return (percent if self.lane is Lane.INTERACTIVE else 100 - percent) / 100
+
+    @property
+    def has_default_cache_secret(self) -> bool:
+        """Whether who reads this code can tell from the shared cache's keys whether a text was embedded."""
+        return self.secret("cache_secret") == DEFAULT_CACHE_SECRET
 
     def topic(self, name: str) -> str:
         """The full name of a topic of ours."""

@@ -36,7 +36,7 @@ PURGE_GRACE_S = 1.0
 """Between a purge's two looks: what was on its way to Redis at the first is there by the second."""
 
 L1_PURGED_WITHIN_S = 15
-"""Until then the L1 of each running worker that reaches Redis has let go of what a purge erased."""
+"""So long after a purge the L1 of each running worker that reaches Redis has let go of what it erased."""
 
 DELETE_IF_SAME = "if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('UNLINK', KEYS[1]) end"
 """Another worker may have stored a good value since a spoilt one was read."""
@@ -151,18 +151,19 @@ class RedisCache:
     async def purge(self, tag: bytes) -> int:
         """Erase all entries whose keys begin with the tag; how many there were.
 
-        The purge is noted first, so that workers drop them from their L1 (`purged`) and don't find them here again.
-        Two looks, PURGE_GRACE_S apart, catch what was being written at the first. Whatever a worker embeds later is
-        stored as ever: a tenant that still sends requests is not gone.
+        Two looks, PURGE_GRACE_S apart: the second catches what was being written at the first. The purge is noted last
+        (`purged`), so that no L1 that has let go of an entry finds it here again. What a worker embeds later is stored
+        as ever: a tenant that still sends requests is not gone.
         """
+        erased = await self._erase(tag)
+        await asyncio.sleep(PURGE_GRACE_S)
+        erased += await self._erase(tag)
         now = time.time()
         async with self._budget():
             await self._redis.zremrangebyscore(self._purges, "-inf", now - self._ttl_s)
             await self._redis.zadd(self._purges, {tag: now})
             await self._redis.expire(self._purges, self._ttl_s)
-        erased = await self._erase(tag)
-        await asyncio.sleep(PURGE_GRACE_S)
-        return erased + await self._erase(tag)
+        return erased
 
     async def purged(self) -> Mapping[bytes, float]:
         """The tags that were purged, and when by the purger's clock: for L1s. Kept for as long as entries live."""

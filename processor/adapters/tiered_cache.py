@@ -76,6 +76,11 @@ class TieredCache:
                 return
         self._events.count("cache_faults", len(entries), {"kind": "not_stored"})
 
+    @property
+    def goes_without(self) -> Mapping[str, bool]:
+        """Whether reads, and writes, pass L2 over since it failed."""
+        return {"reads": self._reads.open, "writes": self._writes.open}
+
     def _count(self, level: CacheLevel, *, hits: int, of: int) -> None:
         for result, number in (("hit", hits), ("miss", of - hits)):
             if number:
@@ -88,6 +93,10 @@ class _Breaker:
     def __init__(self, monotonic: Callable[[], float]) -> None:
         self._monotonic = monotonic
         self._open_until: float | None = None
+
+    @property
+    def open(self) -> bool:
+        return self._open_until is not None
 
     def closed(self) -> bool:
         if self._open_until is None:

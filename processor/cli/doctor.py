@@ -70,14 +70,17 @@ async def _cache(settings: Settings) -> Check:
     try:
         redis = RedisCache.from_settings(settings)
     except SettingsError as error:
-        return Check("cache", "error", str(error), "correct EMBEDDING_REDIS_URL")
+        return Check("cache", "error", str(error), "correct the named variable")
     try:
         said = await redis.ping()
     finally:
         await redis.close()
-    if said == "ok":
-        return Check("cache", "ok", "Redis answers")
-    return Check("cache", "error", said, "start Redis, or correct EMBEDDING_REDIS_URL; workers go on without it")
+    if said != "ok":
+        return Check("cache", "error", said, "start Redis, or correct EMBEDDING_REDIS_URL; workers go on without it")
+    if settings.has_default_cache_secret:
+        fix = "put one of your own into a file and name it in EMBEDDING_CACHE_SECRET_FILE"
+        return Check("cache", "warning", "Redis answers; its keys are hashed with the default secret", fix)
+    return Check("cache", "ok", "Redis answers")
 
 
 async def _registry(settings: Settings) -> Check:

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from processor.adapters.cache_entry import decode, encode
+from processor.adapters.eviction import Lru
 from processor.adapters.memory_cache import ENTRIES_A_TURN, ENTRY_OVERHEAD_BYTES, MemoryCache
 from processor.adapters.tiered_cache import TieredCache
 from processor.domain import Entry, Item, TokenSource
@@ -32,7 +33,7 @@ def keys(*names: str) -> list[bytes]:
 
 async def test_l1_lets_the_least_recently_used_go() -> None:
     """A look-up is a use; a store that changes nothing is none."""
-    cache = MemoryCache(max_bytes=3 * SIZE, ttl_s=60)
+    cache = MemoryCache(max_bytes=3 * SIZE, ttl_s=60, eviction=Lru())
     for name in "abc":
         await cache.put_many({name.encode(): an_entry()})
     await cache.get_many(keys("a"), D)
