@@ -182,7 +182,8 @@ class Ledger(NamedTuple):
     """Running sums over all attempts whose residual does not depend on the clock; one attempt's share looks alike.
 
     `unmatched_tokens` are named by charges whose attempt has neither intent nor receipt yet. `unconfirmed_*` are of
-    attempts too old to keep. Residual tokens without a price are in `unpriced_tokens` besides.
+    attempts too old to keep, and `recovered_*` of those among them that charges name: their receipt was lost, not their
+    vectors. Residual tokens without a price are in `unpriced_tokens` besides.
     """
 
     attempts: int = 0
@@ -201,6 +202,8 @@ class Ledger(NamedTuple):
     over_attributed_attempts: int = 0
     over_attributed_tokens: int = 0
     unmatched_tokens: int = 0
+    recovered_attempts: int = 0
+    recovered_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -26,7 +26,7 @@ from processor.accounts import (
     UsageSums,
     UsageTotal,
 )
-from processor.domain import CallKind, CallOutcome, ProviderCall, Usage
+from processor.domain import CallKind, CallOutcome, ProviderCall, TokenType, Usage
 from processor.usage import cost_nanos
 
 DAY_MS = 86_400_000
@@ -160,7 +160,8 @@ def fold_usage(
     to quarantine, not to the totals, nor to the ledger, where it stays uncharged. A bucket takes a charge only
     above its own `last_offset`: it may come from the totals topic and be ahead of `seen`. Copies that only fill
     `seen` still count in the ledger: an attempt's parts over one copy per request never exceed its bill, whichever
-    copy is taken.
+    copy is taken. Usage of other token types, which other services share the topic with, has neither attempts here nor
+    part in a task's progress.
     """
     seen: dict[str, Seen] = {}
     buckets = _Buckets(before.totals, partition)
@@ -170,21 +171,24 @@ def fold_usage(
     first = duplicates = 0
     for copy in copies:
         offset, append_ms, usage, keys = copy
-        previous = seen.get(usage.request_id) or before.seen.get(usage.request_id)
+        key = usage.idempotency_key
+        previous = seen.get(key) or before.seen.get(key)
         if previous is not None and append_ms - previous.last_ms <= 2 * horizon_ms:
             # max: a new partition leader's clock may stand behind the old one's.
-            seen[usage.request_id] = Seen(previous.offset, max(previous.last_ms, append_ms))
+            seen[key] = Seen(previous.offset, max(previous.last_ms, append_ms))
             duplicates += 1
             continue
-        seen[usage.request_id] = Seen(offset, append_ms)
+        seen[key] = Seen(offset, append_ms)
         first += 1
+        ours = usage.token_type == TokenType.EMBEDDING
         is_late = append_ms - usage.charged_at_ms > horizon_ms
-        if not is_late:
+        if ours and not is_late:
             for attempt_id, tokens in usage.parts:
                 attributed[attempt_id] = (attributed.get(attempt_id, (0, 0))[0] + tokens, append_ms)
         if seen_only_until_ms is not None and append_ms <= seen_only_until_ms:
             continue
-        _count_progress(tasks, before.tasks, usage, now_ms)
+        if ours:
+            _count_progress(tasks, before.tasks, usage, now_ms)
         if is_late:
             late.append(copy)
         else:
@@ -427,6 +431,8 @@ def unconfirmed_share(attempt: Attempt) -> Ledger:
     residual = max(attempt.estimated_tokens - attempt.attributed_tokens, 0)
     cost, unpriced = _priced(residual, attempt)
     return Ledger(
+        recovered_attempts=int(attempt.attributed_tokens > 0),
+        recovered_tokens=attempt.attributed_tokens,
         unconfirmed_attempts=1,
         unconfirmed_max_tokens=residual,
         unconfirmed_max_cost_nanos=cost,

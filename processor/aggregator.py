@@ -27,7 +27,7 @@ from processor.aggregate import (
 )
 from processor.budgets import PERCENTS, BudgetBook, read_budgets
 from processor.documents import UNKNOWN, deleted, document_key, fold_manifest, tombstones
-from processor.domain import DeadLetter, DocumentManifest, ProviderCall, Record, Usage
+from processor.domain import DeadLetter, DocumentManifest, ProviderCall, Record, TokenType, Usage
 from processor.errors import LeaseLost, StoreError
 from processor.ports import (
     AggregateStore,
@@ -62,6 +62,8 @@ DECODED_A_TURN = 500
 PRUNE_PARTS = 256
 PRUNE_EVERY_S = 60.0
 
+OURS = frozenset({TokenType.EMBEDDING})
+
 REBUILD = "run `embedding-processor usage rebuild`"
 
 
@@ -80,7 +82,10 @@ NO_BUDGETS = BudgetPlan()
 
 
 class Aggregator:
-    """Implements `ports.RunHandler` for the one process that owns every partition of the folded topics."""
+    """Implements `ports.RunHandler` for the one process that owns every partition of the folded topics.
+
+    `token_types` are those that are totalled, None for all: other services may share the usage topic.
+    """
 
     def __init__(
         self,
@@ -93,6 +98,7 @@ class Aggregator:
         clock: Clock,
         events: Events,
         horizon_ms: int,
+        token_types: frozenset[str] | None = OURS,
         budgets: BudgetPlan = NO_BUDGETS,
     ) -> None:
         self._topics = topics
@@ -103,6 +109,7 @@ class Aggregator:
         self._clock = clock
         self._events = events
         self._horizon_ms = horizon_ms
+        self._token_types = token_types
         self._budgets = BudgetBook(budgets, store, horizon_ms=horizon_ms)
         self._folds: Mapping[str, Callable[[Lease, Sequence[Record]], Awaitable[None]]] = {
             topics.usage: self._fold_usage,
@@ -237,7 +244,11 @@ class Aggregator:
         if fresh:
             place = self._place(lease)
             usages, letters = await self._decode(Usage, fresh)
-            copies = [copy_of(usage, record.source.offset, record.source.append_ms) for record, usage in usages]
+            copies = [
+                copy_of(usage, record.source.offset, record.source.append_ms)
+                for record, usage in usages
+                if self._token_types is None or usage.token_type in self._token_types
+            ]
             first = fresh[0].source
             now_ms = self._clock.now_ms()
             until_ms = seen_only_until(
@@ -283,6 +294,7 @@ class Aggregator:
             self._events.count("usage_events", fold.first - len(fold.late), {"outcome": "charged"})
             self._events.count("usage_events", fold.duplicates, {"outcome": "duplicate"})
             self._events.count("usage_events", len(fold.late), {"outcome": "late"})
+            self._events.count("usage_events", len(usages) - len(copies), {"outcome": "other"})
         _finish(lease, records)
 
     def _due_budgets(self, totals: Sequence[UsageTotal], now_ms: int) -> list[BudgetState | BudgetKey]:
@@ -304,7 +316,7 @@ class Aggregator:
     def _usage_state(self, partition: int, copies: Sequence[Copy]) -> UsageState:
         store = self._store
         return UsageState(
-            seen=store.seen(partition, {copy.usage.request_id for copy in copies}),
+            seen=store.seen(partition, {copy.usage.idempotency_key for copy in copies}),
             totals=store.totals({key for buckets in {copy.buckets for copy in copies} for key in buckets}),
             tasks=store.tasks(
                 {

@@ -498,6 +498,7 @@ class Usage:
     """One `TokenUsage` event: the charge of one request (U4). Its idempotency key is the request id.
 
     Invariant: sum of `parts` tokens == `billed.tokens`. `charged_at_ms` is the append time of the source record.
+    `event_key` is the key of another service's event that is not the request id, as of a request's input and output.
     """
 
     request: Request
@@ -522,10 +523,11 @@ class Usage:
     charged_at_ms: int
     completed_at_ms: int
     time_taken_ms: int
+    event_key: str | None = None
 
     @property
     def idempotency_key(self) -> str:
-        return self.request_id
+        return self.request_id if self.event_key is None else self.event_key
 
 
 class CallItem(NamedTuple):

@@ -82,6 +82,7 @@ def charge(job: Job, provider: str, now: Instant) -> Usage:
     usage.charged_at_ms = job.source.append_ms
     usage.completed_at_ms = now.ms
     usage.time_taken_ms = job.taken_ms(now)
+    usage.event_key = None
     return usage
 
 

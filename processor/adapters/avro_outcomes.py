@@ -297,7 +297,7 @@ class OutcomeWriter:
         return b"".join(
             (
                 header,
-                request_id,  # the idempotency key
+                request_id if usage.event_key is None else encode_text(usage.event_key),
                 request_id,
                 TEXTS[usage.payer_id],
                 echo,

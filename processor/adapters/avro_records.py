@@ -163,6 +163,7 @@ def _usage(fields: Fields) -> Usage:
         billed=Amounts(**fields["billed"]),
         saved=Amounts(**fields["saved"]),
         parts=tuple(Part(**part) for part in fields["parts"]),
+        event_key=None if fields["idempotency_key"] == fields["request_id"] else fields["idempotency_key"],
         **{name: fields[name] for name in _USAGE_PLAIN},
     )
     return checked(usage)

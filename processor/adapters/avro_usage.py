@@ -52,8 +52,9 @@ def read_usage(value: bytes, start: int) -> Usage | None:
 def _read(value: bytes, at: int) -> Usage | None:
     usage: Any = _new(Usage)  # filled slot by slot, see RequestReader
     request: Any = _new(Request)
-    _, at = read_text(value, at)  # the idempotency key
+    event_key, at = read_text(value, at)
     usage.request_id, at = read_text(value, at)
+    usage.event_key = None if event_key == usage.request_id else event_key
     usage.payer_id, at = read_text(value, at)
     request.tenant_id, at = read_text(value, at)
     request.correlation_id, at = read_text(value, at)

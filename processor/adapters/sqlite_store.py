@@ -37,7 +37,7 @@ from processor.domain import CallOutcome
 from processor.errors import LeaseLost, StoreError
 from processor.ports import StoreChange
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 SUMS = [field.name for field in fields(UsageSums)]
 _SUM_VALUES = attrgetter(*SUMS)

@@ -29,7 +29,7 @@ from processor.adapters.sqlite_store import SqliteStore
 from processor.aggregate import PartitionTotals, buckets_of, newest_totals, sums_of, total_of
 from processor.aggregator import Aggregator
 from processor.budgets import read_budgets
-from processor.domain import Amounts, Part, Record, Source, Usage
+from processor.domain import Amounts, Part, Record, Source, TokenType, Usage
 from processor.errors import LeaseLost
 from processor.ports import Destination, Events, Lease, Run, Span, StoreChange, Undecodable
 from processor.totals import FoldedTopics
@@ -292,6 +292,7 @@ class Bench:
         self.horizon_ms = horizon_ms
         self.clock = VirtualClock()
         self.budgets = BudgetPlan()
+        self.token_types: frozenset[str] | None = frozenset({TokenType.EMBEDDING})
         self.counts: dict[tuple[str, str], float] = defaultdict(float)
 
     def lose_store(self) -> None:
@@ -312,6 +313,7 @@ class Bench:
             clock=self.clock,
             events=Events(count=self._count),
             horizon_ms=self.horizon_ms,
+            token_types=self.token_types,
             budgets=self.budgets,
         )
 

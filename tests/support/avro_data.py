@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.errors import NoSuchExample
 
 from processor.accounts import UsageSums, UsageTotal
-from processor.domain import ACTION_ALIASES, OPERATION_OF, Amounts, Request, Result, TokenType, Usage
+from processor.domain import ACTION_ALIASES, OPERATION_OF, Amounts, Request, Result, Usage
 
 LONG = st.integers(-(2**63), 2**63 - 1)
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
@@ -176,7 +176,7 @@ def usage_fields(usage: Usage) -> dict[str, Any]:
         "time_taken_ms",
     )
     own += ("operation", "provider", "model", "vector_space", "token_source", "texts", "characters", "failed_texts")
-    own += ("cached_texts", "price_nanos_per_million", "price_version")
+    own += ("token_type", "cached_texts", "price_nanos_per_million", "price_version")
     return {
         **_echo(usage.request),
         **{name: getattr(usage, name) for name in own},
@@ -184,7 +184,6 @@ def usage_fields(usage: Usage) -> dict[str, Any]:
         "source_topic": usage.source.topic,
         "source_partition": usage.source.partition,
         "source_offset": usage.source.offset,
-        "token_type": TokenType.EMBEDDING,
         "mean_characters": usage.characters / usage.texts if usage.texts else None,
         "billed": _amounts(usage.billed),
         "saved": _amounts(usage.saved),

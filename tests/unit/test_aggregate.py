@@ -5,6 +5,8 @@ from __future__ import annotations
 from datetime import UTC, datetime
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from processor.accounts import BucketKey, Cursor, Ledger, TaskKey, UsageSums
 from processor.aggregate import (
@@ -14,6 +16,8 @@ from processor.aggregate import (
     fold_usage,
     newest_totals,
     seen_only_until,
+    sums_as_tuple,
+    sums_of,
     total_of,
 )
 from processor.domain import Amounts, Usage
@@ -115,6 +119,42 @@ def test_a_bucket_that_is_ahead_takes_only_what_is_above_its_last_offset() -> No
     known = {key: {0: (2, UsageSums(requests=3)), 1: (9, UsageSums(requests=5))} for key in buckets_of(usages[0])}
     sums = set(fold(*usages, state=UsageState({}, known, {}, {}, Ledger())).values())
     assert {each.requests for each in sums} == {3 + 5 + 1}
+
+
+@given(
+    charged=st.lists(st.tuples(st.sampled_from("ab"), st.sampled_from("xy")), max_size=12),
+    ahead=st.lists(st.integers(-1, 13), min_size=6, max_size=6),
+)
+def test_charges_folded_together_are_those_folded_one_by_one(charged: list[tuple[str, str]], ahead: list[int]) -> None:
+    """Whatever run a charge comes in, and however far each of its buckets is ahead: the totals are the same."""
+    usages = [
+        a_usage(a_request(tenant_id=payer, correlation_id=f"r{n}", collection=collection))
+        for n, (payer, collection) in enumerate(charged)
+    ]
+    buckets = sorted({key for usage in usages for key in buckets_of(usage)})
+    known = {
+        key: {0: (offset, UsageSums(requests=100))}
+        for key, offset in zip(buckets, ahead * len(buckets), strict=False)
+        if offset >= 0
+    }
+    expected = {key: partitions[0] for key, partitions in known.items()}
+    for offset, usage in enumerate(usages):
+        for key in buckets_of(usage):
+            last_offset, sums = expected.get(key, (-1, UsageSums()))
+            if offset > last_offset:
+                added = (have + more for have, more in zip(sums_as_tuple(sums), sums_of(usage), strict=True))
+                expected[key] = (offset, UsageSums(*added))
+    folded = fold_usage(
+        [copy_of(usage, offset, NOW_MS) for offset, usage in enumerate(usages)],
+        UsageState({}, known, {}, {}, Ledger()),
+        partition=0,
+        seen_only_until_ms=None,
+        horizon_ms=HORIZON_MS,
+        now_ms=NOW_MS,
+    )
+    changed = {total.key: total.partitions[0] for total in folded.totals}
+    assert {key: partitions[0] for key, partitions in known.items()} | changed == expected
+    assert all(known.get(key, {}).get(0) != value for key, value in changed.items())
 
 
 def test_of_published_versions_the_highest_offset_stands_per_partition() -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from processor.accounts import TaskKey, TaskProgress, UsageTotal
 from processor.adapters.sqlite_store import SqliteStore
-from processor.domain import Amounts, CallKind, CallOutcome, Part, Source, Usage
+from processor.domain import Amounts, CallKind, CallOutcome, Part, Source, TokenType, Usage
 from processor.ports import Destination, Run
 from tests.support.aggregation import (
     DAY_MS,
@@ -357,6 +357,8 @@ async def test_each_residual_has_its_class(order: tuple[str, str]) -> None:
         "over_attributed_attempts": 0,
         "over_attributed_tokens": 0,
         "unmatched_tokens": 19,
+        "recovered_attempts": 1,
+        "recovered_tokens": 16,
     }
     assert late.residual_tokens == 11 + 5 + 14
 
@@ -425,6 +427,56 @@ async def test_a_late_charge_stays_uncharged() -> None:
         assert summary is not None
         assert (summary.sums.attributed_tokens, summary.sums.uncharged_tokens) == (0, 3)
         assert await bench.log.totals() == {}
+
+
+# --- a topic that is shared -------------------------------------------------------------------------------
+
+
+def of_another_service(log: MemoryLog) -> None:
+    """A charge of ours, and what another service wrote of one request of its own: input and output."""
+    a_bill(log, "a")
+    a_charge(log, "a", number=1, tokens=3)
+    for word, tokens in ((TokenType.INPUT, 100), (TokenType.OUTPUT, 10), (TokenType.OUTPUT, 11)):
+        request = a_request(task_id="t", correlation_id="theirs")
+        theirs = a_usage(
+            request,
+            token_type=word,
+            event_key=f"theirs-{word}",
+            billed=Amounts(1, tokens, 5, None),
+            parts=(Part("theirs", tokens),),
+        )
+        log.append(Destination("usage", theirs))
+
+
+async def test_usage_of_other_token_types_is_passed_over() -> None:
+    """By default what other services write counts in nothing but a metric."""
+    with a_bench() as bench:
+        of_another_service(bench.log)
+        summary = await bench.run()
+
+        assert {sums.billed_tokens for sums in (await bench.log.totals()).values()} == {3}
+        assert await bench.log.progress() == {}
+        assert summary is not None
+        assert (summary.sums.attributed_tokens, summary.sums.unmatched_tokens) == (3, 0)
+        assert bench.counts["usage_events", "other"] == 3
+        assert bench.counts["usage_events", "charged"] == 1
+
+
+@pytest.mark.parametrize(
+    "token_types, tokens", [(None, 113), (frozenset({"input"}), 100), (frozenset({"embedding", "output"}), 13)]
+)
+async def test_token_types_that_are_named_are_totalled(token_types: frozenset[str] | None, tokens: int) -> None:
+    """First copies by their idempotency key, which two events of one request need not share; never in our ledger."""
+    with a_bench() as bench:
+        bench.token_types = token_types
+        of_another_service(bench.log)
+        summary = await bench.run()
+
+        totals = await bench.log.totals()
+        assert {s.billed_tokens for key, s in totals.items() if key.dimension in ("all", "model")} == {tokens}
+        assert await bench.log.progress() == {}
+        assert summary is not None
+        assert summary.sums.unmatched_tokens == 0
 
 
 # --- upkeep ----------------------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ from processor.domain import (
     Source,
     Status,
     TokenSource,
+    TokenType,
     Usage,
 )
 from tests.support.avro_data import LONG, TEXT, encode, result_fields, total_fields, usage_fields
@@ -116,6 +117,8 @@ USAGES = st.builds(
     cached_texts=COUNT,
     parts=st.lists(st.builds(Part, TEXTS, COUNT), max_size=3).map(tuple),
     token_source=st.sampled_from(TokenSource),
+    token_type=st.sampled_from(TokenType),
+    event_key=st.none() | TEXTS,
     price_nanos_per_million=st.none() | LONG,
     price_version=OPTIONAL,
     charged_at_ms=TIME,
