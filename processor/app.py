@@ -334,6 +334,7 @@ class AggregatorProcess(Process):
             clock=SystemClock(),
             events=Events(self.metrics.count, self.metrics.observe),
             horizon_ms=settings.horizon_days * DAY_MS,
+            token_types=None if "*" in settings.usage_token_types else frozenset(settings.usage_token_types),
             budgets=read_budgets_file(settings.budgets_file),
         )
         self.engine = Engine(

@@ -60,7 +60,12 @@ METRICS = (
         "Longest time that one piece of work kept all others waiting, in the last one to two minutes.",
     ),
     Metric("extension_loaded", "gauge", ("name",), "1 if a compiled part of faust or aiokafka is in use; 0 is slow."),
-    Metric("usage_events", "counter", ("outcome",), "Usage events folded: charged, duplicate or late."),
+    Metric(
+        "usage_events",
+        "counter",
+        ("outcome",),
+        "Usage events: charged, duplicate or late; other: a token type not totalled.",
+    ),
     Metric("stale_vectors_deleted", "counter", (), "Tombstones written for what a newer manifest left out."),
     Metric("budgets_reached", "counter", ("percent",), "Payers' months that reached 50, 80 or 100% of their budget."),
     Metric(
