@@ -120,6 +120,7 @@ class Audit:
         self._calls_from_ms = max((log.complete_from_ms(now_ms) for log in calls_log.values()), default=0)
         self._first = FirstCopies(horizon_ms)
         self._late: set[Key] = set()
+        """Charged late and never on time."""
         self._sums: defaultdict[int, dict[Sequence[BucketKey], list[int]]] = defaultdict(dict)
         """Usage partition -> buckets that get the same charges -> their sums."""
         self._attributed: dict[Key, int] = {}
@@ -142,7 +143,9 @@ class Audit:
             check.others += 1
             return
         _, partition, offset, append_ms = source
-        key = packed(usage.request_id)
+        key = packed(usage.idempotency_key)
+        late = append_ms - usage.charged_at_ms > self._horizon_ms
+        charged_on_time = late and key in self._first and key not in self._late
         if not self._first.take(partition, key, append_ms):
             check.duplicates += 1
             return
@@ -157,10 +160,12 @@ class Audit:
                 provider=usage.provider,
                 request_id=usage.request_id,
             )
-        if append_ms - usage.charged_at_ms > self._horizon_ms:
+        if late:
             check.late.add(usage.billed.tokens, usage.price_nanos_per_million)
-            self._late.add(key)
+            if not charged_on_time:
+                self._late.add(key)
             return
+        self._late.discard(key)
         if ours:
             for attempt_id, tokens in usage.parts:
                 attempt = packed(attempt_id)
@@ -340,6 +345,8 @@ class Audit:
                     unconfirmed_max_tokens=beyond,
                     unconfirmed_max_cost_nanos=cost or 0,
                     unpriced_tokens=beyond if cost is None else 0,
+                    recovered_attempts=int(attributed > 0),
+                    recovered_tokens=attributed,
                 )
         for key, tokens in self._attributed.items():
             if tokens == CLOSED:

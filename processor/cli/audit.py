@@ -38,7 +38,7 @@ FOLDED = frozenset(
         *("attempts", "billed_tokens", "attributed_tokens", "waste_attempts", "waste_tokens", "waste_cost_nanos"),
         *("uncharged_attempts", "uncharged_tokens", "uncharged_cost_nanos", "unconfirmed_attempts"),
         *("unconfirmed_max_tokens", "unconfirmed_max_cost_nanos", "unpriced_tokens", "over_attributed_attempts"),
-        *("over_attributed_tokens", "unmatched_tokens"),
+        *("over_attributed_tokens", "unmatched_tokens", "recovered_attempts", "recovered_tokens"),
     }
 )
 """Sums of `accounts.Ledger` that the audit recomputes."""

@@ -196,6 +196,7 @@ class _Scan:
         horizon_ms = self._settings.horizon_days * DAY_MS
         committed = await self._reader.committed(self._topic("usage"))
         first = FirstCopies(horizon_ms)
+        newest: dict[str, Charge] = {}
         async for record in self._records("usage"):
             if record.value is None or self._mark not in record.value:
                 continue
@@ -207,12 +208,14 @@ class _Scan:
             life, source = self._life(usage.request_id, usage.request.tenant_id), record.source
             life.action = life.action or usage.request.action
             life.chunks = life.chunks or usage.texts
-            if not first.take(source.partition, usage.request_id, source.append_ms):
-                life.charges[-1].copies += 1
+            key = usage.idempotency_key
+            if not first.take(source.partition, key, source.append_ms):
+                newest[key].copies += 1
                 continue
             late = source.append_ms - usage.charged_at_ms > horizon_ms
             folded = source.offset < committed.get(source.partition, 0)
-            life.charges.append(Charge(source=source, usage=usage, late=late, in_totals=folded and not late))
+            newest[key] = Charge(source=source, usage=usage, late=late, in_totals=folded and not late)
+            life.charges.append(newest[key])
 
     async def _calls(self) -> None:
         """Attempts of charges, and those whose intents list items of a request: they may be charged to nobody."""

@@ -35,12 +35,8 @@ EMBEDDING = frozenset({"embedding"})
 
 async def audited(log: MemoryLog, **options: Any) -> Audit:
     """The finished audit of a log as it stands."""
-    books, unread, _ = await read_books(
-        log,
-        log.codec,
-        TOPICS,
-        **{"horizon_ms": HORIZON_MS, "now_ms": log.now_ms, "token_types": EMBEDDING} | options,
-    )
+    wanted: dict[str, Any] = {"horizon_ms": HORIZON_MS, "now_ms": log.now_ms, "token_types": EMBEDDING}
+    books, unread, _ = await read_books(log, log.codec, TOPICS, **wanted | options)
     assert unread == []
     return books
 
@@ -105,7 +101,7 @@ PRICE = 20_000_000
 def call(log: MemoryLog, attempt_id: str, *shares: tuple[Request, int], **intent: Any) -> None:
     """An intent of one item per request."""
     items = tuple(CallItem(request_id(request), 0, "acme", tokens) for request, tokens in shares)
-    fields = {
+    fields: dict[str, Any] = {
         "attempt_id": attempt_id,
         "items": items,
         "estimated_tokens": sum(tokens for _, tokens in shares),
@@ -130,7 +126,7 @@ def receive(log: MemoryLog, attempt_id: str, billed: int, outcome: CallOutcome =
 
 def charge(log: MemoryLog, request: Request, *parts: tuple[str, int], **overrides: Any) -> None:
     tokens = sum(tokens for _, tokens in parts)
-    fields = {
+    fields: dict[str, Any] = {
         "billed": Amounts(1, tokens, 5, 20 * tokens),
         "parts": tuple(Part(*part) for part in parts),
         "charged_at_ms": log.now_ms,
@@ -142,8 +138,8 @@ async def a_ledger(log: MemoryLog, **options: Any) -> tuple[LedgerCheck, dict[st
     """The ledger, and the tokens of each class that is not empty."""
     ledger = (await audited(log, **options)).ledger
     assert ledger.balanced
-    lines = {**ledger.residuals, **ledger.breaches}
-    classes = {kind.value: line.tokens for kind, line in lines.items() if line.attempts}
+    lines = [*ledger.residuals.items(), *ledger.breaches.items()]
+    classes = {kind.value: line.tokens for kind, line in lines if line.attempts}
     assert sorted((f.kind.value, f.tokens) for f in ledger.findings) == sorted(classes.items())
     return ledger, classes
 
@@ -210,6 +206,19 @@ async def test_one_attempt_is_split_into_rework_late_and_unclaimed() -> None:
     assert books.usage.late == Line(attempts=1, tokens=6, cost_nanos=120)
     _, classes = await a_ledger(log)
     assert classes == {"late": 6, "unclaimed": 8, "rework": 10}
+
+
+async def test_a_share_that_was_charged_on_time_is_not_late_for_a_late_copy() -> None:
+    """Copies that stand far apart are charges of their own, and the later one may be late."""
+    log = MemoryLog()
+    call(log, "a", (ONE, 3))
+    receive(log, "a", 3)
+    charge(log, ONE, ("a", 3))
+    charged_at_ms = log.now_ms
+    log.now_ms += 2 * HORIZON_MS + 1
+    charge(log, ONE, ("a", 3), charged_at_ms=charged_at_ms)
+    assert (await audited(log)).usage.late.attempts == 1
+    assert (await a_ledger(log))[1] == {}
 
 
 async def test_an_attempt_without_receipt_is_in_flight_and_then_unconfirmed() -> None:
@@ -307,6 +316,15 @@ async def test_usage_of_other_services_is_passed_over_or_totalled_by_setting() -
     assert (books.usage.others, books.usage.charges, books.ledger.findings) == (1, 0, [])
     books = await audited(log, token_types=None)
     assert (books.usage.others, books.usage.charges, books.ledger.findings) == (0, 1, [])
+
+
+async def test_events_of_other_services_are_told_apart_by_their_own_keys() -> None:
+    """A request's input and output are two charges, each with its copies."""
+    log = MemoryLog()
+    for key in ("in", "out", "out"):
+        charge(log, ONE, token_type=TokenType.OUTPUT, event_key=key)
+    books = await audited(log, token_types=None)
+    assert (books.usage.charges, books.usage.duplicates) == (2, 1)
 
 
 async def test_charges_and_receipts_whose_intents_have_expired_are_no_breach() -> None:
