@@ -317,6 +317,14 @@ class WorkerProcess(Process):
         return {"default": self.catalogue.default_model, "models": self.catalogue.describe()}
 
 
+RESIDUALS = ("waste", "uncharged", "unconfirmed_max")
+LEDGER_CLASSES = {
+    "tokens": ("billed", "attributed", "recovered", *RESIDUALS, "unpriced", "unmatched", "over_attributed"),
+    "cost_nanos": RESIDUALS,
+}
+"""The label of each sum of the ledger, by its unit."""
+
+
 class AggregatorProcess(Process):
     """The aggregator and what it is made of."""
 
@@ -348,9 +356,10 @@ class AggregatorProcess(Process):
             on_started=[self._started],
             on_stopping=[self._stop],
         )
-        ledger = self.metrics.gauge("ledger_tokens")
-        for word in ("billed", "attributed", "waste", "uncharged", "unconfirmed_max"):
-            ledger.labels(word).set_function(partial(self._ledger_tokens, f"{word}_tokens"))
+        for unit, words in LEDGER_CLASSES.items():
+            gauge = self.metrics.gauge(f"ledger_{unit}")
+            for word in words:
+                gauge.labels(word).set_function(partial(self._ledger_sum, f"{word}_{unit}"))
 
     async def _start(self) -> None:
         await super()._start()
@@ -363,7 +372,7 @@ class AggregatorProcess(Process):
     async def _health(self) -> Mapping[str, Any]:
         return {**await super()._health(), "ledger": await self._ledger()}
 
-    def _ledger_tokens(self, name: str) -> float:
+    def _ledger_sum(self, name: str) -> float:
         return float(getattr(self.aggregator.ledger_summary().sums, name))
 
     async def _ledger(self) -> Mapping[str, Any]:

@@ -76,7 +76,14 @@ METRICS = (
     ),
     Metric("aggregator_pruned_keys", "counter", (), "Keys dropped from the store: no copy of them can come."),
     Metric("ledger_over_attributed_attempts", "counter", (), "Attempts charged more than their bill: must stay 0."),
-    Metric("ledger_tokens", "gauge", ("class",), "Tokens of the ledger: billed, attributed and residuals by class."),
+    Metric(
+        "ledger_tokens",
+        "gauge",
+        ("class",),
+        "Tokens of the ledger: billed, attributed, residuals by class (unpriced: of all of these, without a price), and "
+        "what must stay 0: unmatched once its intent had time to be read, over_attributed.",
+    ),
+    Metric("ledger_cost_nanos", "gauge", ("class",), "Cost of the residuals by class, in nano-dollars."),
 )
 
 
