@@ -15,7 +15,7 @@ from rich.table import Table
 from processor.adapters import topics as topic_adapter
 from processor.cli import console, settings_table
 from processor.cli import doctor as doctor_checks
-from processor.cli.console import EXIT_CODES, AsJson, err, fail_if, out, print_json, run
+from processor.cli.console import EXIT_CODES, AsJson, Options, err, fail_if, out, print_json, run
 from processor.cli.usage import app as usage_app
 from processor.client import Client, ReceivedResult
 from processor.domain import Lane
@@ -37,16 +37,12 @@ cache_app = typer.Typer(help="Look into the shared cache, erase a tenant from it
 app.add_typer(cache_app, name="cache")
 
 
-class _Options:
-    debug = False
-
-
 def main() -> None:
     """Run the command line; an error of ours is one readable line, with --debug a traceback before it."""
     try:
         app()
     except ProcessorError as error:
-        if _Options.debug:
+        if Options.debug:
             err.print_exception()
         err.print(f"error: {error}", style="red", markup=False, highlight=False)
         sys.exit(console.exit_code(error))
@@ -54,7 +50,7 @@ def main() -> None:
 
 @app.callback()
 def _common(debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and debug logs.")] = False) -> None:
-    _Options.debug = debug
+    Options.debug = debug
 
 
 @app.command()
@@ -97,7 +93,7 @@ def topics_create(
     as_json: AsJson = False,
 ) -> None:
     """Make the topics that are missing; what exists is left as it is."""
-    made = run(topic_adapter.create(load(), partitions=partitions, replication=replication), debug=_Options.debug)
+    made = run(topic_adapter.create(load(), partitions=partitions, replication=replication), debug=Options.debug)
     if as_json:
         print_json({"made": made})
     else:
@@ -107,7 +103,7 @@ def topics_create(
 @topics_app.command("check")
 def topics_check(as_json: AsJson = False) -> None:
     """Say what is wrong with the topics and how to mend it. Exit code 1 when a worker would refuse to start."""
-    findings = run(topic_adapter.check(load()), debug=_Options.debug)
+    findings = run(topic_adapter.check(load()), debug=Options.debug)
     for finding in findings:
         if as_json:
             print_json(finding._asdict())
@@ -153,7 +149,7 @@ def produce(
             wait=wait or replace,
             timeout_s=timeout_s,
         ),
-        debug=_Options.debug,
+        debug=Options.debug,
     )
     if as_json:
         print_json(asdict(summary))
@@ -201,7 +197,7 @@ def quote(
         begin=begin,
         call_s=call_seconds,
     )
-    report = run(quote_sources(load(), sources, wishes), debug=_Options.debug)
+    report = run(quote_sources(load(), sources, wishes), debug=Options.debug)
     if as_json:
         print_json(report.fields())
     else:
@@ -228,7 +224,7 @@ def results(
 
     if new and not follow:
         raise typer.BadParameter("needs --follow: there is nothing beyond the end yet", param_hint="--new")
-    run(show(), debug=_Options.debug)
+    run(show(), debug=Options.debug)
 
 
 def _print_result(result: ReceivedResult, *, vectors: bool, as_json: bool) -> None:
@@ -256,7 +252,7 @@ def cache_stats(
     """
     from processor.cli.cache import read_stats, stats_fields, stats_sentences
 
-    stats = run(read_stats(load(), tenant), debug=_Options.debug)
+    stats = run(read_stats(load(), tenant), debug=Options.debug)
     if as_json:
         print_json(stats_fields(stats))
     else:
@@ -278,9 +274,9 @@ def cache_purge(
 
     loaded = load()
     if not yes:
-        found = run(count(loaded, tenant), debug=_Options.debug)
+        found = run(count(loaded, tenant), debug=Options.debug)
         typer.confirm(f"Erase {found:,} entries of {tenant}?", abort=True, err=True)
-    purged = run(purge(loaded, tenant), debug=_Options.debug)
+    purged = run(purge(loaded, tenant), debug=Options.debug)
     if as_json:
         print_json(asdict(purged))
     else:
@@ -310,7 +306,7 @@ def cache_warm(
         raise typer.BadParameter("give files, or --from-results", param_hint="FILES")
     loaded = load()
     work = warm_from_results(loaded, tenant) if from_results else warm_from_files(loaded, files or [], tenant)
-    warmed = run(work, debug=_Options.debug)
+    warmed = run(work, debug=Options.debug)
     if as_json:
         print_json(asdict(warmed))
     else:
@@ -324,7 +320,7 @@ def doctor(as_json: AsJson = False) -> None:
     async def look() -> list[doctor_checks.Check]:
         return [check async for check in doctor_checks.examine()]
 
-    checks = run(look(), debug=_Options.debug)
+    checks = run(look(), debug=Options.debug)
     if as_json:
         for check in checks:
             print_json(asdict(check))
@@ -358,4 +354,4 @@ def demo(
     """
     from processor.cli.demo import run_demo
 
-    raise typer.Exit(run_demo(files or [], as_json=as_json, keep=keep, debug=_Options.debug))
+    raise typer.Exit(run_demo(files or [], as_json=as_json, keep=keep, debug=Options.debug))

@@ -40,6 +40,12 @@ out = _console(stderr=False)
 err = _console(stderr=True)
 
 
+class Options:
+    """Of the whole command line, set before any command begins."""
+
+    debug = False
+
+
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, one object a line, instead of text.")]
 
 

@@ -7,11 +7,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Annotated
 
-import click
 import typer
 
 from processor.cli import report as reports
-from processor.cli.console import AsJson, err, fail_if, out, print_json, run
+from processor.cli.console import AsJson, Options, err, fail_if, out, print_json, run
 from processor.cli.invoice_file import InvoiceFault, read_invoice
 from processor.cli.totals import read_totals
 from processor.settings import load
@@ -19,10 +18,6 @@ from processor.settings import load
 app = typer.Typer(help="What was embedded for whom, what it cost, and whether it adds up.", no_args_is_help=True)
 
 Days = "A UTC day 2026-11-21 or month 2026-11"
-
-
-def _debug() -> bool:
-    return bool(click.get_current_context().find_root().params.get("debug"))
 
 
 @app.command()
@@ -45,7 +40,7 @@ def report(
         chosen = reports.periods(by, first, last)
     except reports.PeriodFault as fault:
         raise typer.BadParameter(str(fault), param_hint=fault.option) from None
-    shown = reports.report(run(read_totals(load()), debug=_debug()), by, chosen, payer)
+    shown = reports.report(run(read_totals(load()), debug=Options.debug), by, chosen, payer)
     if as_json:
         for line in reports.json_lines(shown):
             print_json(line)
@@ -87,7 +82,7 @@ def audit(
         bills = None if invoice is None else read_invoice(invoice)
     except InvoiceFault as fault:
         raise typer.BadParameter(str(fault), param_hint="--invoice") from None
-    found = run(run_audit(load(), invoice=bills, provider=provider, store=store), debug=_debug())
+    found = run(run_audit(load(), invoice=bills, provider=provider, store=store), debug=Options.debug)
     if as_json:
         for line in audit_lines(found):
             print_json(line)
@@ -117,7 +112,7 @@ def explain_request(
         since_ms = None if since is None else int(datetime.strptime(f"{since}Z", "%Y-%m-%d%z").timestamp() * 1000)
     except ValueError:
         raise typer.BadParameter("must be a day such as 2026-11-21", param_hint="--since") from None
-    told = run(explain(load(), correlation_id, tenant_id=tenant, since_ms=since_ms), debug=_debug())
+    told = run(explain(load(), correlation_id, tenant_id=tenant, since_ms=since_ms), debug=Options.debug)
     if as_json:
         for life in told.lives:
             print_json(life.fields())
@@ -149,10 +144,10 @@ def rebuild(
     from processor.cli.rebuild import carry_out, plan
 
     loaded = load()
-    planned = run(plan(loaded, forget_totals=forget_totals), debug=_debug())
+    planned = run(plan(loaded, forget_totals=forget_totals), debug=Options.debug)
     out.print("\n".join(planned.sentences()), markup=False, highlight=False)
     if not yes:
         typer.confirm("Go on?", abort=True)
-    aside = run(carry_out(loaded, planned), debug=_debug())
+    aside = run(carry_out(loaded, planned), debug=Options.debug)
     moved = "" if aside is None else f"the former store is {aside}; "
     out.print(f"done: {moved}start the aggregator", markup=False, highlight=False)
