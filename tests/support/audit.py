@@ -7,7 +7,7 @@ the records alone, whether a broker or a test's memory holds them.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
@@ -21,6 +21,7 @@ from processor.adapters.avro import Codec
 from processor.adapters.reader import KafkaReader
 from processor.adapters.topics import topics
 from processor.domain import (
+    WHOLE_REQUEST,
     CallItem,
     CallKind,
     CallOutcome,
@@ -179,11 +180,12 @@ def check_outcomes(
     dimensions: int,
     refused: Mapping[str, str] | None = None,
     refused_models: Mapping[str, str] | None = None,
+    budgeted: Collection[str] = (),
 ) -> int:
     """Laws 1 and 6: one outcome per accepted chunk, none invented, copies agree, each vector is its own text's.
 
     A text that holds a marker of `refused` must have ended as an error of that code, a request for a model of
-    `refused_models` as a whole, and no other as any but a deadline of its own.
+    `refused_models` as a whole, and no other as any but for a deadline of its own, or if its payer is `budgeted`.
     Returns how many records were copies beyond the first.
     """
     accepted = books.accepted()
@@ -195,52 +197,58 @@ def check_outcomes(
         assert (result.tenant_id, result.correlation_id) == (request.tenant_id, request.correlation_id)
         assert dict(result.metadata) == dict(request.metadata)
         code = (refused_models or {}).get(request.model or "")
+        excuses: set[str] = set()
         if code is not None:
-            assert (result.chunk_index, result.length) == (-1, len(request.chunks)), "it stands for all of its chunks"
+            assert (result.chunk_index, result.length) == (WHOLE_REQUEST, len(request.chunks)), "of all its chunks"
             assert result.error
             assert result.error.code == code
             stands_for = range(len(request.chunks))
         else:
             position = result.chunk_index - request.first_chunk_index
             assert 0 <= position < len(request.chunks), "a chunk that was never sent"
-            _check_outcome(result, request, request.chunks[position], vector_of, dimensions, refused or {})
+            excuses |= {"deadline_exceeded"} if request.deadline_ms is not None else set()
+            excuses |= {"budget_exceeded"} if (request.agent_owner_id or request.tenant_id) in budgeted else set()
+            chunk = request.chunks[position]
+            _check_outcome(result, chunk, _codes(chunk.text, refused or {}), excuses, vector_of, dimensions)
             stands_for = range(position, position + 1)
         for position in stands_for:
             place = (result.request_id, position)
             copies += place in outcomes
             first = outcomes.setdefault(place, result)
             assert (first.chunk_id, first.vector_id) == (result.chunk_id, result.vector_id)
-            assert first.status == result.status or request.deadline_ms is not None, "copies that differ in status"
+            assert first.status == result.status or excuses, "copies that differ in status"
     missing = {(name, i) for name, request in accepted.items() for i in range(len(request.chunks))} - set(outcomes)
     assert not missing, f"{len(missing)} chunks without outcome, e.g. {sorted(missing)[:3]}"
     return copies
 
 
+def _codes(text: str, refused: Mapping[str, str]) -> set[str]:
+    """What this text must end as, if it is to fail."""
+    if not text or text.isspace():
+        return {"empty_text"}
+    return {code for marker, code in refused.items() if marker in text}
+
+
 def _check_outcome(
     result: ReceivedResult,
-    request: Request,
     chunk: Chunk,
+    codes: set[str],
+    excuses: set[str],
     vector_of: Callable[[str, int], np.ndarray[Any, Any]],
     dimensions: int,
-    refused: Mapping[str, str],
 ) -> None:
     assert result.chunk_id == chunk.chunk_id
-    codes = [code for marker, code in refused.items() if marker in chunk.text]
-    if not chunk.text or chunk.text.isspace():
-        codes = ["empty_text"]
-    if result.status == "error" and request.deadline_ms is not None and codes != ["empty_text"]:
-        codes.append("deadline_exceeded")
-    elif not codes:
-        assert result.status == "ok", (result.status, result.error)
-        assert result.vector is not None
-        assert result.vector.shape == (dimensions,)
-        assert np.isfinite(result.vector).all()
-        cosine = float(result.vector @ vector_of(chunk.text, dimensions) / np.linalg.norm(result.vector))
-        assert cosine > 0.99, f"the vector of another text: cosine {cosine:.3f}"
+    if codes or (excuses and result.status == "error"):
+        assert result.status == "error", result.status
+        assert result.error is not None
+        assert result.error.code in codes | excuses, (result.error.code, codes, excuses)
         return
-    assert result.status == "error", result.status
-    assert result.error is not None
-    assert result.error.code in codes, (result.error.code, codes)
+    assert result.status == "ok", (result.status, result.error)
+    assert result.vector is not None
+    assert result.vector.shape == (dimensions,)
+    assert np.isfinite(result.vector).all()
+    cosine = float(result.vector @ vector_of(chunk.text, dimensions) / np.linalg.norm(result.vector))
+    assert cosine > 0.99, f"the vector of another text: cosine {cosine:.3f}"
 
 
 def check_charges(books: Books) -> None:
@@ -254,6 +262,7 @@ def check_charges(books: Books) -> None:
     again = {name: times for name, times in (charged - books.due()).items() if times}
     assert not again, f"{len(again)} requests charged more than once"
     sent = {(record.source[:3], request_id(request)): record.source.append_ms for record, request in books.requests}
+    failed = _failed_texts(books)
     for record, usage in books.usage:
         request = accepted[usage.request_id]
         assert usage.charged_at_ms == sent[usage.source[:3], usage.request_id], "not the time of its source record"
@@ -262,6 +271,8 @@ def check_charges(books: Books) -> None:
         assert sum(part.tokens for part in usage.parts) == usage.billed.tokens
         assert usage.texts == len(request.chunks)
         assert usage.billed.texts + usage.saved.texts + usage.failed_texts == usage.texts
+        always, ever = failed[usage.request_id]
+        assert always <= usage.failed_texts <= ever, (usage.failed_texts, always, ever)
         characters = sum(len(chunk.text) for chunk in request.chunks)
         unfailed = usage.billed.characters + usage.saved.characters
         assert usage.characters == characters
@@ -272,6 +283,20 @@ def check_charges(books: Books) -> None:
             assert side.cost_nanos == exact, (side, price)
         if not request.use_cache:
             assert usage.saved.texts == 0, "an item that refuses the cache was given somebody else's vector"
+
+
+def _failed_texts(books: Books) -> Mapping[str, tuple[int, int]]:
+    """By request id how many texts failed in each of their copies, and how many in any."""
+    failures: defaultdict[tuple[str, int], list[bool]] = defaultdict(list)
+    for _, result in books.results:
+        begin = result.first_chunk_index if result.chunk_index == WHOLE_REQUEST else result.chunk_index
+        for index in range(begin, begin + result.length):
+            failures[result.request_id, index].append(result.status == "error")
+    found: defaultdict[str, tuple[int, int]] = defaultdict(lambda: (0, 0))
+    for (name, _), copies in failures.items():
+        always, ever = found[name]
+        found[name] = always + all(copies), ever + any(copies)
+    return found
 
 
 def check_attempts(books: Books) -> Residuals:

@@ -18,6 +18,7 @@ from processor.errors import DeliveryFailed
 from tests.support import aggregation, audit
 from tests.support.builders import a_request
 from tests.support.far_ends import (
+    BUDGETED,
     PARTITIONS,
     POISON,
     PRICES,
@@ -25,15 +26,15 @@ from tests.support.far_ends import (
     Emission,
     Ends,
     Group,
-    GroupLease,
     Hazards,
     Luck,
     OutputLog,
-    Process,
     RequestLog,
     SharedCache,
+    Spent,
     the_vector,
 )
+from tests.support.simulated import GroupLease, Process
 from tests.support.steps import VirtualClock
 
 DAY_S = 86_400
@@ -41,7 +42,7 @@ TOO_LONG = "endless " * 11
 NONSENSE = "nonsense"
 
 WILD = Hazards()
-CALM = Hazards(zombies=False, cache_loss=False, deadlines=False, months=False, tenants_roam=False)
+CALM = Hazards(zombies=False, cache_loss=False, deadlines=False, budgets=False, months=False, tenants_roam=False)
 """U7: the cache kept, no zombies, no two workers on one key."""
 
 
@@ -64,7 +65,9 @@ class World:
         luck = self.luck = Luck(seed, hazards, self.clock)
         requests, output = RequestLog(), OutputLog()
         self.group = Group(requests, output)
-        self.ends = Ends(luck, requests, output, self.group, SharedCache(luck), Account(luck), emission or Emission())
+        self.ends = Ends(
+            luck, requests, output, self.group, SharedCache(luck), Account(luck), Spent(), emission or Emission()
+        )
         self.processes: list[Process] = []
         self._broken: list[BaseException] = []
         self._dying: list[Process] = []
@@ -110,6 +113,7 @@ class World:
             "move": 2 if hazards.tenants_roam else 0,
             "steal": 2 if hazards.zombies else 0,
             "forget": 2 if hazards.cache_loss else 0,
+            "budget": 2 if hazards.budgets else 0,
             "months": 0.05 if hazards.months else 0,
         }
         action = dice.choices(list(weights), list(weights.values()))[0]
@@ -136,6 +140,8 @@ class World:
                 for key in list(self.ends.cache.entries):
                     if dice.random() < 0.5:
                         del self.ends.cache.entries[key]
+            case "budget":
+                self.ends.spent.payers ^= {BUDGETED}
             case "months":
                 self.clock.now_s += dice.choice([20, 36, 71]) * DAY_S
         await self._bury()
@@ -237,7 +243,12 @@ def check(ended: Ended) -> audit.Residuals:
     books = ended.books
     refused = {POISON: "provider_rejects", "endless": "text_too_long"}
     audit.check_outcomes(
-        books, vector_of=the_vector, dimensions=4, refused=refused, refused_models={NONSENSE: "unknown_model"}
+        books,
+        vector_of=the_vector,
+        dimensions=4,
+        refused=refused,
+        refused_models={NONSENSE: "unknown_model"},
+        budgeted=[BUDGETED],
     )
     audit.check_charges(books)
     residuals = audit.check_attempts(books)
@@ -286,7 +297,7 @@ def _a_request(dice: random.Random, number: int, texts: Sequence[str]) -> Reques
         collection=dice.choice(["docs", None]),
         document_id=dice.choice([None, "doc-1", f"doc-{number}"]),
         agent_id=dice.choice([None, "bob"]),
-        agent_owner_id="initech" if dice.random() < 0.2 else None,
+        agent_owner_id=BUDGETED if dice.random() < 0.2 else None,
         task_id=dice.choice([None, "task"]),
         first_chunk_index=dice.choice([0, 0, 7]),
         metadata={"number": str(number)},
