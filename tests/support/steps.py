@@ -34,7 +34,17 @@ from processor.embed import Deployment, Route
 from processor.errors import LeaseLost
 from processor.limits import Gate, LimitPolicy
 from processor.pipeline import Ports
-from processor.ports import NO_FORMER, Budgets, Destination, Found, Lease, ProviderAnswer, Run, TokenCounts
+from processor.ports import (
+    NO_FORMER,
+    Budgets,
+    Destination,
+    Found,
+    Lease,
+    ProviderAnswer,
+    Run,
+    TokenCounter,
+    TokenCounts,
+)
 from processor.work import Policy
 from tests.support.builders import NOW_MS, a_record, a_source
 
@@ -269,6 +279,7 @@ class Bench:
         spare: BillingProvider | None = None,
         max_concurrent_calls: int = 16,
         budgets: Budgets | None = None,
+        counter: TokenCounter | None = None,
         **policy: Any,
     ) -> None:
         self.clock = VirtualClock()
@@ -307,7 +318,7 @@ class Bench:
                 decoder=self.codec,
                 catalogue=TinyCatalogue(),
                 cache=self.cache,
-                counter=WordCounter(),
+                counter=counter or WordCounter(),
                 outbox=self.outbox,
                 clock=self.clock,
                 budgets=budgets,

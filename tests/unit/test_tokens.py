@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from processor.adapters import local_files
 from processor.adapters.tokens import WORDPIECE, LocalTokenCounter
 from processor.domain import ModelSpec, TokenSource
+from tests.support.builders import a_request
+from tests.support.steps import Bench
 
 COUNTER = LocalTokenCounter()
 
@@ -35,6 +37,15 @@ def count(text: str, tokenizer: str | None) -> int:
         ("[SEP] [CLS]", 6, 6, 9, 3),
         ("a\x00b", 3, 3, 3, 1),
         ("", 0, 0, 2, 1),
+        ("'rer", 2, 2, 5, 1),
+        ("today\n ", 3, 3, 3, 2),
+        ("today\n \n", 2, 2, 3, 2),
+        (" \x850", 4, 4, 3, 1),
+        ("👍", 3, 1, 3, 1),
+        ("def f(x):\n    return x", 7, 7, 10, 6),
+        ("<|endofprompt|>", 7, 7, 10, 4),
+        ("<|fim_prefix|>", 7, 6, 10, 4),
+        ("[MASK]", 3, 3, 5, 2),
     ],
 )
 def test_counts_are_the_published_ones(text: str, cl100k: int, o200k: int, wordpiece: int, estimated: int) -> None:
@@ -52,6 +63,26 @@ def test_counts_are_the_published_ones(text: str, cl100k: int, o200k: int, wordp
 def test_a_count_says_whether_it_is_exact(tokenizer: str | None, source: TokenSource) -> None:
     """An estimate is never passed off as a count."""
     assert COUNTER.count(["x"], a_model(tokenizer)).source is source
+
+
+@given(st.text(st.characters(codec="utf-8"), max_size=60))
+def test_an_estimate_is_at_least_one_token(text: str) -> None:
+    """U1: a split by estimates gives every text a share, and no text is longer than its bytes."""
+    assert 1 <= count(text, None) <= max(1, len(text.encode()))
+
+
+async def test_a_charge_by_estimates_says_so() -> None:
+    """U1: where neither provider nor tokenizer tells, each text is charged what it is estimated at, named as that."""
+    async with Bench(counter=COUNTER) as bench:
+        bench.provider.spoil = lambda answer: answer._replace(billed_tokens=None)
+        outbox = await bench.handle(a_request(["a", "two words"]))
+        usage = outbox.usage[0]
+        assert usage.token_source is TokenSource.ESTIMATE
+        assert usage.billed.tokens == 1 + 3
+        assert [(result.token_count, result.token_source) for result in outbox.results] == [
+            (1, TokenSource.ESTIMATE),
+            (3, TokenSource.ESTIMATE),
+        ]
 
 
 def test_a_tokenizer_that_is_not_installed_leaves_an_estimate() -> None:
