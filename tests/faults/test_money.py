@@ -136,15 +136,17 @@ async def test_the_bill_adds_up_through_faults_kills_and_an_empty_cache(
             if wave == KILL_AGGREGATOR_AT:
                 first.kill()
             if wave == KILL_STANDBY_AT:
-                await until(lambda: attempts(standby) > 0, within_s=30, what="the standby has taken over")
+                await until(lambda: attempts(standby) > 0, within_s=60, what="the standby has taken over")
                 await until(
-                    stack.spawn("aggregator").ready, within_s=30, what="the first stands by, with its old store"
+                    stack.spawn("aggregator").ready, within_s=60, what="the first stands by, with its old store"
                 )
                 standby.kill()
             if wave < WAVES - 1:
                 victim = dice.randrange(len(workers))
                 workers[victim].kill()
                 workers[victim] = stack.spawn("worker")
+        for child in workers:
+            await until(child.ready, within_s=60, what=f"{child.name} is ready, and can be stopped")
         await until(traffic.all_committed, within_s=120, what="every request is committed")
         expected, settings = progress_of(requests), stack.settings()
 

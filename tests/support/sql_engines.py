@@ -107,15 +107,14 @@ def bigquery_on_duckdb() -> Iterator[Run]:
     import sqlglot
 
     def run(statements: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> Rows:
-        with duckdb.connect() as database:
+        with tempfile.TemporaryDirectory() as folder, duckdb.connect(config={"threads": 1}) as database:
+            landed = Path(folder) / "landed.csv"
             for number, statement in enumerate(statements):
                 [translated] = sqlglot.transpile(statement, read="bigquery", write="duckdb")
                 answer = database.execute(translated)
                 if number == 0:
-                    values = ", ".join("?" * len(rows[0]))
-                    database.executemany(
-                        f"INSERT INTO token_usage VALUES ({values})", [[*row.values()] for row in rows]
-                    )
+                    landed.write_text(_csv(rows), encoding="utf-8")
+                    database.execute(rf"COPY token_usage FROM '{landed}' (FORMAT csv, NULL '\N', HEADER false)")
             names = [column[0] for column in answer.description or ()]
             return [dict(zip(names, map(str, row), strict=True)) for row in answer.fetchall()]
 
