@@ -240,10 +240,10 @@ async def warm_from_results(settings: Settings, tenant_id: str | None) -> Warmed
             offered = join.entry_of(result)
             if isinstance(offered, str):
                 warmer.warmed.skipped[offered] += 1
-            elif offered is not None and offered.paid:
+            elif offered is not None and offered.paid and offered.key not in brought:
                 brought.add(offered.key)
                 await warmer.offer(offered.key, offered.former, offered.entry)
-            elif offered is not None:
+            elif offered is not None and not offered.paid:
                 others.add(offered.key)
         # What was found in a cache is the same vector as its payer's, and only wanted when that one's has expired.
         if others := others - brought:
