@@ -1,8 +1,9 @@
 """A cache entry as bytes: what Redis holds.
 
-Little-endian: version, token source, lengths of the two ids (a byte each), CRC-32, tokens, tokens cut off, leader's
-index, dimensions (4 bytes each), the vector as float32, the leader's request id and the attempt id as UTF-8. The
-checksum covers the key too, so a value that came under a wrong key is as bad as a broken one.
+Little-endian: version, token source, lengths of the two ids (a byte each), CRC-32, the embedding function (the tag that
+the key has of it), tokens, tokens cut off, leader's index, dimensions (4 bytes each), the vector as float32, the
+leader's request id and the attempt id as UTF-8. The checksum covers the key too, and with it tenant, function and text:
+a value that came under a wrong key is as bad as a broken one.
 """
 
 from __future__ import annotations
@@ -13,11 +14,14 @@ import zlib
 import numpy as np
 
 from processor.domain import Entry, Item, TokenSource
+from processor.ports import FUNCTION_TAG_BYTES, SCOPE_TAG_BYTES
 
-VERSION = 2
+VERSION = 3
 
-_HEADER = struct.Struct("<BBBBIIIII")
+_HEADER = struct.Struct("<BBBBI4sIIII")
+_unpack = _HEADER.unpack_from
 _AFTER_CRC = 8
+_FUNCTION = slice(SCOPE_TAG_BYTES, SCOPE_TAG_BYTES + FUNCTION_TAG_BYTES)
 _SOURCES = (TokenSource.PROVIDER, TokenSource.TOKENIZER, TokenSource.ESTIMATE)
 
 
@@ -31,6 +35,7 @@ def encode(key: bytes, entry: Entry) -> bytes:
             len(request_id),
             len(attempt_id),
             0,
+            _function(key),
             entry.tokens,
             entry.cut_tokens,
             entry.leader.index,
@@ -47,11 +52,12 @@ def decode(key: bytes, value: bytes, dimensions: int) -> Entry | None:
     """The entry, or None when the value is not one of this key, version and number of dimensions."""
     if len(value) < _HEADER.size:
         return None
-    version, source, request_bytes, attempt_bytes, crc, tokens, cut_tokens, index, size = _HEADER.unpack_from(value)
+    version, source, request_bytes, attempt_bytes, crc, function, tokens, cut_tokens, index, size = _unpack(value)
     ids = _HEADER.size + 4 * size
     if (
         version != VERSION
         or size != dimensions
+        or function != _function(key)
         or len(value) != ids + request_bytes + attempt_bytes
         or crc != _checksum(key, value)
     ):
@@ -64,6 +70,10 @@ def decode(key: bytes, value: bytes, dimensions: int) -> Entry | None:
         token_source=_SOURCES[source],
         cut_tokens=cut_tokens,
     )
+
+
+def _function(key: bytes) -> bytes:
+    return key[_FUNCTION].ljust(FUNCTION_TAG_BYTES, b"\0")
 
 
 def _checksum(key: bytes, value: bytes | bytearray) -> int:

@@ -5,26 +5,41 @@ from __future__ import annotations
 from collections import OrderedDict
 from typing import Protocol
 
+from processor.ports import Found
+
 MOST_USES = 3
 """Further uses are not counted: what is no longer asked for is gone after so many looks at it."""
 SMALL_PARTS = 10
 
 
+class Slot:
+    """A kept entry. All that a look-up needs lies in one place: of a full cache each object more is a cache miss."""
+
+    __slots__ = ("dimensions", "expires_at", "found", "key", "uses")
+
+    def __init__(self, key: bytes, found: Found, dimensions: int, expires_at: float) -> None:
+        self.key = key
+        self.found = found
+        self.dimensions = dimensions
+        self.expires_at = expires_at
+        self.uses = 0
+
+
 class Eviction(Protocol):
-    """Knows the keys that a cache holds; each call is O(1), `victim` on average."""
+    """Knows the slots of a cache; each call is O(1), `victim` on average."""
 
-    def added(self, key: bytes) -> None:
-        """The key was not there before."""
+    def added(self, slot: Slot) -> None:
+        """There was none of its key."""
         ...
 
-    def used(self, key: bytes) -> None: ...
+    def used(self, slot: Slot) -> None: ...
 
-    def removed(self, key: bytes) -> None:
-        """The key has gone for a reason of its own."""
+    def removed(self, slot: Slot) -> None:
+        """It has gone for a reason of its own."""
         ...
 
-    def victim(self) -> bytes:
-        """The key that goes now: it is known no more. Only while there is one."""
+    def victim(self) -> Slot:
+        """The one that goes now: it is known no more. Only while there is one."""
         ...
 
 
@@ -32,17 +47,19 @@ class Lru:
     """The least recently used goes."""
 
     def __init__(self) -> None:
-        self._keys: OrderedDict[bytes, None] = OrderedDict()
-        self.used = self._keys.move_to_end
+        self._slots: OrderedDict[bytes, Slot] = OrderedDict()
 
-    def added(self, key: bytes) -> None:
-        self._keys[key] = None
+    def added(self, slot: Slot) -> None:
+        self._slots[slot.key] = slot
 
-    def removed(self, key: bytes) -> None:
-        del self._keys[key]
+    def used(self, slot: Slot) -> None:
+        self._slots.move_to_end(slot.key)
 
-    def victim(self) -> bytes:
-        return self._keys.popitem(last=False)[0]
+    def removed(self, slot: Slot) -> None:
+        del self._slots[slot.key]
+
+    def victim(self) -> Slot:
+        return self._slots.popitem(last=False)[1]
 
 
 class S3Fifo:
@@ -54,40 +71,39 @@ class S3Fifo:
     """
 
     def __init__(self) -> None:
-        self._small: OrderedDict[bytes, int] = OrderedDict()
-        self._main: OrderedDict[bytes, int] = OrderedDict()
+        self._small: OrderedDict[bytes, Slot] = OrderedDict()
+        self._main: OrderedDict[bytes, Slot] = OrderedDict()
         self._gone: OrderedDict[bytes, None] = OrderedDict()
 
-    def added(self, key: bytes) -> None:
-        if key in self._gone:
-            del self._gone[key]
-            self._main[key] = 0
+    def added(self, slot: Slot) -> None:
+        if slot.key in self._gone:
+            del self._gone[slot.key]
+            self._main[slot.key] = slot
         else:
-            self._small[key] = 0
+            self._small[slot.key] = slot
 
-    def used(self, key: bytes) -> None:
-        queue = self._main if key in self._main else self._small
-        uses = queue[key]
-        if uses < MOST_USES:
-            queue[key] = uses + 1
+    def used(self, slot: Slot) -> None:
+        if slot.uses < MOST_USES:
+            slot.uses += 1
 
-    def removed(self, key: bytes) -> None:
-        del (self._main if key in self._main else self._small)[key]
+    def removed(self, slot: Slot) -> None:
+        del (self._main if slot.key in self._main else self._small)[slot.key]
 
-    def victim(self) -> bytes:
+    def victim(self) -> Slot:
         small, main = self._small, self._main
         while True:
             if SMALL_PARTS * len(small) >= len(small) + len(main):
-                key, uses = small.popitem(last=False)
-                if uses < 2:
+                key, slot = small.popitem(last=False)
+                if slot.uses < 2:
                     self._remember(key)
-                    return key
-                main[key] = 0
+                    return slot
+                slot.uses = 0
             else:
-                key, uses = main.popitem(last=False)
-                if uses == 0:
-                    return key
-                main[key] = uses - 1
+                key, slot = main.popitem(last=False)
+                if slot.uses == 0:
+                    return slot
+                slot.uses -= 1
+            main[key] = slot
 
     def _remember(self, key: bytes) -> None:
         self._gone[key] = None

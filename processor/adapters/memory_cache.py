@@ -6,16 +6,16 @@ import asyncio
 import random
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import NamedTuple, Self
+from typing import Self
 
 import numpy as np
 
-from processor.adapters.eviction import Eviction, Lru, S3Fifo
+from processor.adapters.eviction import Eviction, Lru, S3Fifo, Slot
 from processor.domain import CacheLevel, Entry
 from processor.ports import NO_FORMER, SCOPE_TAG_BYTES, Found
 from processor.settings import Settings
 
-ENTRY_OVERHEAD_BYTES = 1_100
+ENTRY_OVERHEAD_BYTES = 900
 """What an entry takes beside its vector, measured: key, ids, objects and their places in the tables."""
 
 ENTRIES_A_TURN = 256
@@ -23,11 +23,6 @@ ENTRIES_A_TURN = 256
 
 KEYS_A_TURN = 10_000
 """So many are looked at for a tag before everybody else gets a turn: 2 ms."""
-
-
-class _Kept(NamedTuple):
-    found: Found
-    expires_at: float
 
 
 class MemoryCache:
@@ -54,7 +49,8 @@ class MemoryCache:
         self._used = self._eviction.used
         self._monotonic = monotonic
         self._chance = chance
-        self._kept: dict[bytes, _Kept] = {}
+        self._slots: dict[bytes, Slot] = {}
+        self._sizes: dict[int, int] = {}
         self.size_bytes = 0
 
     @classmethod
@@ -67,20 +63,19 @@ class MemoryCache:
         )
 
     def __len__(self) -> int:
-        return len(self._kept)
+        return len(self._slots)
 
     def peek(self, key: bytes, dimensions: int) -> Found | None:
-        kept = self._kept.get(key)
-        if kept is None:
+        slot = self._slots.get(key)
+        if slot is None:
             return None
-        found, expires_at = kept
-        if expires_at <= self._monotonic():
-            self._remove(key)
+        if slot.expires_at <= self._monotonic():
+            self._remove(slot)
             return None
-        if found.entry.vector.size != dimensions:
+        if slot.dimensions != dimensions:
             return None
-        self._used(key)
-        return found
+        self._used(slot)
+        return slot.found
 
     async def get_many(
         self,
@@ -99,8 +94,10 @@ class MemoryCache:
             if size_bytes > self._max_bytes or self._living(key, now):
                 continue
             found = Found(_compact(entry), CacheLevel.L1)
-            self._kept[key] = _Kept(found, now + self._ttl_s * (1 - self._ttl_jitter * self._chance()))
-            self._eviction.added(key)
+            dimensions = self._sizes.setdefault(entry.vector.size, entry.vector.size)  # one object for all
+            expires_at = now + self._ttl_s * (1 - self._ttl_jitter * self._chance())
+            slot = self._slots[key] = Slot(key, found, dimensions, expires_at)
+            self._eviction.added(slot)
             self.size_bytes += size_bytes
             while self.size_bytes > self._max_bytes:
                 self._forget(self._eviction.victim())
@@ -108,29 +105,30 @@ class MemoryCache:
     async def drop(self, tags: Collection[bytes]) -> int:
         """Let go of all entries whose keys begin with one of these scope tags; how many there were."""
         dropped = 0
-        keys = list(self._kept)
+        keys = list(self._slots)
         for begin in range(0, len(keys), KEYS_A_TURN):
             if begin:
                 await asyncio.sleep(0)
             for key in keys[begin : begin + KEYS_A_TURN]:
-                if key[:SCOPE_TAG_BYTES] in tags and key in self._kept:
-                    self._remove(key)
+                if key[:SCOPE_TAG_BYTES] in tags and (slot := self._slots.get(key)) is not None:
+                    self._remove(slot)
                     dropped += 1
         return dropped
 
     def _living(self, key: bytes, now: float) -> bool:
-        kept = self._kept.get(key)
-        if kept is not None and kept.expires_at <= now:
-            self._remove(key)
+        slot = self._slots.get(key)
+        if slot is not None and slot.expires_at <= now:
+            self._remove(slot)
             return False
-        return kept is not None
+        return slot is not None
 
-    def _remove(self, key: bytes) -> None:
-        self._eviction.removed(key)
-        self._forget(key)
+    def _remove(self, slot: Slot) -> None:
+        self._eviction.removed(slot)
+        self._forget(slot)
 
-    def _forget(self, key: bytes) -> None:
-        self.size_bytes -= _size(self._kept.pop(key).found.entry)
+    def _forget(self, slot: Slot) -> None:
+        del self._slots[slot.key]
+        self.size_bytes -= _size(slot.found.entry)
 
 
 def _size(entry: Entry) -> int:
