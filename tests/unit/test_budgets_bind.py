@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import pytest
@@ -13,8 +15,11 @@ from hypothesis import strategies as st
 from processor.accounts import Budget, BudgetKey, BudgetState
 from processor.adapters.budget_feed import exceeded
 from processor.domain import ErrorCode, Fault, Request, Status
-from processor.errors import ProviderTransient
+from processor.errors import CallTooLarge, ProviderError, ProviderTransient
+from processor.packing import Packer
+from processor.work import Fold, Policy
 from tests.support.builders import NOW_MS, a_request
+from tests.support.folds import a_fold, tenants
 from tests.support.steps import Bench, MemoryCache
 
 SPENT = exceeded(
@@ -109,21 +114,42 @@ async def test_a_replay_over_budget_still_finds_what_was_paid() -> None:
         assert (bench.outbox.usage[0].billed, bench.outbox.usage[0].parts) == (paid.billed, paid.parts)
 
 
-async def test_a_fold_that_has_been_called_is_not_refused_any_more() -> None:
+@pytest.mark.parametrize("error", [ProviderTransient("try_again"), CallTooLarge("call_too_large", http_status=413)])
+async def test_a_fold_that_has_been_called_is_not_refused_any_more(error: ProviderError) -> None:
     """Decided once, before the first call: a budget spent meanwhile does not end what may be paid for already."""
     spent = Spent()
     async with Bench(budgets=spent) as bench:
-        bench.provider.script = [ProviderTransient("try_again")]
+        bench.provider.script = [error]
         bench.provider.gate = asyncio.Event()
-        await bench.publish(of("poor", ["text"], "begun"))
+        await bench.publish(of("poor", ["text", "more"], "begun"))
         await bench.step()
         assert len(bench.provider.asked) == 1
         spent.payers.add("poor")
         bench.provider.gate.set()
         await bench.publish(of("poor", ["other"], "late"))
         await bench.run_until_idle()
-        assert outcomes(bench) == {"begun": ["ok"], "late": ["budget_exceeded"]}
-        assert bench.provider.asked == [["text"], ["text"]]
+        assert outcomes(bench) == {"begun": ["ok", "ok"], "late": ["budget_exceeded"]}
+        assert sorted(chain(*bench.provider.asked)) == ["more", "more", "text", "text"]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    texts=st.lists(st.tuples(st.sampled_from(["poor", "rich", "other"]), st.integers(1, 10)), min_size=1, max_size=60)
+)
+def test_no_call_holds_a_text_over_budget(texts: list[tuple[str, int]]) -> None:
+    """However calls are filled, each text either goes once or ends once, by its payer alone."""
+    folds = [a_fold("w", tokens, tenant=tenant) for tenant, tokens in texts]
+    packer = Packer(Policy(), Spent("poor"))
+    packer.add(folds, 0.0, NOW_MS)
+    sent: list[Fold] = []
+    ended: list[Fold] = []
+    while packer.next_tokens(0.0, 0.0, None) is not None:
+        call, over = packer.take(0.0, NOW_MS, 0.0, None)
+        sent += call.folds if call is not None else []
+        ended += over
+    assert Counter(tenants(sent)) == Counter(tenant for tenant, _ in texts if tenant != "poor")
+    assert Counter(tenants(ended)) == Counter(tenant for tenant, _ in texts if tenant == "poor")
+    assert len(packer) == 0
 
 
 async def test_a_raised_budget_lets_texts_through_again() -> None:
@@ -139,7 +165,7 @@ async def test_a_raised_budget_lets_texts_through_again() -> None:
 OWNERS = ["poor", "broke", "rich", "other"]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     asked=st.lists(
         st.tuples(st.sampled_from(OWNERS), st.lists(st.sampled_from("abcdef"), min_size=1, max_size=4)),
