@@ -1,4 +1,7 @@
-"""Everything that endangers the bill at once: three workers, equal texts, provider faults, kills, an empty cache."""
+"""Everything that endangers the bill at once: three workers, equal texts, provider faults, kills, an empty cache.
+
+EMBEDDING_TEST_SEED varies traffic, faults and who is killed.
+"""
 
 from __future__ import annotations
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import os
+import pwd
 import shutil
 import subprocess
 import tempfile
@@ -32,10 +33,13 @@ def postgresql() -> Iterator[Run]:
     if found is None or shutil.which("psql") is None:
         raise EngineMissing("PostgreSQL (Debian, Ubuntu: apt-get install postgresql)")
     binaries = Path(found).resolve().parent
-    as_user: dict[str, Any] = {"user": "nobody", "group": "nogroup", "extra_groups": []} if os.geteuid() == 0 else {}
-    with tempfile.TemporaryDirectory() as folder:
-        if as_user:
-            shutil.chown(folder, "nobody", "nogroup")
+    as_user: dict[str, Any] = {}
+    # Where nobody may go too, and short: the path of a socket holds 107 bytes.
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        if os.geteuid() == 0:
+            nobody = pwd.getpwnam("nobody")
+            as_user = {"user": nobody.pw_uid, "group": nobody.pw_gid, "extra_groups": []}
+            os.chown(folder, nobody.pw_uid, nobody.pw_gid)
         place = f"{folder}/data"
 
         def call(program: str, *arguments: str) -> None:
