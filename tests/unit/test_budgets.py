@@ -121,8 +121,9 @@ async def test_no_state_goes_back_and_no_event_is_missed(store: str) -> None:
     while cut:
         with a_bench() as bench:
             bench.budgets = BudgetPlan(named={"p0": a_budget(24)})
-            append(bench.log, [], [Event(payer, 0, 1, 0, 0) for payer in range(4)])
-            await bench.run()  # something is committed everywhere: what is published of totals is not read again
+            bench.log.partitions[TOPICS.usage] = 1
+            append(bench.log, [], [Event(0, 0, 1, 0, 0)])
+            await bench.run()  # with an offset committed everywhere, the published totals are not read again
             append(bench.log, [], [Event(0, n, 1, 0, 0) for n in range(1, 6)])
             cut = await bench.run(crash_at=crash_at, run_length=6) is None
             if store == "lost":
