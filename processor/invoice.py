@@ -15,15 +15,32 @@ CLOCKS_APART_MS = 60_000
 
 @dataclass(frozen=True, slots=True)
 class DayBill:
-    """What an invoice says of a UTC day, or of several; None: nothing. `amount` is in dollars."""
+    """What an invoice says of a UTC day, or of several; None: nothing. `amount` is in dollars.
+
+    `rounding` is how far the amount may lie from what it was rounded from.
+    """
 
     tokens: int | None = None
     amount: Decimal | None = None
+    rounding: Decimal = Decimal(0)
+
+    @classmethod
+    def of(cls, tokens: int | None, amount: Decimal | None) -> DayBill:
+        """A row as it is printed: its amount may be off by half a unit of its last digit."""
+        if amount is None:
+            return cls(tokens)
+        exponent = amount.as_tuple().exponent
+        assert isinstance(exponent, int), "the amount is finite"
+        return cls(tokens, amount, Decimal((0, (5,), exponent - 1)))
 
     def __add__(self, other: DayBill) -> DayBill:
         tokens = [each.tokens for each in (self, other) if each.tokens is not None]
         amounts = [each.amount for each in (self, other) if each.amount is not None]
-        return DayBill(sum(tokens) if tokens else None, sum(amounts, Decimal(0)) if amounts else None)
+        return DayBill(
+            sum(tokens) if tokens else None,
+            sum(amounts, Decimal(0)) if amounts else None,
+            self.rounding + other.rounding,
+        )
 
 
 @dataclass(slots=True)
@@ -65,14 +82,11 @@ class InvoiceLine:
 
     @property
     def amount_inside(self) -> bool:
-        """An amount stands for what is rounded to it: half a unit of its last digit is granted both ways."""
+        """An amount stands for what is rounded to it."""
         if self.billed.amount is None:
             return True
-        exponent = self.billed.amount.as_tuple().exponent
-        assert isinstance(exponent, int)
-        granted = Decimal((0, (5,), exponent - 1))
-        low = Decimal(self.known.low_micronanos) / (MILLION * NANOS) - granted
-        high = Decimal(self.known.high_micronanos) / (MILLION * NANOS) + granted
+        low = Decimal(self.known.low_micronanos) / (MILLION * NANOS) - self.billed.rounding
+        high = Decimal(self.known.high_micronanos) / (MILLION * NANOS) + self.billed.rounding
         return low <= self.billed.amount and (self.known.unpriced_tokens > 0 or self.billed.amount <= high)
 
     @property
@@ -109,7 +123,11 @@ class Bills:
             return
         days = {_ordinal(day): bill for day, bill in invoice.items()}
         whole = sum(days.values(), DayBill())
-        nothing = DayBill(None if whole.tokens is None else 0, None if whole.amount is None else whole.amount * 0)
+        nothing = DayBill(
+            None if whole.tokens is None else 0,
+            None if whole.amount is None else Decimal(0),
+            max(bill.rounding for bill in days.values()),
+        )
         first, last = min(days), max(days)
         for day in range(first, last + 1):
             yield self._line(date.fromordinal(day).isoformat(), days.get(day, nothing), day, day)

@@ -80,8 +80,8 @@ METRICS = (
         "ledger_tokens",
         "gauge",
         ("class",),
-        "Tokens of the ledger: billed, attributed, residuals by class (unpriced: of all of these, without a price), and "
-        "what must stay 0: unmatched once its intent had time to be read, over_attributed.",
+        "Tokens of the ledger: billed, attributed, recovered and the residuals by class; unpriced ones of these; and "
+        "what stays 0: over_attributed, and unmatched but for moments.",
     ),
     Metric("ledger_cost_nanos", "gauge", ("class",), "Cost of the residuals by class, in nano-dollars."),
 )

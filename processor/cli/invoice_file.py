@@ -42,7 +42,7 @@ def _bills(rows: Iterable[Any]) -> dict[str, DayBill]:
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, Mapping) or not row.get("date"):
             raise InvoiceFault(f"row {number}: date: is missing; the fields are date, tokens, amount")
-        day, bill = _day(number, row["date"]), DayBill(_tokens(number, row), _amount(number, row))
+        day, bill = _day(number, row["date"]), DayBill.of(_tokens(number, row), _amount(number, row))
         if bill == DayBill():
             raise InvoiceFault(f"row {number}: tokens or amount must be given")
         bills[day] = bills.get(day, DayBill()) + bill

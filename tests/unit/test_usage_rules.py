@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from decimal import ROUND_HALF_EVEN, Decimal
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from processor.answers import split
-from processor.domain import Result, Usage
+from processor.domain import Price, Result, Usage
 from processor.ordering import DocumentOrder
+from processor.ports import Run
 from processor.usage import cost_nanos
 from processor.work import Parcel, Ticket
-from tests.support.builders import a_request, a_source
+from tests.support import steps
+from tests.support.builders import NOW_MS, a_record, a_request, a_source
 from tests.support.steps import Bench, FakeLease
 
 COUNTS = st.lists(st.integers(0, 10_000), min_size=1, max_size=50)
@@ -57,6 +60,23 @@ async def test_the_time_of_a_charge_is_the_append_time_of_the_source() -> None:
         bench.clock.now_s = 9_999.0
         outbox = await bench.handle(a_request(["text"], requested_at_ms=1))
         assert outbox.usage[0].charged_at_ms == outbox.usage[0].source.append_ms
+
+
+@pytest.mark.parametrize("appended_ms, version, nanos", [(-1, "old", 6), (0, "new", 9), (1, "new", 9)])
+async def test_a_new_price_never_rewrites_the_past(
+    appended_ms: int, version: str, nanos: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A request is priced by the list in force when it was appended, and says which, however late it is handled."""
+    prices = (Price(2_000_000, 0, "old"), Price(3_000_000, NOW_MS, "new"))
+    monkeypatch.setattr(steps, "MODEL", replace(steps.MODEL, prices=prices))
+    async with Bench() as bench:
+        bench.clock.now_s = 86_400.0
+        record = a_record(a_request(["one two three"], model="tiny"), append_ms=NOW_MS + appended_ms)
+        await bench.worker.on_run(Run(bench.lease, [record]))
+        await bench.run_until_idle()
+    (usage,) = bench.outbox.usage
+    assert (usage.billed.tokens, usage.billed.cost_nanos) == (3, nanos)
+    assert (usage.price_version, usage.price_nanos_per_million) == (version, nanos * 1_000_000 // 3)
 
 
 @given(

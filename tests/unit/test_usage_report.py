@@ -1,0 +1,122 @@
+"""`usage report`: which totals are summed, and how they are printed."""
+
+from __future__ import annotations
+
+import csv
+from io import StringIO
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from processor.accounts import BucketKey, UsageSums
+from processor.cli.report import By, PeriodFault, Periods, json_lines, periods, report, usd, write_csv
+
+ALL = Periods(days=False, first=None, last=None)
+
+
+def some_totals() -> dict[BucketKey, UsageSums]:
+    """Two payers on two days; only acme's first day is of an agent."""
+    charges = [("acme", "2026-10-31", 1, "bot"), ("acme", "2026-11-01", 2, None), ("globex", "2026-11-01", 4, None)]
+    totals: dict[BucketKey, UsageSums] = {}
+    for payer, day, tokens, agent in charges:
+        dimensions = [("all", ""), ("model", "small"), *([("agent", agent)] if agent else [])]
+        for bucket in (day, day[:7]):
+            for dimension, value in dimensions:
+                key = BucketKey(payer, bucket, dimension, value)
+                known = totals.get(key, UsageSums())
+                totals[key] = UsageSums(
+                    requests=known.requests + 1,
+                    billed_tokens=known.billed_tokens + tokens,
+                    billed_cost_nanos=known.billed_cost_nanos + 20 * tokens,
+                )
+    return totals
+
+
+@pytest.mark.parametrize(
+    "by, rows",
+    [
+        ("day", {"2026-10-31": 1, "2026-11-01": 6}),
+        ("month", {"2026-10": 1, "2026-11": 6}),
+        ("payer", {"acme": 3, "globex": 4}),
+        ("model", {"small": 7}),
+        ("agent", {"bot": 1, None: 6}),
+        ("collection", {None: 7}),
+    ],
+)
+def test_each_charge_counts_once_whatever_the_rows_are(by: By, rows: dict[str | None, int]) -> None:
+    """Payers are summed, what has no agent or collection has a row, and the total is the same."""
+    shown = report(some_totals(), by, periods(by, None, None))
+    assert {value: sums.billed_tokens for value, sums in shown.rows.items()} == rows
+    assert (shown.total.billed_tokens, shown.total.requests) == (7, 3)
+
+
+def test_a_report_may_be_of_one_payer_and_some_days() -> None:
+    """Both ends are included, and the total is that of the choice."""
+    shown = report(some_totals(), "payer", periods("payer", "2026-11-01", "2026-11-01"), "acme")
+    assert {value: sums.billed_tokens for value, sums in shown.rows.items()} == {"acme": 2}
+    assert shown.total.billed_tokens == 2
+
+
+@pytest.mark.parametrize(
+    "by, first, last, expected",
+    [
+        ("payer", None, None, Periods(False, None, None)),
+        ("payer", "2026-10", "2026-11", Periods(False, "2026-10", "2026-11")),
+        ("payer", "2026-10", "2026-11-05", Periods(True, "2026-10-01", "2026-11-05")),
+        ("payer", "2026-10-05", "2026-11", Periods(True, "2026-10-05", "2026-11-31")),
+        ("day", None, "2026-11", Periods(True, None, "2026-11-31")),
+        ("month", "2026-11", None, Periods(False, "2026-11", None)),
+    ],
+)
+def test_a_month_stands_for_all_its_days(by: By, first: str | None, last: str | None, expected: Periods) -> None:
+    """Where days are meant; months are summed from months where no day is named."""
+    assert periods(by, first, last) == expected
+
+
+@pytest.mark.parametrize(
+    "by, first, last, option",
+    [
+        ("payer", "2026-13", None, "--from"),
+        ("payer", None, "20261101", "--to"),
+        ("payer", "2026-11-02", "2026-11-01", "--to"),
+        ("payer", "2026-11-02", "2026-10", "--to"),
+        ("month", "2026-11-01", None, "--from"),
+    ],
+)
+def test_a_wrong_period_is_told_by_its_option(by: By, first: str | None, last: str | None, option: str) -> None:
+    """Before anything is read."""
+    with pytest.raises(PeriodFault) as caught:
+        periods(by, first, last)
+    assert caught.value.option == option
+
+
+def test_csv_has_exact_dollars_and_no_formula() -> None:
+    """A spreadsheet sums it itself; a name that it would take for a formula is quoted."""
+    totals = {
+        BucketKey(payer, "2026-11", "all", ""): UsageSums(billed_cost_nanos=nanos)
+        for payer, nanos in (("=1+1", 1), ("acme", 1_234_567_890_123), ("a,b", 0))
+    }
+    out = StringIO()
+    write_csv(report(totals, "payer", ALL), out)
+    rows = {row["payer"]: row for row in csv.DictReader(StringIO(out.getvalue()))}
+    assert {name: row["billed_cost_usd"] for name, row in rows.items()} == {
+        "'=1+1": "0.000000001",
+        "acme": "1234.567890123",
+        "a,b": "0.000000000",
+    }
+    assert rows["acme"]["billed_cost_nanos"] == "1234567890123"
+
+
+@given(nanos=st.integers(0, 10**18))
+def test_dollars_are_exact(nanos: int) -> None:
+    """No digit of a nano-dollar is lost, and none is in scientific notation."""
+    whole, _, fraction = usd(nanos).partition(".")
+    assert (int(whole) * 10**9 + int(fraction), len(fraction)) == (nanos, 9)
+
+
+def test_json_ends_with_the_total() -> None:
+    """A line for each row, null for none."""
+    *rows, total = json_lines(report(some_totals(), "agent", ALL))
+    assert [row["agent"] for row in rows] == ["bot", None]
+    assert (total["total"], total["billed_tokens"]) == (True, 7)
