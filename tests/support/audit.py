@@ -75,7 +75,7 @@ class Books:
     totals: dict[BucketKey, UsageTotal] = field(default_factory=dict)
     bills: list[Mapping[str, Any]] = field(default_factory=list)
     horizon_ms: int = HORIZON_MS
-    key_of: Callable[[Usage], str] = lambda usage: usage.request_id
+    key_of: Callable[[Usage], str] = lambda usage: usage.idempotency_key
 
     def charges(self) -> list[Charge]:
         """Of each key in its partition the first copy, and the first after a pause of more than twice the horizon."""

@@ -133,7 +133,7 @@ class Emission:
 
     def key_of(self, usage: Usage) -> str:
         """What a consumer knows its copies by."""
-        return usage.request_id
+        return usage.idempotency_key
 
     def totals(self, published: Mapping[BucketKey, UsageTotal]) -> dict[BucketKey, UsageTotal]:
         """Given those of the aggregator."""
