@@ -11,8 +11,13 @@ def read_long(value: bytes, at: int) -> tuple[int, int]:
     """The integer that begins there and where it ends. IndexError past the end, ValueError over 64 bits."""
     bits = value[at]
     if bits > 127:
-        bits &= 127
-        for shift in range(7, 70, 7):
+        at += 1
+        byte = value[at]
+        bits += (byte - 1) << 7
+        if byte < 128:
+            return (bits >> 1) ^ -(bits & 1), at + 1
+        bits &= 0x3FFF
+        for shift in range(14, 70, 7):
             at += 1
             byte = value[at]
             bits |= (byte & 127) << shift

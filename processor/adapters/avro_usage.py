@@ -22,6 +22,18 @@ MAX_AMOUNT: Final = 10**15
 
 YEAR_10000_MS: Final = 253_402_300_800_000
 
+UUID_TEXT: Final = 2 * 36
+"""The length byte of a UUID in its usual spelling."""
+
+SIX_NULLS: Final = bytes(6)
+
+MAX_REMEMBERED, MAX_REMEMBERED_BYTES = 1_024, 512
+
+Words = tuple[Any, ...]
+Price = tuple[int | None, str | None]
+
+_WORDS: Final[dict[bytes, Words]] = {}
+_PRICES: Final[dict[bytes, Price]] = {}
 _OPERATIONS: Final = Operation._value2member_map_
 _TOKEN_SOURCES: Final = TokenSource._value2member_map_
 _TOKEN_TYPES: Final = TokenType._value2member_map_
@@ -52,21 +64,31 @@ def read_usage(value: bytes, start: int) -> Usage | None:
 def _read(value: bytes, at: int) -> Usage | None:
     usage: Any = _new(Usage)  # filled slot by slot, see RequestReader
     request: Any = _new(Request)
-    event_key, at = read_text(value, at)
-    usage.request_id, at = read_text(value, at)
-    usage.event_key = None if event_key == usage.request_id else event_key
+    usage.event_key = None
+    if value[at] == UUID_TEXT and value[at : at + 37] == value[at + 37 : at + 74]:
+        usage.request_id, at = value[at + 1 : at + 37].decode(), at + 74
+    else:
+        event_key, at = read_text(value, at)
+        usage.request_id, at = read_text(value, at)
+        if event_key != usage.request_id:
+            usage.event_key = event_key
     usage.payer_id, at = read_text(value, at)
     request.tenant_id, at = read_text(value, at)
     request.correlation_id, at = read_text(value, at)
     request.action, at = read_text(value, at)
     request.collection, at = read_optional_text(value, at)
     request.document_id, at = read_optional_text(value, at)
-    request.task_id, at = read_optional_text(value, at)
-    request.task_total, at = read_optional_long(value, at)
-    request.agent_id, at = read_optional_text(value, at)
-    request.agent_owner_id, at = read_optional_text(value, at)
-    request.conversation_id, at = read_optional_text(value, at)
-    request.run_id, at = read_optional_text(value, at)
+    if value[at : at + 6] == SIX_NULLS:
+        request.task_id = request.task_total = request.agent_id = None
+        request.agent_owner_id = request.conversation_id = request.run_id = None
+        at += 6
+    else:
+        request.task_id, at = read_optional_text(value, at)
+        request.task_total, at = read_optional_long(value, at)
+        request.agent_id, at = read_optional_text(value, at)
+        request.agent_owner_id, at = read_optional_text(value, at)
+        request.conversation_id, at = read_optional_text(value, at)
+        request.run_id, at = read_optional_text(value, at)
     request.source_service, at = read_text(value, at)
     request.requested_at_ms, at = read_long(value, at)
     request.metadata, at = read_map(value, at)
@@ -83,15 +105,8 @@ def _read(value: bytes, at: int) -> Usage | None:
     usage.source = Source(topic, partition, offset, usage.charged_at_ms)
     usage.completed_at_ms, at = read_long(value, at)
     usage.time_taken_ms, at = read_long(value, at)
-    operation, at = read_text(value, at)
-    usage.operation = _OPERATIONS.get(operation, operation)
-    token_type, at = read_text(value, at)
-    usage.token_type = _TOKEN_TYPES.get(token_type, token_type)
-    usage.provider, at = read_text(value, at)
-    usage.model, at = read_text(value, at)
-    usage.vector_space, at = read_text(value, at)
-    token_source, at = read_text(value, at)
-    usage.token_source = _TOKEN_SOURCES.get(token_source, token_source)
+    words, at = _words(value, at)
+    usage.operation, usage.token_type, usage.provider, usage.model, usage.vector_space, usage.token_source = words
     usage.texts, at = read_long(value, at)
     usage.characters, at = read_long(value, at)
     at = _past_optional_double(value, at)  # the mean of the two
@@ -100,9 +115,59 @@ def _read(value: bytes, at: int) -> Usage | None:
     usage.billed, at = _amounts(value, at)
     usage.saved, at = _amounts(value, at)
     usage.parts, at = _parts(value, at)
-    usage.price_nanos_per_million, at = read_optional_long(value, at)
-    usage.price_version, at = read_optional_text(value, at)
-    return checked(cast(Usage, usage)) if at == len(value) else None
+    usage.price_nanos_per_million, usage.price_version = _PRICES.get(value[at:]) or _price(value, at)
+    return checked(cast(Usage, usage))
+
+
+def _words(value: bytes, at: int) -> tuple[Words, int]:
+    """operation, token_type, provider, model, vector_space, token_source: few are different, so they are remembered."""
+    end = at
+    for _ in range(6):
+        length = value[end]
+        if length > 127 or length & 1:
+            return _new_words(value, at)
+        end += 1 + (length >> 1)
+    stretch = value[at:end]
+    words = _WORDS.get(stretch)
+    if words is None:
+        words, _ = _new_words(value, at)
+        _remember(_WORDS, stretch, words)
+    return words, end
+
+
+def _new_words(value: bytes, at: int) -> tuple[Words, int]:
+    operation, at = read_text(value, at)
+    token_type, at = read_text(value, at)
+    provider, at = read_text(value, at)
+    model, at = read_text(value, at)
+    vector_space, at = read_text(value, at)
+    token_source, at = read_text(value, at)
+    words = (
+        _OPERATIONS.get(operation, operation),
+        _TOKEN_TYPES.get(token_type, token_type),
+        provider,
+        model,
+        vector_space,
+        _TOKEN_SOURCES.get(token_source, token_source),
+    )
+    return words, at
+
+
+def _price(value: bytes, at: int) -> Price:
+    """What the record ends with. ValueError unless it does end there."""
+    nanos_per_million, end = read_optional_long(value, at)
+    version, end = read_optional_text(value, end)
+    if end != len(value):
+        raise ValueError("cut, or trailing bytes")
+    _remember(_PRICES, value[at:], (nanos_per_million, version))
+    return nanos_per_million, version
+
+
+def _remember(known: dict[bytes, Any], stretch: bytes, values: Any) -> None:
+    if len(stretch) <= MAX_REMEMBERED_BYTES:
+        if len(known) >= MAX_REMEMBERED:
+            known.clear()
+        known[stretch] = values
 
 
 def _past_optional_double(value: bytes, at: int) -> int:
