@@ -37,9 +37,13 @@ class _Queue:
 
     def add(self, fold: Fold) -> None:
         self.folds[fold.key] = fold
-        self.tenants.setdefault(fold.works[0].job.request.tenant_id, deque()).append(fold)
         self.texts += 1
         self.tokens += fold.size_tokens
+        self.enter(fold, fold.tenant_id)
+
+    def enter(self, fold: Fold, tenant_id: str) -> None:
+        """It goes in the tenant's turn; one that waits in those of several, as a shared scope has it, in the first."""
+        self.tenants.setdefault(tenant_id, deque()).append(fold)
 
     def in_turn(self) -> Iterator[Fold]:
         """What goes next, again and again. Each is to be removed before the next one is asked for."""
@@ -84,14 +88,16 @@ class Batcher:
             fold.works.append(work)
             work.fold = fold
             if not fold.in_window:
-                self._queues[function.name].texts += 1
+                queue = self._queues[function.name]
+                queue.texts += 1
+                if (tenant_id := work.job.request.tenant_id) != fold.tenant_id:
+                    queue.enter(fold, tenant_id)
             return
         fold = work.fold = Fold(key, function, [work], now, estimated_tokens(work.chunk.text))
         self._folds[key] = fold
-        queue = self._queues.get(function.name)
-        if queue is None:
-            queue = self._queues[function.name] = _Queue(function)
-        queue.add(fold)
+        if function.name not in self._queues:
+            self._queues[function.name] = _Queue(function)
+        self._queues[function.name].add(fold)
 
     def take(self, now: float, *, flush: bool = False) -> Window | None:
         """The due window whose oldest fold waited longest, or None. Folds that nobody wants any more are let go."""

@@ -20,7 +20,8 @@ class Text(NamedTuple):
 
     `due` on the monotonic clock; minus infinity when a call was made of it before. `quarters` are quarter tokens by
     the provider's estimator, so that UTF-8 bytes x 0.25 add up exactly. `body_bytes` are those of the text in JSON of
-    pure ASCII with quotes, comma and space: a body that escapes less is smaller.
+    pure ASCII with quotes, comma and space: a body that escapes less is smaller. `tenant_id` is whose turn it takes: with
+    a shared cache scope others can have joined the fold, and its first work can be theirs by now.
     """
 
     due: float
@@ -29,6 +30,7 @@ class Text(NamedTuple):
     tokens: int
     quarters: int
     body_bytes: int
+    tenant_id: str
 
 
 @dataclass(slots=True, eq=False)
@@ -54,7 +56,7 @@ class Turns:
         self._ring: deque[_Tenant] = deque()
 
     def push(self, text: Text) -> None:
-        name = _tenant_of(text)
+        name = text.tenant_id
         tenant = self._tenants.get(name)
         if tenant is None:
             tenant = self._tenants[name] = _Tenant(name, TURN_TOKENS * self._weights.get(name, 1))
@@ -91,10 +93,10 @@ class Turns:
     def settle(self, *, charged: Sequence[Text], returned: Sequence[Text]) -> None:
         """Of the borrowed texts: what is kept is charged, up to a turn's debt; what is returned waits as before."""
         for text in charged:
-            tenant = self._tenants[_tenant_of(text)]
+            tenant = self._tenants[text.tenant_id]
             tenant.credit = max(tenant.credit - text.tokens, -tenant.grant)
         for text in returned:
-            heapq.heappush(self._tenants[_tenant_of(text)].texts, text)
+            heapq.heappush(self._tenants[text.tenant_id].texts, text)
         self._remove_idle()
 
     def nearest_due(self) -> float:
@@ -124,8 +126,3 @@ class Turns:
     def _begin_turn(self) -> None:
         if self._ring:
             self._ring[0].credit += self._ring[0].grant
-
-
-def _tenant_of(text: Text) -> str:
-    """Texts of two tenants never share a fold."""
-    return text.fold.works[0].job.request.tenant_id

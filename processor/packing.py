@@ -460,7 +460,8 @@ class Packer:
         return pool
 
     def _text(self, fold: Fold, due: float = float("-inf")) -> Text:
-        return Text(due, next(self._numbers), fold, fold.tokens, _quarters(fold), len(json.dumps(fold.sent)) + 2)
+        body_bytes = len(json.dumps(fold.sent)) + 2
+        return Text(due, next(self._numbers), fold, fold.tokens, _quarters(fold), body_bytes, fold.tenant_id)
 
     def _due_pool(self, now: float, patience_s: float, max_tokens: int | None) -> _Pool | None:
         for pool in self._pools.values():

@@ -418,7 +418,7 @@ class Pipeline:
 
 def _portions(misses: list[Fold]) -> list[list[Fold]]:
     """The misses of one tenant together, those of several in pieces: a small one's need not wait for a large one's."""
-    tenants = {fold.works[0].job.request.tenant_id for fold in misses}
+    tenants = {fold.tenant_id for fold in misses}
     size = MEASURED_TEXTS if len(tenants) > 1 else len(misses)
     return [misses[start : start + size] for start in range(0, len(misses), size or 1)]
 

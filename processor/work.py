@@ -247,6 +247,11 @@ class Fold:
         return self.works[0].chunk.text
 
     @property
+    def tenant_id(self) -> str:
+        """Of its first work. With a shared cache scope it can have works of other tenants."""
+        return self.works[0].job.request.tenant_id
+
+    @property
     def in_flight(self) -> bool:
         """Looked up right now, or in a call: it does not wait for one."""
         return self.in_call or (self.in_window and not self.tokens)

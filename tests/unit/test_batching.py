@@ -28,6 +28,14 @@ def add(batcher: Batcher, count: int, tenant: str = "acme", *, lease: FakeLease 
         batcher.add(work, b"%d" % number, TINY, float(number))
 
 
+def equal_to_all(batcher: Batcher, tenant: str, numbers: range) -> None:
+    """The tenant's texts, each equal to one that waits: with a shared scope they have its key."""
+    for number in numbers:
+        request = a_request([f"text {number}"], tenant_id=tenant)
+        job = Job(FakeLease(), a_source(number), 1, 0.0, request=request, request_id=f"{tenant}{number}")
+        batcher.add(Work(job, chunk_id="c0", chunk=request.chunks[0], item=Item("r", 0)), b"%d" % number, TINY, 0.0)
+
+
 def closed(batcher: Batcher) -> Window:
     window = batcher.take(0.0, flush=True)
     assert window is not None
@@ -54,6 +62,19 @@ def test_a_small_tenant_is_in_the_next_window() -> None:
     add(batcher, 5_000, "large")
     add(batcher, 10, "small")
     assert tenants(closed(batcher))[TURN_TEXTS:].count("small") == 10
+
+
+def test_a_text_shared_by_tenants_goes_in_the_turn_that_comes_first() -> None:
+    """With a shared scope a small tenant's texts don't wait behind a large one's that asked for some of them first."""
+    batcher = Batcher(Policy(window_max_texts=100))
+    first = next(NUMBERS) + 1
+    add(batcher, 5_000, "large")
+    equal_to_all(batcher, "small", range(first + 4_000, first + 4_010))
+    folds = closed(batcher).folds
+    assert sum(len(fold.works) == 2 for fold in folds) == 10
+    while (window := batcher.take(0.0, flush=True)) is not None:
+        folds += window.folds
+    assert len(set(map(id, folds))) == len(folds) == 5_000
 
 
 @settings(max_examples=50, deadline=None)

@@ -68,11 +68,23 @@ def test_a_debt_is_bounded() -> None:
     turns = Turns({})
     for number in range(1000):
         fold = a_fold(tokens=100, tenant="ab"[number % 2])
-        turns.push(Text(0.0, number, fold, 100, 400, 1))
+        turns.push(Text(0.0, number, fold, 100, 400, 1, fold.tenant_id))
     for _ in range(200):
         turns.settle(charged=turns.borrow(1), returned=[])
     went = [text.fold for _ in range(60) if (text := turns.pop()) is not None]
     assert tenants(went).count("a") >= 20
+
+
+def test_a_text_keeps_its_turn_when_another_tenant_is_left_with_it() -> None:
+    """With a shared scope: who asked first is gone, and what is borrowed is settled with the turn that it came from."""
+    turns = Turns({})
+    fold = a_fold(tenant="first")
+    turns.push(Text(0.0, 0, fold, 100, 400, 1, fold.tenant_id))
+    fold.works = a_fold(tenant="joined").works
+    borrowed = turns.borrow(1)
+    turns.settle(charged=[], returned=borrowed)
+    assert turns.pop() == borrowed[0]
+    assert turns.pop() is None
 
 
 @pytest.mark.parametrize("gone", ["", "ad"], ids=["all", "some"])
