@@ -285,6 +285,8 @@ class WorkerProcess(Process):
 
     async def _stop(self) -> None:
         await self.worker.stop()
+        if self.budgets is not None:
+            await self.budgets.close()
         await super()._stop()
         for deployment in self.route.deployments:
             await deployment.provider.close()

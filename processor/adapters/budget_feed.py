@@ -33,7 +33,7 @@ Refusals = dict[BudgetKey, Fault]
 
 
 class BudgetFeed:
-    """Implements `ports.Budgets` outside of any group. `start` it, then let `run` follow.
+    """Implements `ports.Budgets` outside of any group. `start` it, let `run` follow, `close` it.
 
     While the broker or the schema registry is away the last view stands; `age_s` says since when. A follower that is
     in trouble begins anew with the whole topic, and its view is replaced once that is read.
@@ -67,19 +67,22 @@ class BudgetFeed:
 
     async def run(self) -> None:
         """Follow the topic until cancelled."""
-        try:
-            while True:
-                try:
-                    if self._consumer is None:
-                        await self._begin()
-                    while True:
-                        await self._take(self._consumer, self._refused)
-                except (KafkaError, OSError, BrokerUnavailable, RegistryUnavailable, TopicsError) as error:
-                    log.warning("the last view of the budgets stands", why=type(error).__name__)
-                    await self._end()
-                await asyncio.sleep(AGAIN_AFTER_S)
-        finally:
-            await self._end()
+        while True:
+            try:
+                if self._consumer is None:
+                    await self._begin()
+                while True:
+                    await self._take(self._consumer, self._refused)
+            except (KafkaError, OSError, BrokerUnavailable, RegistryUnavailable, TopicsError) as error:
+                log.warning("the last view of the budgets stands", why=type(error).__name__)
+                await self.close()
+            await asyncio.sleep(AGAIN_AFTER_S)
+
+    async def close(self) -> None:
+        """Let go of the brokers, once `run` has ended."""
+        consumer, self._consumer = self._consumer, None
+        if consumer is not None:
+            await consumer.stop()
 
     async def _begin(self) -> None:
         """A consumer that stands at the end of the topic, and the view of all before it."""
@@ -112,11 +115,6 @@ class BudgetFeed:
             raise
         self._consumer, self._refused = consumer, refused
         log.info("budgets read", refused=len(refused))
-
-    async def _end(self) -> None:
-        consumer, self._consumer = self._consumer, None
-        if consumer is not None:
-            await consumer.stop()
 
     async def _take(self, consumer: Any, refused: Refusals) -> bool:
         """Take what has come into the view; whether anything has."""

@@ -1,0 +1,194 @@
+"""A worker's view of the budgets, over real brokers."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+from aiokafka import AIOKafkaProducer
+from aiokafka.admin import AIOKafkaAdminClient
+
+from processor.accounts import Budget, BudgetKey, BudgetState
+from processor.adapters.avro import Codec
+from processor.adapters.budget_feed import NO_VIEW, BudgetFeed
+from processor.adapters.embedded import free_port
+from processor.adapters.murmur2 import partition_of
+from processor.domain import ErrorCode
+from processor.errors import BrokerUnavailable, TopicsError
+from processor.ports import Destination
+from processor.settings import Settings
+from tests.support.brokers import Broker, Servers, create_topic
+from tests.support.builders import NOW_MS
+from tests.support.kafka import ApacheKafka
+from tests.support.stack import until
+
+PARTITIONS = 3
+NOW = "2026-09"
+DAY_MS = 86_400_000
+
+
+def spent(payer_id: str, *, month: str = NOW, percent: int = 100, hard: bool = True) -> BudgetState:
+    return BudgetState(
+        key=BudgetKey(payer_id, month),
+        budget=Budget(max_tokens=10, max_cost_nanos=None, hard=hard),
+        billed_tokens=10,
+        billed_cost_nanos=0,
+        unpriced_tokens=0,
+        reached_percent=percent,
+        updated_at_ms=NOW_MS,
+    )
+
+
+class Topic:
+    """A budgets topic of one test, and the settings that name it."""
+
+    def __init__(self, bootstrap_servers: str, unique: str, **settings: Any) -> None:
+        self.settings = Settings(bootstrap_servers=bootstrap_servers, topic_prefix=f"{unique}.", **settings)
+        self.name = self.settings.topic("usage-budgets")
+        self.codec = Codec()
+
+    async def make(self) -> None:
+        await create_topic(
+            self.settings.bootstrap_servers, self.name, partitions=PARTITIONS, configs={"cleanup.policy": "compact"}
+        )
+
+    async def remake(self) -> None:
+        admin = AIOKafkaAdminClient(bootstrap_servers=self.settings.bootstrap_servers)
+        await admin.start()
+        try:
+            await admin.delete_topics([self.name])
+            await until(lambda: self._is_gone(admin), within_s=20, what="the topic is gone")
+        finally:
+            await admin.close()
+        await self.make()
+
+    async def _is_gone(self, admin: AIOKafkaAdminClient) -> bool:
+        return self.name not in await admin.list_topics()
+
+    async def publish(self, *messages: BudgetState | BudgetKey) -> None:
+        encoded = [self.codec.encode(Destination("budgets", message)) for message in messages]
+        await self.write(*((each.key or b"", each.value) for each in encoded))
+
+    async def write(self, *records: tuple[bytes, bytes | None]) -> None:
+        async with AIOKafkaProducer(bootstrap_servers=self.settings.bootstrap_servers) as producer:
+            for key, value in records:
+                await producer.send_and_wait(self.name, value, key=key, partition=partition_of(key, PARTITIONS))
+
+    @asynccontextmanager
+    async def followed(self) -> AsyncIterator[BudgetFeed]:
+        feed = BudgetFeed(self.settings, self.codec)
+        await feed.start()
+        task = asyncio.create_task(feed.run())
+        try:
+            yield feed
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            await feed.close()
+
+
+def refuses(feed: BudgetFeed, payer_id: str, at_ms: int = NOW_MS) -> bool:
+    fault = feed.refuses(payer_id, at_ms)
+    assert fault is None or fault.code is ErrorCode.BUDGET_EXCEEDED
+    return fault is not None
+
+
+async def comes(feed: BudgetFeed, payer_id: str, refused: bool) -> None:
+    await until(lambda: refuses(feed, payer_id) is refused, within_s=30, what=f"{payer_id} is refused: {refused}")
+
+
+@pytest.fixture(params=["kafka", "embedded"])
+async def topic(request: pytest.FixtureRequest, servers: Servers, unique: str) -> Topic:
+    broker: Broker = request.getfixturevalue("kafka" if request.param == "kafka" else "embedded_broker")
+    topic = Topic(broker.bootstrap_servers, unique, producer_idempotent=broker.is_apache_kafka)
+    await topic.make()
+    return topic
+
+
+async def test_all_of_the_topic_is_known_when_it_has_started(topic: Topic) -> None:
+    """The newest record of each key counts: raised, taken back, soft and unreadable ones refuse nothing."""
+    await topic.publish(
+        *(spent(f"payer-{n}") for n in range(20)),
+        spent("raised"),
+        spent("removed"),
+        spent("soft", hard=False),
+        spent("nearly", percent=80),
+        spent("before", month="2026-08"),
+    )
+    await topic.publish(spent("raised", percent=50), BudgetKey("removed", NOW))
+    await topic.write((b"no key", b"no state"), (b'["unreadable","2026-09"]', b"no state"))
+    async with topic.followed() as feed:
+        assert all(refuses(feed, f"payer-{n}") for n in range(20))
+        others = ["raised", "removed", "soft", "nearly", "before", "unreadable", "unknown"]
+        assert [name for name in others if refuses(feed, name)] == []
+        assert feed.refused == 21
+
+
+async def test_the_month_is_that_of_the_request(topic: Topic) -> None:
+    """A budget spent in September refuses what was appended in September, whenever it is read."""
+    await topic.publish(spent("acme"))
+    async with topic.followed() as feed:
+        assert [refuses(feed, "acme", NOW_MS + days * DAY_MS) for days in (-25, -20, 9, 10)] == [
+            False,
+            True,
+            True,
+            False,
+        ]
+
+
+async def test_what_is_published_later_is_followed(topic: Topic) -> None:
+    """Spent, raised, spent again, taken back; and the view is never old while the broker answers."""
+    async with topic.followed() as feed:
+        assert not refuses(feed, "acme")
+        for message, refused in [
+            (spent("acme"), True),
+            (spent("acme", percent=80), False),
+            (spent("acme"), True),
+            (BudgetKey("acme", NOW), False),
+        ]:
+            await topic.publish(message)
+            await comes(feed, "acme", refused)
+        await until(lambda: 0 <= feed.age_s < 5, within_s=10, what="the brokers have confirmed the view")
+    assert feed.age_s == NO_VIEW
+
+
+async def test_without_the_topic_or_its_broker_it_does_not_start(kafka: Broker, unique: str) -> None:
+    """The message says what to run or to check."""
+    with pytest.raises(TopicsError, match="topics create"):
+        await BudgetFeed(Topic(kafka.bootstrap_servers, unique).settings, Codec()).start()
+    nowhere = Topic(f"127.0.0.1:{free_port()}", unique, broker_wait_s=0)
+    with pytest.raises(BrokerUnavailable):
+        await BudgetFeed(nowhere.settings, Codec()).start()
+
+
+async def test_a_topic_made_again_is_read_anew(kafka: Broker, unique: str) -> None:
+    """What stood in the old one refuses nobody any more."""
+    topic = Topic(kafka.bootstrap_servers, unique)
+    await topic.make()
+    await topic.publish(spent("old"))
+    async with topic.followed() as feed:
+        assert refuses(feed, "old")
+        await topic.remake()
+        await topic.publish(spent("new"))
+        await comes(feed, "new", True)
+        await comes(feed, "old", False)
+
+
+async def test_the_last_view_stands_while_the_broker_is_away(kafka: Broker, unique: str) -> None:
+    """Its age says so; once the broker is back, what is published then is seen."""
+    with ApacheKafka() as own:
+        topic = Topic(own.bootstrap_servers, unique)
+        await topic.make()
+        await topic.publish(spent("acme"))
+        async with topic.followed() as feed:
+            await until(lambda: 0 <= feed.age_s < 2, within_s=10, what="the brokers have confirmed the view")
+            await asyncio.to_thread(own.kill)
+            await until(lambda: feed.age_s > 3, within_s=10, what="the view grows old")
+            assert refuses(feed, "acme")
+            await asyncio.to_thread(own.start)
+            await topic.publish(spent("other"), BudgetKey("acme", NOW))
+            await comes(feed, "other", True)
+            await comes(feed, "acme", False)
