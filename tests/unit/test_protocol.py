@@ -1,6 +1,6 @@
 """The protocol of usage under replays on random schedules, and the naive variants that the same checker must catch.
 
-PROTOCOL_SCHEDULES says how many of each kind (20,000 are not too many), PROTOCOL_SEED which is the first.
+PROTOCOL_SCHEDULES says how many (20,000 are not too many), PROTOCOL_SEED which is the first.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from tests.support import audit
 from tests.support.far_ends import Emission, Hazards
 from tests.support.schedules import CALM, WILD, Ended, World, check
 
-SCHEDULES = int(os.environ.get("PROTOCOL_SCHEDULES", "150"))
+SCHEDULES = int(os.environ.get("PROTOCOL_SCHEDULES", "300"))
 FIRST = int(os.environ.get("PROTOCOL_SEED", "1"))
 SEEDS = range(FIRST, FIRST + SCHEDULES)
+CALM_SEEDS = SEEDS[: max(1, SCHEDULES // 3)]
 CONTROL_SEEDS = SEEDS[:40]
 
 
@@ -55,10 +56,10 @@ def test_whatever_goes_wrong_the_bill_adds_up() -> None:
 
 def test_with_the_cache_kept_nothing_is_paid_twice() -> None:
     """U7: no zombies, no two workers on one key: every good answer is charged whole, and copies agree."""
-    seen = sum((residuals_of(seed, CALM) for seed in SEEDS), Counter[str]())
+    seen = sum((residuals_of(seed, CALM) for seed in CALM_SEEDS), Counter[str]())
     print(dict(seen))
     assert seen["rework"] == seen["late"] == seen["unclaimed"] == 0
-    if SCHEDULES >= 100:
+    if SCHEDULES >= 300:
         assert min(seen[name] for name in ("copies", "waste", "unconfirmed")) > 0
 
 
