@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,21 +14,25 @@ from typing import Any
 
 import pytest
 from redis.asyncio import Redis
+from redis.exceptions import NoPermissionError
 
 from processor.adapters.embedded import free_port
 from processor.adapters.redis_cache import L1_PURGED_WITHIN_S
+from processor.adapters.redis_quota import RedisQuota
 from processor.cli.cache import count, purge, read_stats, stats_fields, stats_sentences
 from processor.cli.console import exit_code
 from processor.cli.warm import warm_from_files
 from processor.domain import CacheLevel, ReceivedResult, Request, Usage
 from processor.errors import ProcessorError
 from processor.identity import request_id
+from processor.ports import QuotaAsk
 from processor.settings import Settings, load
 from tests.support import audit
 from tests.support.brokers import Broker
 from tests.support.builders import a_request
 from tests.support.provider_server import expected_vector
-from tests.support.stack import until
+from tests.support.redis_server import own_redis
+from tests.support.stack import ROOT, until
 from tests.support.traffic import hard_requests
 from tests.support.world import DIMENSIONS, MODEL, Begin, World, beginner
 
@@ -227,6 +232,36 @@ async def test_a_purge_asks_first(settings: Settings, environment: dict[str, str
     assert "EMBEDDING_CACHE_SECRET?" in (await purge(settings, "acme")).sentence(), (
         "there is a hint when none was there"
     )
+
+
+async def test_the_user_of_the_docs_may_do_all_that_is_needed(unique: str, tmp_path: Path) -> None:
+    """The ACL of docs/cache.md is enough for look-ups, stores, repairs, the commands and the quota; not for a flush."""
+    docs = (ROOT / "docs" / "cache.md").read_text(encoding="utf-8")
+    rule = re.search(r"ACL SETUSER embedding on >PASSWORD (.*)", docs)
+    assert rule is not None
+    server, url = own_redis()
+    with server:
+        admin: Any
+        async with Redis.from_url(url) as admin:
+            await admin.execute_command("ACL", "SETUSER", "embedding", "on", ">secret", *rule.group(1).split())
+        mine = load(
+            _env_file=None, redis_url=url, redis_username="embedding", redis_password="secret", cache_secret=unique
+        )
+        assert (await warm_from_files(mine, [a_file(tmp_path, ["one", "two"])], None)).stored == 2
+        async with Redis.from_url(url) as admin:
+            key = await anext(admin.scan_iter(_type="string"))
+            await admin.set(key, b"broken")
+        assert (await warm_from_files(mine, [a_file(tmp_path, ["one", "two"])], None)).stored == 1
+        assert (await read_stats(mine, "acme"))[0].entries == 2
+        assert (await purge(mine, "acme")).entries == 2
+        quota = RedisQuota.from_settings(mine, pace=1.0)
+        await quota.lease("account", QuotaAsk(1, 60, None), QuotaAsk(1, 60, None), 0)
+        await quota.close()
+        async with Redis.from_url(url, username="embedding", password="secret") as user:
+            with pytest.raises(NoPermissionError):
+                await user.flushall()
+            with pytest.raises(NoPermissionError):
+                await user.get("another's")
 
 
 async def test_what_can_not_be_done_says_why(settings: Settings, tmp_path: Path) -> None:
