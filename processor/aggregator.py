@@ -139,8 +139,10 @@ class Aggregator:
         async with self._lock:
             self._store.claim()
             self._waiting.clear()
-            spans = {topic: await self._reader.spans(topic) for topic in self._folds}
-            committed = {topic: await self._reader.committed(topic) for topic in self._folds}
+            topics = list(self._folds)
+            # Somebody waits for totals to move again: the broker is asked for all topics at once.
+            spans = dict(zip(topics, await asyncio.gather(*map(self._reader.spans, topics)), strict=True))
+            committed = dict(zip(topics, await asyncio.gather(*map(self._reader.committed, topics)), strict=True))
             for topic in self._folds:
                 await self._check(topic, spans[topic])
             self._places = {
