@@ -354,6 +354,7 @@ class Audit:
             self.as_folded["unmatched_tokens"] += tokens
             if key not in self._old:
                 self._breach(Breach.UNMATCHED, tokens, None, 0, attempt_id=unpacked(key))
+        self.ledger.findings.sort(key=lambda finding: (finding.kind, finding.at_ms))
 
     # --- findings -----------------------------------------------------------------------------------------
 

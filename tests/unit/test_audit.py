@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from enum import StrEnum
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -342,9 +344,9 @@ async def test_charges_and_receipts_whose_intents_have_expired_are_no_breach() -
     receive(log, "d", 2)
     ledger = (await audited(log)).ledger
     assert [(finding.kind, finding.attempt_id) for finding in ledger.findings] == [
-        ("unmatched", "d"),
         ("expired", "d"),
         ("unmatched", "c"),
+        ("unmatched", "d"),
     ]
 
 
@@ -498,3 +500,14 @@ async def test_totals_whose_log_has_expired_are_not_provable_and_more_than_the_l
         forged = replace(total, partitions={0: (last_offset + 1, replace(sums, requests=sums.requests + 1))})
         log.append(Destination("totals", forged))
         assert [each.name for each in (await audited(log)).totals().differences] == ["requests"]
+
+
+# --- the page ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("heading, words", [("Residuals", Residual), ("Breaches", Breach)])
+def test_each_class_is_explained(heading: str, words: type[StrEnum]) -> None:
+    """docs/audit.md has the words of the code, in its order, and no others."""
+    page = (Path(__file__).parents[2] / "docs/audit.md").read_text(encoding="utf-8")
+    rows = page.partition(f"\n## {heading}\n")[2].partition("\n## ")[0].splitlines()
+    assert [row.split("`")[1] for row in rows if row.startswith("| `")] == [str(word) for word in words]
