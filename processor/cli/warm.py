@@ -85,6 +85,9 @@ REASONS = {
 }
 
 
+_SOURCES = frozenset(map(str, TokenSource))
+
+
 class Warmer:
     """Puts entries where there are none, many at a time. The first one offered for a key stands."""
 
@@ -207,15 +210,18 @@ class Join:
             tokens=result.token_count,
             leader=leader,
             attempt_id=attempt_id,
-            token_source=TokenSource(result.token_source),
+            token_source=TokenSource(result.token_source) if result.token_source in _SOURCES else TokenSource.ESTIMATE,
             cut_tokens=result.cut_tokens,
         )
         return Offered(asked.keys[position], asked.former[position], entry, paid)
 
 
 def _name(request: str) -> bytes:
-    """Of a request id, in a quarter of the memory."""
-    return UUID(request).bytes
+    """Of a request id, in a quarter of the memory; others who share the usage topic have ids of their own kind."""
+    try:
+        return UUID(request).bytes
+    except ValueError:
+        return b"other:" + request.encode()
 
 
 async def warm_from_results(settings: Settings, tenant_id: str | None) -> Warmed:

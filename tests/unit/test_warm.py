@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -124,6 +125,16 @@ async def test_other_tenants_and_errors_are_nobodys_business() -> None:
     assert join(request, a_usage(request), tenant_id="beta").entry_of(result) is None
     failed = await received(request, status=Status.ERROR, vector=None)
     assert join(request, a_usage(request)).entry_of(failed) is None
+
+
+async def test_words_and_ids_of_others_do_no_harm() -> None:
+    """A usage event of another service is passed over; a token source that is not known yet counts as an estimate."""
+    request = asked(["one"])
+    made = join(request, a_usage(request))
+    made.take_charge(replace(a_usage(request), request_id="an invoice of another service"), NOW_MS)
+    offered = made.entry_of(replace(await received(request), token_source="oracle"))
+    assert isinstance(offered, Offered)
+    assert offered.entry.token_source is TokenSource.ESTIMATE
 
 
 async def test_a_reply_topic_that_is_gone_does_not_matter() -> None:
