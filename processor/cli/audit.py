@@ -129,7 +129,7 @@ async def run_audit(
         )
     finally:
         await codec.close()
-    differences, note = _compare_store(settings, store, books, ends, now_ms)
+    differences, note = compare_store(settings, store, books, ends, now_ms)
     return AuditReport(
         usage=books.usage,
         totals=books.totals(),
@@ -210,7 +210,7 @@ async def _messages(
             ends[topic, last.partition] = last.offset + 1
 
 
-def _compare_store(
+def compare_store(
     settings: Settings, path: Path | None, books: Audit, ends: Mapping[tuple[str, int], int], now_ms: int
 ) -> tuple[list[LedgerDifference] | None, str]:
     """The aggregator's ledger beside ours, where both stand at the same offsets; else why they can't be compared."""
