@@ -374,6 +374,10 @@ class Entry:
     token_source: TokenSource
     cut_tokens: int = 0
 
+    def bills(self, item: Item) -> bool:
+        """U3: the item that finds its own entry is billed its tokens, any other one is saved them."""
+        return item == self.leader
+
 
 @dataclass(frozen=True, slots=True)
 class Fault:

@@ -268,6 +268,7 @@ async def _attempt(
 
 
 def _intent(call: Call, leaders: Sequence[Work], on: Deployment, route: Route) -> ProviderCall:
+    """U1: the leader items with who pays and their local counts, and by when its receipt comes if it ever does."""
     now_ms = route.clock.now_ms()
     model = call.function.model
     price = model.price_at(now_ms)

@@ -280,7 +280,7 @@ class Pipeline:
         if found is None:
             self.batcher.add(work, key, function, now)
         else:
-            work.outcome = Outcome(found.level, found.entry, work.item == found.entry.leader)
+            work.outcome = Outcome(found.level, found.entry, found.entry.bills(work.item))
             known.append(work)
             self._found_at_once += 1
 

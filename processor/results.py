@@ -39,7 +39,7 @@ def settle(fold: Fold) -> bool:
     follower = CacheLevel.COALESCED if fold.level is CacheLevel.MISS else fold.level
     for work in fold.works:
         if work.outcome is None:
-            billed = work.item == entry.leader
+            billed = entry.bills(work.item)
             work.outcome = Outcome(fold.level if billed else follower, entry, billed)
     return True
 
