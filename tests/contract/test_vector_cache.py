@@ -1,19 +1,22 @@
-"""What every VectorCache promises: L1, Redis, and both in a row."""
+"""What every VectorCache promises: L1 with each policy, Redis and a Cluster of it, and both in a row."""
 
 from __future__ import annotations
 
 import asyncio
 import os
 import signal
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pytest
+from redis import Redis as SyncRedis
 from redis.asyncio import Redis
 
+from processor.adapters.cache_entry import encode
 from processor.adapters.embedded import EmbeddedCache
+from processor.adapters.eviction import Lru, S3Fifo
 from processor.adapters.memory_cache import MemoryCache
 from processor.adapters.redis_cache import KEYS_A_TURN, RedisCache
 from processor.adapters.redis_client import RedisAccess
@@ -21,6 +24,7 @@ from processor.adapters.tiered_cache import PAUSE_S, TieredCache
 from processor.domain import CacheLevel, Entry, Item, TokenSource
 from processor.errors import CacheUnavailable, SettingsError
 from processor.ports import Events, VectorCache
+from tests.support.redis_variants import Cluster, own_cluster
 
 TTL_S = 60
 D = 8
@@ -56,21 +60,32 @@ class Case:
     """Lets TTL_S pass for all that was put so far."""
 
 
-@pytest.fixture(params=["l1", "redis", "tiered"])
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    """Three nodes, for this file."""
+    with own_cluster() as nodes:
+        yield nodes
+
+
+@pytest.fixture(params=["lru", "lfu", "redis", "cluster", "tiered"])
 async def case(request: pytest.FixtureRequest, unique: str) -> AsyncIterator[Case]:
     seconds = Seconds()
-    memory = MemoryCache(max_bytes=1_000_000, ttl_s=TTL_S, monotonic=seconds)
+    eviction = Lru() if request.param == "lru" else S3Fifo()
+    memory = MemoryCache(max_bytes=1_000_000, ttl_s=TTL_S, eviction=eviction, monotonic=seconds)
 
     async def expire_memory() -> None:
         seconds.now += TTL_S
 
-    if request.param == "l1":
+    if request.param in {"lru", "lfu"}:
         yield Case(memory, CacheLevel.L1, expire_memory)
         return
 
-    url: str = request.getfixturevalue("redis_url")
-    redis = RedisCache(RedisAccess(url), timeout_s=5, ttl_s=TTL_S, prefix=unique.encode())
-    client = Redis.from_url(url)
+    if request.param == "cluster":
+        access = RedisAccess(request.getfixturevalue("cluster").url, cluster=True)
+    else:
+        access = RedisAccess(request.getfixturevalue("redis_url"))
+    redis = RedisCache(access, timeout_s=5, ttl_s=TTL_S, prefix=unique.encode())
+    client: Any = access.open(timeout_s=5, retries=1)
 
     async def expire_both() -> None:
         await expire_memory()
@@ -78,8 +93,10 @@ async def case(request: pytest.FixtureRequest, unique: str) -> AsyncIterator[Cas
             assert 0 < await client.ttl(key) <= TTL_S
             await client.expire(key, 0)
 
-    cache: VectorCache = redis if request.param == "redis" else TieredCache(memory, redis, monotonic=seconds)
-    yield Case(cache, CacheLevel.L2 if request.param == "redis" else CacheLevel.L1, expire_both)
+    if request.param == "tiered":
+        yield Case(TieredCache(memory, redis, monotonic=seconds), CacheLevel.L1, expire_both)
+    else:
+        yield Case(redis, CacheLevel.L2, expire_both)
     await redis.close()
     await client.aclose()
 
@@ -150,6 +167,19 @@ async def test_other_dimensions_are_not_served(case: Case) -> None:
     assert await case.cache.get_many([b"k"], D + 1) == {}
 
 
+async def test_what_lies_under_a_former_key_is_kept_under_the_present_one(case: Case) -> None:
+    """It is found with its payer, and from then on without the former key; one that was stored since stands."""
+    l2 = case.cache if case.level is CacheLevel.L2 else None
+    await case.cache.put_many({b"old-a": an_entry(1), b"old-b": an_entry(2), b"new-b": an_entry(3)})
+    asked = {b"new-a": b"old-a", b"new-b": b"old-b", b"new-c": b"old-c"}
+    found = await case.cache.get_many(list(asked), D, asked)
+    if l2 is None and not isinstance(case.cache, TieredCache):
+        assert set(found) == {b"new-b"}  # a process has one secret all its life
+        return
+    assert {key: hit.entry.tokens for key, hit in found.items()} == {b"new-a": 1, b"new-b": 3}
+    assert same((await case.cache.get_many([b"new-a"], D))[b"new-a"].entry, an_entry(1))
+
+
 async def test_a_vector_in_the_cache_is_nobodys_to_change(case: Case) -> None:
     """Neither the payer's array nor a reader's can alter what the next one finds."""
     entry = an_entry()
@@ -202,6 +232,28 @@ async def test_a_spoilt_value_is_counted_deleted_and_a_miss(
     assert await client.get(name) is None
     await cache.close()
     await client.aclose()
+
+
+async def test_a_good_value_stored_meanwhile_is_not_deleted(redis_url: str, unique: str) -> None:
+    """A spoilt value goes only while it is still there: another worker may have embedded the text since."""
+    name = unique.encode() + b"k"
+    with SyncRedis.from_url(redis_url) as client:
+        events = Events(lambda *_: client.set(name, encode(b"k", an_entry(2))) and None)
+        cache = RedisCache(RedisAccess(redis_url), timeout_s=5, ttl_s=TTL_S, prefix=unique.encode(), events=events)
+        client.set(name, b"spoilt")
+        assert await cache.get_many([b"k"], D) == {}
+        assert same((await cache.get_many([b"k"], D))[b"k"].entry, an_entry(2))
+        await cache.close()
+
+
+async def test_what_is_stored_together_does_not_expire_together(redis_url: str, unique: str) -> None:
+    """Lives in Redis are spread over the jitter, and none is longer than the TTL."""
+    access = RedisAccess(redis_url)
+    cache = RedisCache(access, timeout_s=5, ttl_s=1000, ttl_jitter=0.5, prefix=unique.encode())
+    await cache.put_many({b"%d" % i: an_entry(i) for i in range(200)})
+    least, median, greatest = (await cache.stats()).ttl_s or (0, 0, 0)
+    await cache.close()
+    assert 490 <= least < 600 < median < 900 < greatest <= 1000
 
 
 async def test_a_look_up_is_one_round_trip(unique: str) -> None:

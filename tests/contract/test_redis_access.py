@@ -1,0 +1,307 @@
+"""How Redis is reached: a Cluster, TLS and users; and how entries are found by whose they are, and erased."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from redis.asyncio.cluster import ClusterNode
+
+from processor.adapters import redis_cache
+from processor.adapters.memory_cache import MemoryCache
+from processor.adapters.purge_watch import AGAIN_S, EVERY_S, PurgeWatch
+from processor.adapters.redis_cache import L1_PURGED_WITHIN_S, RedisCache
+from processor.adapters.redis_client import RedisAccess
+from processor.adapters.redis_quota import RedisQuota
+from processor.domain import Entry, Item, TokenSource
+from processor.errors import CacheUnavailable, SettingsError
+from processor.ports import QuotaAsk
+from processor.settings import load
+from tests.support.redis_variants import Cluster, Guarded, guarded_server, own_cluster
+from tests.support.steps import VirtualClock
+
+D = 4
+TTL_S = 600
+
+WORKER_RIGHTS = (
+    "~embedding:* +ping +mget +set +get +unlink +eval +evalsha +script|load +zrange +hmget +hset +expire +time"
+)
+COMMAND_LINE_RIGHTS = WORKER_RIGHTS + " +scan +info +ttl +memory|usage +zadd +zremrangebyscore"
+
+
+def entries(tag: bytes, count: int) -> dict[bytes, Entry]:
+    """So many whose keys begin with the tag."""
+    vector = np.ones(D, np.float32)
+    return {
+        tag + b"%024d" % number: Entry(vector, number, Item(f"r{number}", 0), "a", TokenSource.PROVIDER)
+        for number in range(count)
+    }
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    """Three nodes, for this file."""
+    with own_cluster() as nodes:
+        yield nodes
+
+
+@pytest.fixture(params=["single", "cluster"])
+def access(request: pytest.FixtureRequest) -> RedisAccess:
+    """One server, and several."""
+    if request.param == "single":
+        return RedisAccess(request.getfixturevalue("redis_url"))
+    return RedisAccess(request.getfixturevalue("cluster").url, cluster=True)
+
+
+@pytest.fixture
+def no_grace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is on its way in these tests."""
+    monkeypatch.setattr(redis_cache, "PURGE_GRACE_S", 0.0)
+
+
+# --- whose entries
+
+
+@pytest.mark.usefixtures("no_grace")
+@pytest.mark.parametrize("tag", [b"tenant-1", b"*?[]^-\\{", b"\x00\xff\r\n*\n\\*"])
+async def test_a_purge_erases_a_tenants_entries_and_nobody_elses(access: RedisAccess, tag: bytes, unique: str) -> None:
+    """On all nodes, whatever bytes the tag is made of; and it says when, for the memory of workers."""
+    cache = RedisCache(access, timeout_s=5, ttl_s=TTL_S, prefix=unique.encode() + b"*:")
+    others = entries(b"tenant-2", 300)
+    await cache.put_many(entries(tag, 300) | others)
+    assert await cache.purge(tag) == 300
+    assert (await cache.stats(tag)).entries == 0
+    assert set(await cache.get_many(list(others), D)) == set(others)
+    assert set(await cache.purged()) == {tag}
+    assert await cache.purge(tag) == 0
+    await cache.close()
+
+
+@pytest.mark.usefixtures("no_grace")
+async def test_a_purge_reaches_the_memory_of_a_running_worker(redis_url: str, unique: str) -> None:
+    """Within the time that is promised, what was on its way from Redis to it included; others keep theirs."""
+    clock = VirtualClock()
+    l1 = MemoryCache(max_bytes=1_000_000, ttl_s=TTL_S, monotonic=clock.monotonic)
+    cache = RedisCache(RedisAccess(redis_url), timeout_s=5, ttl_s=TTL_S, prefix=unique.encode())
+    watch = PurgeWatch(cache, l1, clock)
+    mine, others = entries(b"tenant-1", 50), entries(b"tenant-2", 50)
+    await l1.put_many(mine | others)
+    await watch.look()
+    assert len(l1) == 100
+
+    await cache.purge(b"tenant-1")
+    await watch.look()
+    assert len(l1) == 50
+    await l1.put_many(mine)  # read from Redis before the purge, kept after it was heard of
+    clock.now_s += EVERY_S
+    await watch.look()
+    assert len(l1) == 50
+    clock.now_s += AGAIN_S
+    await watch.look()
+    await l1.put_many(mine)
+    await watch.look()
+    assert len(l1) == 100, "what is embedded anew is kept"
+
+    await cache.purge(b"tenant-1")
+    await watch.look()
+    assert len(l1) == 50, "a second purge is another one"
+    assert EVERY_S + AGAIN_S + EVERY_S < L1_PURGED_WITHIN_S
+    await cache.close()
+
+
+async def test_a_purge_is_heard_of_once_redis_is_back(unique: str) -> None:
+    """A watch whose Redis is away does no harm and ends nothing."""
+    cache = RedisCache(RedisAccess("redis://127.0.0.1:1/0"), timeout_s=1, ttl_s=TTL_S, prefix=unique.encode())
+    l1 = MemoryCache(max_bytes=1_000_000, ttl_s=TTL_S)
+    await l1.put_many(entries(b"tenant-1", 5))
+    await PurgeWatch(cache, l1, VirtualClock()).look()
+    assert len(l1) == 5
+    await cache.close()
+
+
+async def test_stats_tell_entries_and_sizes_over_all_nodes(access: RedisAccess, unique: str) -> None:
+    """Counted by scanning, sized by a sample; the note of purges is no entry."""
+    cache = RedisCache(access, timeout_s=5, ttl_s=TTL_S, prefix=unique.encode())
+    assert ((await cache.stats()).entries, (await cache.stats()).entry_bytes) == (0, None)
+    await cache.put_many(entries(b"tenant-1", 700) | entries(b"tenant-2", 20))
+    stats, of_one = await cache.stats(), await cache.stats(b"tenant-2")
+    await cache.close()
+    assert (stats.entries, of_one.entries) == (720, 20)
+    assert stats.entry_bytes is not None
+    assert 100 < stats.entry_bytes < 400
+    assert stats.nodes == (3 if access.cluster else 1)
+    assert stats.server.split()[0] in {"redis", "valkey"}
+    assert stats.used_memory_bytes > 720 * 100
+
+
+# --- a Cluster
+
+
+async def test_a_look_up_in_a_cluster_is_one_trip_to_each_node(
+    cluster: Cluster, unique: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many slots the keys of a window lie in, each node is asked once, and all at the same time."""
+    running = most = trips = 0
+    execute = ClusterNode.execute_pipeline
+
+    async def counted(self: ClusterNode, commands: list[object]) -> bool:
+        nonlocal running, most, trips
+        trips += 1
+        running += 1
+        most = max(most, running)
+        try:
+            return await execute(self, commands)  # type: ignore[arg-type]
+        finally:
+            running -= 1
+
+    cache = RedisCache(RedisAccess(cluster.url, cluster=True), timeout_s=5, ttl_s=TTL_S, prefix=unique.encode())
+    stored = entries(b"tenant-1", 512)
+    await cache.put_many(stored)
+    monkeypatch.setattr(ClusterNode, "execute_pipeline", counted)
+    assert set(await cache.get_many(list(stored), D)) == set(stored)
+    await cache.close()
+    assert (trips, most) == (3, 3)
+
+
+async def test_a_frozen_node_costs_the_budget_and_mixes_up_no_answers(cluster: Cluster, unique: str) -> None:
+    """The look-up is gone without; late answers are not taken for those of the next one."""
+    cache = RedisCache(RedisAccess(cluster.url, cluster=True), timeout_s=0.3, ttl_s=TTL_S, prefix=unique.encode())
+    first, second = entries(b"tenant-1", 100), entries(b"tenant-2", 100)
+    await cache.put_many(first | second)
+    loop = asyncio.get_running_loop()
+    os.kill(cluster.nodes[1].pid, signal.SIGSTOP)
+    try:
+        for _ in range(3):
+            began = loop.time()
+            with pytest.raises(CacheUnavailable):
+                await cache.get_many(list(first), D)
+            assert loop.time() - began < 1
+    finally:
+        os.kill(cluster.nodes[1].pid, signal.SIGCONT)
+    deadline = loop.time() + 15
+    while True:
+        try:
+            found = await cache.get_many(list(second), D)
+            break
+        except CacheUnavailable:
+            assert loop.time() < deadline, "never found again"
+    await cache.close()
+    assert {key: hit.entry.tokens for key, hit in found.items()} == {key: each.tokens for key, each in second.items()}
+
+
+async def test_a_quota_is_shared_in_a_cluster(cluster: Cluster, unique: str) -> None:
+    """Its script touches one key, so one slot."""
+    quota = RedisQuota(RedisAccess(cluster.url, cluster=True), timeout_s=5, pace=1.0, prefix=unique)
+    grants = [await quota.lease("a", QuotaAsk(1, 60_000, None), QuotaAsk(0, None, None), 0.0) for _ in range(2)]
+    await quota.close()
+    assert [requests.per_minute for requests, _ in grants] == [60_000, 60_000]
+
+
+# --- TLS and users
+
+
+@pytest.fixture(scope="module")
+def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guarded]:
+    """Its user may do what a worker and the command line do, and nothing else."""
+    try:
+        server = guarded_server(tmp_path_factory.mktemp("tls"), COMMAND_LINE_RIGHTS)
+        with server as ready:
+            yield ready
+    except LookupError as error:
+        pytest.skip(f"NOT RUN: TLS and users of Redis: {error}")
+
+
+def settings_of(guarded: Guarded, **overrides: object) -> RedisAccess:
+    """As an operator names them."""
+    names = {
+        "redis_url": guarded.url,
+        "redis_username": "worker",
+        "redis_password": guarded.password,
+        "redis_ca_file": guarded.ca_file,
+        "redis_cert_file": guarded.cert_file,
+        "redis_key_file": guarded.key_file,
+    }
+    return RedisAccess.from_settings(load(**(names | overrides), _env_file=None))
+
+
+@pytest.mark.usefixtures("no_grace")
+async def test_tls_and_a_user_with_few_rights_are_enough(guarded: Guarded, tmp_path: Path) -> None:
+    """Everything that workers and commands do works with the rights that the docs list."""
+    (tmp_path / "password").write_text(f"{guarded.password}\n")
+    access = settings_of(guarded, redis_password=None, redis_password_file=tmp_path / "password")
+    cache = RedisCache(access, timeout_s=5, ttl_s=TTL_S)
+    stored = entries(b"tenant-1", 10)
+    await cache.put_many(stored)
+    assert set(await cache.get_many(list(stored), D)) == set(stored)
+    assert await cache.get_many(list(stored), D + 1) == {}  # of no use to anybody: deleted
+    await cache.put_many(stored)
+    assert (await cache.stats()).entries == await cache.purge(b"tenant-1") == 10
+    assert set(await cache.purged()) == {b"tenant-1"}
+    assert await cache.ping() == "ok"
+    await cache.close()
+    quota = RedisQuota(access, timeout_s=5, pace=1.0)
+    await quota.lease("a", QuotaAsk(1, 60, None), QuotaAsk(1, 60, None), 0.0)
+    await quota.close()
+
+
+def open_sockets() -> int:
+    """Of this process."""
+    return sum(
+        os.path.realpath(link).rpartition("/")[2].startswith("socket:") for link in Path("/proc/self/fd").iterdir()
+    )
+
+
+@pytest.mark.parametrize("cluster", [False, True])
+@pytest.mark.parametrize(
+    "wrong, named",
+    [
+        ({"redis_password": "canary-77"}, "EMBEDDING_REDIS_PASSWORD"),
+        ({"redis_username": "nobody"}, "EMBEDDING_REDIS_USERNAME"),
+        ({"redis_ca_file": None}, "EMBEDDING_REDIS_CA_FILE"),
+        ({"redis_cert_file": None, "redis_key_file": None}, "certificates|EMBEDDING_REDIS_CERT_FILE"),
+    ],
+)
+async def test_what_redis_refuses_names_the_setting(
+    guarded: Guarded, wrong: dict[str, object], named: str, cluster: bool
+) -> None:
+    """Health says which variable to look at, and quotes no secret."""
+    open_before = open_sockets()
+    cache = RedisCache(settings_of(guarded, **wrong, redis_cluster=cluster), timeout_s=5, ttl_s=TTL_S)
+    said = await cache.ping()
+    with pytest.raises(CacheUnavailable, match=named) as refused:
+        await cache.get_many([b"k"], D)
+    await cache.close()
+    while open_sockets() > open_before:  # the client does not wait for TLS to end
+        await asyncio.sleep(0.01)
+    assert re.search(named, said)
+    assert "canary" not in f"{said}{refused.value!r}"
+
+
+@pytest.mark.parametrize(
+    "wrong, named",
+    [
+        ({"redis_ca_file": Path("no-such-file")}, "EMBEDDING_REDIS_CA_FILE: can't read it"),
+        ({"redis_key_file": Path("no-such-file")}, "EMBEDDING_REDIS_KEY_FILE: can't read it"),
+        ({"redis_ca_file": Path(__file__)}, "EMBEDDING_REDIS_CA_FILE: must be a PEM file"),
+        ({"redis_cert_file": Path(__file__)}, "EMBEDDING_REDIS_CERT_FILE: must be a PEM file"),
+        ({"redis_cert_file": None}, "EMBEDDING_REDIS_CERT_FILE: is missing"),
+        ({"redis_url": "redis://localhost:6379"}, "EMBEDDING_REDIS_CA_FILE: is for rediss:// alone"),
+        (
+            {"redis_url": "localhost:6379", "redis_ca_file": None, "redis_cert_file": None, "redis_key_file": None},
+            "EMBEDDING_REDIS_URL: must be",
+        ),
+        ({"redis_url": "rediss://localhost/3", "redis_cluster": True}, "EMBEDDING_REDIS_URL: of a cluster"),
+        ({"redis_url": None}, "EMBEDDING_REDIS_URL: is missing"),
+        ({"redis_password": None, "redis_password_file": Path("no-such-file")}, "EMBEDDING_REDIS_PASSWORD_FILE"),
+    ],
+)
+def test_what_can_be_told_at_start_is_told_at_start(guarded: Guarded, wrong: dict[str, object], named: str) -> None:
+    """A file or an address that can't be used is a fault of the settings, by name."""
+    with pytest.raises(SettingsError, match=named):
+        settings_of(guarded, **wrong).open(timeout_s=1, retries=0)
