@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
@@ -12,10 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from processor.adapters.cache_entry import decode, encode
-from processor.adapters.eviction import Lru
-from processor.adapters.memory_cache import ENTRIES_A_TURN, ENTRY_OVERHEAD_BYTES, MemoryCache
+from processor.adapters.eviction import Lru, S3Fifo, Slot
+from processor.adapters.memory_cache import ENTRIES_A_TURN, ENTRY_OVERHEAD_BYTES, KEYS_A_TURN, MemoryCache
 from processor.adapters.tiered_cache import TieredCache
-from processor.domain import Entry, Item, TokenSource
+from processor.domain import CacheLevel, Entry, Item, TokenSource
 from processor.errors import CacheUnavailable
 from processor.ports import NO_FORMER, Found
 
@@ -42,20 +43,109 @@ async def test_l1_lets_the_least_recently_used_go() -> None:
     assert set(await cache.get_many(keys("a", "b", "c", "d"), D)) == {b"a", b"c", b"d"}
 
 
-@given(st.lists(st.tuples(st.sampled_from("abcdefgh"), st.integers(1, 400), st.booleans()), max_size=60))
-async def test_l1_never_exceeds_its_bytes(steps: list[tuple[str, int, bool]]) -> None:
-    """Whatever is put, read or expired, the size is that of what is kept, and within the bound."""
+@pytest.mark.parametrize("eviction", [Lru, S3Fifo])
+@given(steps=st.lists(st.tuples(st.sampled_from("abcdefgh"), st.integers(1, 400), st.booleans()), max_size=60))
+async def test_l1_never_exceeds_its_bytes(eviction: type[Lru | S3Fifo], steps: list[tuple[str, int, bool]]) -> None:
+    """Whatever is put, read, purged or expired, the size is that of what is kept, and within the bound."""
     now = [0.0]
-    cache = MemoryCache(max_bytes=4000, ttl_s=10, monotonic=lambda: now[0])
+    cache = MemoryCache(max_bytes=5000, ttl_s=10, eviction=eviction(), monotonic=lambda: now[0])
     for name, dimensions, later in steps:
         entry = Entry(np.ones(dimensions, np.float32), 1, Item("r", 0), "a", TokenSource.PROVIDER)
         await cache.put_many({name.encode(): entry})
         await cache.get_many(keys("a", "b"), dimensions)
+        await cache.drop([b"c"])
         now[0] += 6 * later
-        assert cache.size_bytes <= 4000
+        assert cache.size_bytes <= 5000
+        assert cache.peek(b"c", dimensions) is None
     now[0] += 100
     await cache.get_many(keys(*"abcdefgh"), D)
     assert (len(cache), cache.size_bytes) == (0, 0)
+
+
+async def test_what_is_asked_for_again_outlives_what_is_not() -> None:
+    """With lfu a stream of texts that come once passes by what was used twice; with lru it sweeps it away."""
+    kept = {}
+    for name, eviction in (("lru", Lru()), ("lfu", S3Fifo())):
+        cache = MemoryCache(max_bytes=20 * SIZE, ttl_s=60, eviction=eviction)
+        wanted = [b"wanted%d" % number for number in range(10)]
+        for key in wanted:
+            await cache.put_many({key: an_entry()})
+            await cache.get_many([key], D)
+            await cache.get_many([key], D)
+        for number in range(200):
+            await cache.put_many({b"once%d" % number: an_entry()})
+        kept[name] = len(await cache.get_many(wanted, D))
+    assert kept == {"lru": 0, "lfu": 10}
+
+
+async def test_what_is_no_longer_asked_for_goes_in_the_end() -> None:
+    """With lfu an old favourite does not stay for ever: its uses are counted down as others are kept."""
+    cache = MemoryCache(max_bytes=20 * SIZE, ttl_s=60, eviction=S3Fifo())
+    await cache.put_many({b"old": an_entry()})
+    for _ in range(1000):
+        cache.peek(b"old", D)
+    for number in range(400):
+        key = b"%d" % (number // 2)
+        await cache.put_many({key: an_entry()})
+        cache.peek(key, D)
+        cache.peek(key, D)
+    assert cache.peek(b"old", D) is None
+
+
+def test_who_comes_back_soon_is_believed() -> None:
+    """With lfu the key of a text that was let go is remembered: the second time it is kept before new ones."""
+    queues = S3Fifo()
+    found = Found(an_entry(), CacheLevel.L1)
+
+    def added(key: bytes, uses: int = 0) -> Slot:
+        slot = Slot(key, found, D, 0.0)
+        queues.added(slot)
+        for _ in range(uses):
+            queues.used(slot)
+        return slot
+
+    for number in range(9):
+        added(b"main%d" % number, uses=2)
+    back = added(b"back")
+    assert queues.victim() is back
+    back, new = added(b"back"), added(b"new")
+    for number in range(20):
+        new, before = added(b"new%d" % number), new
+        assert queues.victim() is before
+    queues.removed(back)
+
+
+@pytest.mark.parametrize("eviction", [Lru, S3Fifo])
+async def test_lives_are_spread(eviction: type[Lru | S3Fifo]) -> None:
+    """What was stored together expires over the jitter, none of it after the TTL."""
+    now = [0.0]
+    chances = itertools.cycle([0.0, 0.5, 0.999])
+    cache = MemoryCache(
+        max_bytes=10 * SIZE,
+        ttl_s=100,
+        ttl_jitter=0.2,
+        eviction=eviction(),
+        monotonic=lambda: now[0],
+        chance=lambda: next(chances),
+    )
+    await cache.put_many({name: an_entry() for name in keys("a", "b", "c")})
+    left = []
+    for now[0] in (79.0, 81.0, 91.0, 100.0):
+        left.append(set(await cache.get_many(keys("a", "b", "c"), D)))
+    assert left == [{b"a", b"b", b"c"}, {b"a", b"b"}, {b"a"}, set()]
+
+
+async def test_dropping_many_gives_everybody_else_a_turn() -> None:
+    """A full memory is not searched in one piece, and what is put meanwhile does no harm."""
+    cache = MemoryCache(max_bytes=3 * KEYS_A_TURN * SIZE, ttl_s=60)
+    entry = an_entry()
+    await cache.put_many({b"tenant-%d" % (i % 2) + b"%d" % i: entry for i in range(2 * KEYS_A_TURN)})
+    dropping = asyncio.create_task(cache.drop([b"tenant-1"]))
+    await asyncio.sleep(0)
+    assert len(cache) == 2 * KEYS_A_TURN - KEYS_A_TURN // 2
+    await cache.put_many({b"tenant-0x": entry})
+    assert await dropping == KEYS_A_TURN
+    assert len(cache) == KEYS_A_TURN + 1
 
 
 async def test_storing_many_gives_everybody_else_a_turn() -> None:
@@ -120,6 +210,7 @@ async def test_one_call_at_a_time_tries_a_broken_l2() -> None:
     await asyncio.sleep(0)
     assert await cache.get_many([b"k"], D) == {}
     assert l2.calls == 2
+    assert cache.goes_without == {"reads": True, "writes": False}
     l2.go.set()
     assert await probe == {}
 
