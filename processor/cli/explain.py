@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import aclosing
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
-from typing import Any, TypeVar
+from typing import Any
 
 from processor.adapters.avro import Codec
 from processor.adapters.reader import KafkaReader
@@ -17,10 +17,12 @@ from processor.audit import FirstCopies
 from processor.cli.console import money
 from processor.domain import CallKind, ProviderCall, ReceivedResult, Record, Request, Source, Usage
 from processor.identity import request_id
-from processor.ports import Undecodable
+from processor.ports import RecordReader, TopicReader, Undecodable
 from processor.settings import Settings
 
-T = TypeVar("T")
+SOURCES = ("requests", "queries")
+SCANNED = (*SOURCES, "results", "usage", "calls", "dlq")
+DLQ_HEADERS = ("error_class", "error_code", "source_topic", "source_partition", "source_offset", "failed_at_ms")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -133,30 +135,41 @@ async def explain(
     settings: Settings, correlation_id: str, *, tenant_id: str | None = None, since_ms: int | None = None
 ) -> Explanation:
     """Scan the topics for it, from records appended at `since_ms` on. Raises BrokerUnavailable or TopicsError."""
+    reader = KafkaReader(settings, group_id=settings.aggregator_group_id)
+    begins: dict[str, Mapping[int, int]] = {}
+    if since_ms is not None:
+        for name in SCANNED:
+            begins[name] = await reader.offsets_at(settings.topic(topics()[name].name), since_ms)
     codec = Codec.from_settings(settings)
     try:
-        return await _Scan(settings, codec, correlation_id, tenant_id, since_ms).run()
+        return await Scan(settings, reader, codec, correlation_id, tenant_id, begins).run()
     finally:
         await codec.close()
 
 
-class _Scan:
-    """One pass over each topic; what can't be of this request is not decoded."""
+class Scan:
+    """One pass over each topic from these offsets on; what can't be of this request is not decoded."""
 
     def __init__(
-        self, settings: Settings, codec: Codec, correlation_id: str, tenant_id: str | None, since_ms: int | None
+        self,
+        settings: Settings,
+        reader: TopicReader,
+        decoder: RecordReader,
+        correlation_id: str,
+        tenant_id: str | None,
+        begins: Mapping[str, Mapping[int, int]],
     ) -> None:
         self._settings = settings
-        self._codec = codec
-        self._reader = KafkaReader(settings, group_id=settings.aggregator_group_id)
+        self._reader = reader
+        self._decoder = decoder
         self._correlation_id = correlation_id
         self._mark = correlation_id.encode()
         self._tenant_id = tenant_id
-        self._since_ms = since_ms
+        self._begins = begins
         self._lives: dict[str, Life] = {}
 
     async def run(self) -> Explanation:
-        for name in ("requests", "queries"):
+        for name in SOURCES:
             await self._requests(name)
         await self._results()
         await self._usage()
@@ -168,7 +181,7 @@ class _Scan:
         async for record in self._records(name):
             if record.value is None or self._mark not in record.value:
                 continue
-            request = await self._codec.read(Request, record.value)
+            request = await self._decoder.read(Request, record.value)
             if not isinstance(request, Undecodable) and self._wanted(request.correlation_id, request.tenant_id):
                 life = self._life(request_id(request), request.tenant_id)
                 life.action, life.chunks = request.action, request.length
@@ -179,7 +192,7 @@ class _Scan:
         async for record in self._records("results"):
             if record.key != self._mark:
                 continue
-            result = await self._codec.read(ReceivedResult, record.value)
+            result = await self._decoder.read(ReceivedResult, record.value)
             if isinstance(result, Undecodable) or not self._wanted(result.correlation_id, result.tenant_id):
                 continue
             life = self._life(result.request_id, result.tenant_id)
@@ -200,7 +213,7 @@ class _Scan:
         async for record in self._records("usage"):
             if record.value is None or self._mark not in record.value:
                 continue
-            usage = await self._codec.read(Usage, record.value)
+            usage = await self._decoder.read(Usage, record.value)
             if isinstance(usage, Undecodable):
                 continue
             if not self._wanted(usage.request.correlation_id, usage.request.tenant_id):
@@ -231,7 +244,7 @@ class _Scan:
             name = (record.key or b"").decode(errors="replace")
             if record.value is None or (name not in known and not any(mark in record.value for mark in marks)):
                 continue
-            call = await self._codec.read(ProviderCall, record.value)
+            call = await self._decoder.read(ProviderCall, record.value)
             if isinstance(call, Undecodable):
                 continue
             known.add(call.attempt_id)
@@ -285,15 +298,10 @@ class _Scan:
         return self._settings.topic(topics()[name].name)
 
     async def _records(self, name: str) -> AsyncIterator[Record]:
-        topic = self._topic(name)
-        begin = None if self._since_ms is None else await self._reader.offsets_at(topic, self._since_ms)
-        async with aclosing(self._reader.read(topic, begin)) as fetched:
+        async with aclosing(self._reader.read(self._topic(name), self._begins.get(name))) as fetched:
             async for records in fetched:
                 for record in records:
                     yield record
-
-
-DLQ_HEADERS = ("error_class", "error_code", "source_topic", "source_partition", "source_offset", "failed_at_ms")
 
 
 def _place(source: Source) -> dict[str, Any]:
