@@ -91,7 +91,6 @@ def charges_of(books: audit.Books) -> dict[str, Usage]:
     return {charge.usage.request_id: charge.usage for charge in books.charges()}
 
 
-@pytest.mark.faults
 async def test_a_cache_that_was_lost_is_warm_again_and_nobody_pays_twice(begin: Begin) -> None:
     """U3, U6, U7: after a warming from the results nothing is embedded again, and the charges are right."""
     requests = [request for request in hard_requests(150, chunks=CHUNKS) if request.use_cache]
@@ -125,7 +124,6 @@ async def test_a_cache_that_was_lost_is_warm_again_and_nobody_pays_twice(begin: 
     assert all(usage.billed.tokens == 0 and usage.saved.texts == CHUNKS for usage in fresh)
 
 
-@pytest.mark.faults
 async def test_vectors_from_a_file_are_saved_to_whoever_asks_and_billed_to_nobody(begin: Begin, tmp_path: Path) -> None:
     """U3: no attempt stands behind them, so no charge may name one; what is not in the file is paid for as ever."""
     texts = [f"{CANARY} sentence number {i}" for i in range(40)]
@@ -144,7 +142,6 @@ async def test_vectors_from_a_file_are_saved_to_whoever_asks_and_billed_to_nobod
     assert {usage.saved.tokens for usage in charges_of(books).values()} == {0, 7 * CHUNKS}
 
 
-@pytest.mark.faults
 async def test_a_purge_reaches_the_memory_of_running_workers(begin: Begin) -> None:
     """Within the time that the command states, a text of the tenant is embedded anew; another tenant's is not."""
     asks = 0
