@@ -405,7 +405,7 @@ class Settings(BaseSettings):
     @property
     def has_default_cache_secret(self) -> bool:
         """Whether who reads this code can tell from the shared cache's keys whether a text was embedded."""
-        return self.secret("cache_secret") == DEFAULT_CACHE_SECRET
+        return self.secret("cache_secret") in {"", DEFAULT_CACHE_SECRET}
 
     def topic(self, name: str) -> str:
         """The full name of a topic of ours."""

@@ -161,6 +161,7 @@ class Stack:
         return {
             "EMBEDDING_BOOTSTRAP_SERVERS": self.broker.bootstrap_servers,
             "EMBEDDING_REDIS_URL": self.cache.url,
+            "EMBEDDING_CACHE_SECRET": "demo",
             "EMBEDDING_PROVIDER": "local",
             # The embedded broker knows neither.
             "EMBEDDING_PRODUCER_IDEMPOTENT": "false",
