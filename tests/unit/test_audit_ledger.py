@@ -176,16 +176,16 @@ async def test_parts_that_are_not_the_bill_are_a_breach() -> None:
 
 
 async def test_copies_of_intents_and_receipts_count_once() -> None:
-    """A send that was tried again may have left both twice."""
+    """A send that was tried again may have left both twice; the first ones stand."""
     log = MemoryLog()
-    for _ in range(2):
-        call(log, "a", (ONE, 3))
+    call(log, "a", (ONE, 3))
+    call(log, "a", (ONE, 9), price_nanos_per_million=1)
     receive(log, "a", 3)
-    receive(log, "a", 3)
+    receive(log, "a", 4)
     call(log, "a", (ONE, 3))
     charge(log, ONE, ("a", 3))
     ledger, classes = await a_ledger(log)
-    assert (ledger.billed.attempts, classes) == (1, {})
+    assert (ledger.billed, classes) == (Line(attempts=1, tokens=3, cost_nanos=60), {})
 
 
 async def test_residuals_without_a_price_are_summed_apart() -> None:
