@@ -82,6 +82,19 @@ async def test_a_run_says_how_many_records_are_behind_it(kafka: Broker, topic: s
     assert [run.behind for run in handler.runs] == [999 - run.records[-1].source.offset for run in handler.runs]
 
 
+@pytest.mark.parametrize("at_most", [7, 3_000])
+async def test_a_run_is_as_long_as_its_handler_takes_them(
+    at_most: int, kafka: Broker, topic: str, running: Running
+) -> None:
+    """A handler that works on many at once gets them, and one that wants few gets no more."""
+    await produce(kafka.bootstrap_servers, topic, PARTITIONS, 4_000)
+    handler = Handler()
+    async with running(engine_settings(kafka.bootstrap_servers), topic, handler, records_per_fetch=at_most):
+        await until(lambda: len(handler.seen) == 4_000, "4,000 records")
+    longest = max(len(run.records) for run in handler.runs)
+    assert longest == 7 if at_most == 7 else 500 < longest <= at_most
+
+
 class OddName(str):
     """A header's name as careless producers write it: in Latin-1."""
 

@@ -123,7 +123,7 @@ class Member(ConsumerRebalanceListener):  # type: ignore[misc]  # aiokafka is no
             else:
                 if uncommitted(leases) >= self.engine.settings.commit_records:
                     await self._commit_leases(leases)
-                fetched = await self._fetched(leases)
+                fetched = await self._fetched(leases, self.engine.records_per_fetch)
                 for partition, records in fetched.items():
                     # What is left of a fetch after a rebalance is dropped: the next generation seeks before it reads.
                     if self.leases is leases and self._continues(leases[partition], partition, records[0].offset):

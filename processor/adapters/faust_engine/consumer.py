@@ -72,7 +72,7 @@ class Consumer(driver.Consumer):
         self._queued: set[int] = set()
         self._in_hand: tuple[PartitionLease, asyncio.Task[None]] | None = None
         self._abandoned: Mapping[TopicPartition, PartitionLease] = {}
-        self._records_a_fetch = max(1, FETCH_BYTES // settings.max_record_bytes)
+        self._records_a_fetch = self._fitting(settings.max_record_bytes)
         """So many as the largest of the last fetch fit into FETCH_BYTES: what a record takes unpacked is not known
         before."""
 
@@ -158,8 +158,7 @@ class Consumer(driver.Consumer):
             largest_bytes = max(
                 each.serialized_key_size + each.serialized_value_size for run in fetched.values() for each in run
             )
-            at_most = self.engine.records_per_fetch
-            self._records_a_fetch = max(1, min(at_most, FETCH_BYTES // max(1, largest_bytes)))
+            self._records_a_fetch = self._fitting(largest_bytes)
         for partition, records in fetched.items():
             # After a rebalance what is left of the fetch is dropped: the next generation seeks before it reads.
             if self.leases is not leases or not self.flow_active:
@@ -167,6 +166,10 @@ class Consumer(driver.Consumer):
             lease = leases[partition]
             if await self._continues(lease, partition, records[0].offset):
                 await self._queue(lease, records)
+
+    def _fitting(self, record_bytes: int) -> int:
+        """How many records of this size one fetch may bring."""
+        return max(1, min(self.engine.records_per_fetch, FETCH_BYTES // max(1, record_bytes)))
 
     async def _run_alone(
         self, partition: TopicPartition, lease: PartitionLease, leases: Mapping[TopicPartition, PartitionLease]
