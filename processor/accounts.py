@@ -74,6 +74,10 @@ class TaskProgress:
     updated_at_ms: int
 
 
+EVERYBODY_ELSE = ""
+"""In place of a payer: whoever has no budget of its own, and has spent nothing of the default one yet."""
+
+
 class BudgetKey(NamedTuple):
     """`month` is a UTC month "2026-11"."""
 

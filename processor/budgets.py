@@ -10,6 +10,7 @@ from contextlib import aclosing
 from dataclasses import replace
 
 from processor.accounts import (
+    EVERYBODY_ELSE,
     BucketKey,
     Budget,
     BudgetKey,
@@ -24,6 +25,7 @@ from processor.aggregate import DAY_MS, total_of
 from processor.ports import AggregateStore, RecordReader, TopicReader, Undecodable
 
 PERCENTS = (50, 80, 100)
+NO_SUMS = UsageSums()
 
 
 def reached_percent(budget: Budget, sums: UsageSums) -> int:
@@ -69,7 +71,7 @@ class BudgetBook:
 
     def due(self, totals: Iterable[UsageTotal], now_ms: int) -> list[BudgetState | BudgetKey]:
         """What to publish with these totals, which are about to be saved: states that changed, keys of those to take
-        back. The first time, and in a new month, every state is compared."""
+        back. The first time, and a day before a new month, every state is compared."""
         sums = {
             BudgetKey(total.key.payer_id, total.key.bucket): total_of(total.partitions)
             for total in totals
@@ -77,14 +79,14 @@ class BudgetBook:
         }
         oldest = month_of(now_ms - self._horizon_ms)
         keys: Iterable[BudgetKey] = sums
-        if self._compared_in != month_of(now_ms):
-            sums = self._stored(now_ms) | sums
+        if self._compared_in != month_of(now_ms + DAY_MS):
+            sums = self._unspent(now_ms) | self._stored(now_ms) | sums
             keys = sums.keys() | self._published.keys()
         due: list[BudgetState | BudgetKey] = []
         for key in keys:
             budget, known = self._plan.of(key.payer_id), self._published.get(key)
-            if budget is not None and key in sums and key.month >= oldest:
-                state = state_of(key, budget, sums[key], now_ms)
+            if budget is not None and key.month >= oldest:
+                state = state_of(key, budget, sums.get(key, NO_SUMS), now_ms)
                 if known is None or replace(known, updated_at_ms=now_ms) != state:
                     due.append(state)
             elif known is not None:
@@ -108,7 +110,13 @@ class BudgetBook:
                 self._published[each.key] = each
             else:
                 self._published.pop(each, None)
-        self._compared_in = month_of(now_ms)
+        self._compared_in = month_of(now_ms + DAY_MS)
+
+    def _unspent(self, now_ms: int) -> dict[BudgetKey, UsageSums]:
+        """Who has a budget, spent from or not, now and tomorrow: workers must know of it before the first charge."""
+        payers = [*self._plan.named, *([EVERYBODY_ELSE] if self._plan.default is not None else [])]
+        months = {month_of(now_ms), month_of(now_ms + DAY_MS)}
+        return {BudgetKey(payer_id, month): NO_SUMS for payer_id in payers for month in months}
 
     def _stored(self, now_ms: int) -> dict[BudgetKey, UsageSums]:
         """Of every payer with a budget, in the months in which a charge may still come."""

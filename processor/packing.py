@@ -17,7 +17,8 @@ from typing import NamedTuple
 from processor.decode import too_long
 from processor.domain import CacheLevel, CallEstimator, EmbeddingFunction, ErrorCode, Fault, Truncate
 from processor.fairness import Text, Turns
-from processor.ports import Budgets, Clock, TokenCounter
+from processor.ports import Clock, TokenCounter
+from processor.spending import Spending
 from processor.work import Call, Fold, Outcome, Policy, Work
 
 SLICE_CHARACTERS, TURN_S = 4_096, 0.002
@@ -153,14 +154,12 @@ class _Pool:
     `since` is when it began to fill for its next call, `nearest_due` a bound on the deadlines of what waits.
     """
 
-    def __init__(
-        self, function: EmbeddingFunction, weights: Mapping[str, int], budgets: Budgets | None, now: float
-    ) -> None:
+    def __init__(self, function: EmbeddingFunction, weights: Mapping[str, int], spending: Spending, now: float) -> None:
         self.function = function
         self.load = _Load()
         self.since = now
         self.nearest_due = float("inf")
-        self._budgets = budgets
+        self._spending = spending
         self._turns = Turns(weights)
         self._front: deque[Text] = deque()
 
@@ -212,7 +211,7 @@ class _Pool:
     def _in_turn(self, now_ms: int, ended: list[Text]) -> Iterator[Text]:
         """Texts in fair order, each taken out; those that end instead are set aside."""
         while (text := self._front.popleft() if self._front else self._turns.pop()) is not None:
-            if _goes_out(text, now_ms, self._budgets):
+            if _goes_out(text, now_ms, self._spending):
                 yield text
             else:
                 ended.append(text)
@@ -226,7 +225,7 @@ class _Pool:
         ours = [next_text, *(self._front.popleft() for _ in range(min(LOOK_AHEAD, len(self._front))))]
         borrowed: list[Text] = []
         for text in self._turns.borrow(LOOK_AHEAD + 1 - len(ours)):
-            (borrowed if _goes_out(text, now_ms, self._budgets) else ended).append(text)
+            (borrowed if _goes_out(text, now_ms, self._spending) else ended).append(text)
         others = ours + borrowed
         call = _largest_first(begun, others, limits)
         if _load(call).share(limits) < FULL:
@@ -277,7 +276,7 @@ def _is_unwanted(text: Text) -> bool:
     return not text.fold.wanted
 
 
-def _goes_out(text: Text, now_ms: int, budgets: Budgets | None) -> bool:
+def _goes_out(text: Text, now_ms: int, spending: Spending) -> bool:
     """Whether anybody still wants it, once works past their request's deadline or their payer's budget have ended.
 
     That is decided before the first call of a fold; from then on what may be paid for is delivered, late or not.
@@ -285,19 +284,19 @@ def _goes_out(text: Text, now_ms: int, budgets: Budgets | None) -> bool:
     wanted, decides = False, text.due > float("-inf")
     for work in text.fold.works:
         if work.outcome is None and work.ticket.live:
-            fault = _over(work, now_ms, budgets) if decides else None
+            fault = _over(work, now_ms, spending) if decides else None
             if fault is not None:
                 work.outcome = Outcome(CacheLevel.MISS, fault=fault)
             else:
                 wanted = True
+    if wanted:
+        spending.allow(text.fold)
     return wanted
 
 
-def _over(work: Work, now_ms: int, budgets: Budgets | None) -> Fault | None:
-    request = work.job.request
-    if request.deadline_ms is not None and request.deadline_ms < now_ms:
-        return PAST_DEADLINE
-    return None if budgets is None else budgets.refuses(request.payer_id, work.ticket.source.append_ms)
+def _over(work: Work, now_ms: int, spending: Spending) -> Fault | None:
+    deadline_ms = work.job.request.deadline_ms
+    return PAST_DEADLINE if deadline_ms is not None and deadline_ms < now_ms else spending.over(work)
 
 
 # Packer
@@ -321,9 +320,9 @@ class _Cap:
 class Packer:
     """What waits for a provider call, by embedding function, and the calls that wait to be tried again."""
 
-    def __init__(self, policy: Policy, budgets: Budgets | None = None) -> None:
+    def __init__(self, policy: Policy, spending: Spending | None = None) -> None:
         self._weights = policy.tenant_weights
-        self._budgets = budgets
+        self._spending = spending or Spending(None)
         self._pools: dict[str, _Pool] = {}  # the one served least recently first
         self._retries: list[tuple[float, int, Call]] = []
         self._caps: dict[str, _Cap] = {}
@@ -456,7 +455,7 @@ class Packer:
     def _pool(self, function: EmbeddingFunction, now: float) -> _Pool:
         pool = self._pools.get(function.name)
         if pool is None:
-            pool = self._pools[function.name] = _Pool(function, self._weights, self._budgets, now)
+            pool = self._pools[function.name] = _Pool(function, self._weights, self._spending, now)
         return pool
 
     def _text(self, fold: Fold, due: float = float("-inf")) -> Text:

@@ -49,6 +49,7 @@ from processor.ports import (
     VectorCache,
 )
 from processor.results import Tombstones, chunk_result, messages, plain_result, request_result, settle
+from processor.spending import Spending
 from processor.usage import charge, cost_of
 from processor.work import Call, Fold, Instant, Job, Known, Outcome, Parcel, Plan, Policy, Ticket, Window, Work
 
@@ -96,7 +97,8 @@ class Pipeline:
         self.policy = policy
         self.route = route
         self.batcher = Batcher(policy)
-        self.packer = Packer(policy, ports.budgets)
+        self.spending = Spending(ports.budgets)
+        self.packer = Packer(policy, self.spending)
         self.order = DocumentOrder()
         self.paused: str | None = None
         self._finished = finished
@@ -193,6 +195,7 @@ class Pipeline:
         The folds that wait for no call any more: give them up. One may hold the outcome of a work past its deadline.
         """
         self.batcher.let_go()
+        self.spending.let_go()
         return self.packer.let_go()
 
     # Step 1
@@ -413,6 +416,7 @@ class Pipeline:
                 ticket.lease.finish(ticket.source.offset)
                 ticket.close()
                 finished.append(ticket)
+        self.spending.finished(ticket for ticket in finished if isinstance(ticket, Job))
         self._finished(finished)
 
 

@@ -314,10 +314,13 @@ class TokenCounter(Protocol):
 
 
 class Budgets(Protocol):
-    """Which payers have spent what they may: a worker's view of `usage-budgets`, in memory."""
+    """What payers may spend, and have spent: a worker's view of `usage-budgets`, in memory."""
 
-    def refuses(self, payer_id: str, charged_at_ms: int) -> Fault | None:
-        """Why a text that would be charged to this payer then is not paid for; None: it is."""
+    def state(self, payer_id: str, charged_at_ms: int) -> BudgetState | None:
+        """What is known of the payer's month in which a charge of that time counts; None: it has no budget.
+
+        Of a payer that has spent nothing yet it may be the state of `accounts.EVERYBODY_ELSE`.
+        """
         ...
 
 

@@ -5,17 +5,15 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Mapping
-from decimal import Decimal
 from typing import Any
 
 import structlog
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.errors import KafkaError
 
-from processor.accounts import Budget, BudgetKey, BudgetState, budget_key_of, month_of
+from processor.accounts import EVERYBODY_ELSE, BudgetKey, BudgetState, budget_key_of, month_of
 from processor.adapters import topics
 from processor.adapters.kafka import answered, connection, unavailable
-from processor.domain import ErrorCode, Fault
 from processor.errors import BrokerUnavailable, RegistryUnavailable, TopicsError
 from processor.ports import RecordReader, Undecodable
 from processor.settings import Settings
@@ -29,7 +27,7 @@ NO_VIEW = -1.0
 
 log = structlog.get_logger(__name__)
 
-Refusals = dict[BudgetKey, Fault]
+States = dict[BudgetKey, BudgetState]
 
 
 class BudgetFeed:
@@ -44,10 +42,14 @@ class BudgetFeed:
         self._decoder = decoder
         self._topic = settings.topic(topics.topics()["budgets"].name)
         self._consumer: Any = None
-        self._refused: Refusals = {}
+        self._states: States = {}
 
-    def refuses(self, payer_id: str, charged_at_ms: int) -> Fault | None:
-        return self._refused.get(BudgetKey(payer_id, month_of(charged_at_ms))) if self._refused else None
+    def state(self, payer_id: str, charged_at_ms: int) -> BudgetState | None:
+        if not self._states:
+            return None
+        month = month_of(charged_at_ms)
+        state = self._states.get(BudgetKey(payer_id, month))
+        return self._states.get(BudgetKey(EVERYBODY_ELSE, month)) if state is None else state
 
     @property
     def age_s(self) -> float:
@@ -59,7 +61,7 @@ class BudgetFeed:
     @property
     def refused(self) -> int:
         """How many payers' months are refused."""
-        return len(self._refused)
+        return sum(state.refuses for state in self._states.values())
 
     async def start(self) -> None:
         """Read all of the topic. Brokers that don't answer are waited for; raises BrokerUnavailable, TopicsError."""
@@ -72,7 +74,7 @@ class BudgetFeed:
                 if self._consumer is None:
                     await self._begin()
                 while True:
-                    await self._take(self._consumer, self._refused)
+                    await self._take(self._consumer, self._states)
             except (KafkaError, OSError, BrokerUnavailable, RegistryUnavailable, TopicsError) as error:
                 log.warning("the last view of the budgets stands", why=type(error).__name__)
                 await self.close()
@@ -94,7 +96,7 @@ class BudgetFeed:
         consumer = AIOKafkaConsumer(
             group_id=None, enable_auto_commit=False, auto_offset_reset="none", **connection(self._settings)
         )
-        refused: Refusals = {}
+        states: States = {}
         try:
             await consumer.start()
             consumer.assign(places)
@@ -104,7 +106,7 @@ class BudgetFeed:
             idle = 0
             # The position, not the last record's offset: the end of a compacted log may hold no record.
             while any([await consumer.position(place) < ends[place] for place in places]):
-                idle = 0 if await self._take(consumer, refused) else idle + 1
+                idle = 0 if await self._take(consumer, states) else idle + 1
                 if idle == IDLE_POLLS:
                     raise BrokerUnavailable("the broker sends nothing more of the budgets", may_pass=True)
         except (KafkaError, OSError) as error:
@@ -113,10 +115,10 @@ class BudgetFeed:
         except BaseException:
             await consumer.stop()
             raise
-        self._consumer, self._refused = consumer, refused
-        log.info("budgets read", refused=len(refused))
+        self._consumer, self._states = consumer, states
+        log.info("budgets read", states=len(states), refused=self.refused)
 
-    async def _take(self, consumer: Any, refused: Refusals) -> bool:
+    async def _take(self, consumer: Any, states: States) -> bool:
         """Take what has come into the view; whether anything has."""
         fetched: Mapping[TopicPartition, Any] = await consumer.getmany(timeout_ms=POLL_MS)
         for records in fetched.values():
@@ -129,27 +131,8 @@ class BudgetFeed:
                     log.error(
                         "a budget can't be read", partition=record.partition, offset=record.offset, why=state.code
                     )
-                elif state is not None and state.refuses:
-                    refused[key] = exceeded(state)
+                elif state is not None:
+                    states[key] = state
                 else:
-                    refused.pop(key, None)
+                    states.pop(key, None)
         return bool(fetched)
-
-
-def exceeded(state: BudgetState) -> Fault:
-    """Not retryable: the same request again has its charge already, which is of nothing."""
-    return Fault(
-        ErrorCode.BUDGET_EXCEEDED,
-        "budget",
-        f"budget: the payer's {_limits(state.budget)} of {state.key.month} are spent; have them raised or wait for the "
-        "next month, then send it under a new correlation id",
-    )
-
-
-def _limits(budget: Budget) -> str:
-    limits = []
-    if budget.max_tokens is not None:
-        limits.append(f"{budget.max_tokens} tokens")
-    if budget.max_cost_nanos is not None:
-        limits.append(f"{Decimal(budget.max_cost_nanos).scaleb(-9).normalize():f} dollars")
-    return " or ".join(limits)

@@ -11,12 +11,11 @@ import pytest
 from aiokafka import AIOKafkaProducer
 from aiokafka.admin import AIOKafkaAdminClient
 
-from processor.accounts import Budget, BudgetKey, BudgetState
+from processor.accounts import EVERYBODY_ELSE, Budget, BudgetKey, BudgetState
 from processor.adapters.avro import Codec
 from processor.adapters.budget_feed import NO_VIEW, BudgetFeed
 from processor.adapters.embedded import free_port
 from processor.adapters.murmur2 import partition_of
-from processor.domain import ErrorCode
 from processor.errors import BrokerUnavailable, TopicsError
 from processor.ports import Destination
 from processor.settings import Settings
@@ -91,9 +90,8 @@ class Topic:
 
 
 def refuses(feed: BudgetFeed, payer_id: str, at_ms: int = NOW_MS) -> bool:
-    fault = feed.refuses(payer_id, at_ms)
-    assert fault is None or fault.code is ErrorCode.BUDGET_EXCEEDED
-    return fault is not None
+    state = feed.state(payer_id, at_ms)
+    return state is not None and state.refuses
 
 
 async def comes(feed: BudgetFeed, payer_id: str, refused: bool) -> None:
@@ -139,16 +137,24 @@ async def test_the_month_is_that_of_the_request(topic: Topic) -> None:
         ]
 
 
+async def test_who_has_no_state_has_that_of_everybody_else(topic: Topic) -> None:
+    """A default budget is known before its first charge; a state of one's own, spent or not, comes first."""
+    await topic.publish(spent(EVERYBODY_ELSE), spent("acme", percent=50))
+    async with topic.followed() as feed:
+        assert [refuses(feed, "acme"), refuses(feed, "anybody")] == [False, True]
+
+
 async def test_what_is_published_later_is_followed(topic: Topic) -> None:
     """Spent, raised, spent again, taken back; and the view is never old while the broker answers."""
     async with topic.followed() as feed:
         assert not refuses(feed, "acme")
-        for message, refused in [
+        steps: list[tuple[BudgetState | BudgetKey, bool]] = [
             (spent("acme"), True),
             (spent("acme", percent=80), False),
             (spent("acme"), True),
             (BudgetKey("acme", NOW), False),
-        ]:
+        ]
+        for message, refused in steps:
             await topic.publish(message)
             await comes(feed, "acme", refused)
         await until(lambda: 0 <= feed.age_s < 5, within_s=10, what="the brokers have confirmed the view")

@@ -13,12 +13,10 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
-from processor.accounts import BucketKey, UsageTotal
+from processor.accounts import BucketKey, Budget, BudgetKey, BudgetState, UsageTotal
 from processor.domain import (
     CacheLevel,
     Entry,
-    ErrorCode,
-    Fault,
     ModelSpec,
     Price,
     ReceivedResult,
@@ -46,7 +44,15 @@ POISON = "poison"
 CACHE_TTL_S = 86_400.0
 BUDGETED = "initech"
 """Who has a budget."""
-SPENT = Fault(ErrorCode.BUDGET_EXCEEDED, "agent_owner_id", "agent_owner_id: the month is spent")
+SPENT = BudgetState(
+    key=BudgetKey("a payer", "2026-09"),
+    budget=Budget(max_tokens=1, max_cost_nanos=None, hard=True),
+    billed_tokens=1,
+    billed_cost_nanos=0,
+    unpriced_tokens=0,
+    reached_percent=100,
+    updated_at_ms=NOW_MS,
+)
 PRICES = (Price(1_234_567, 0, "old"), Price(2_500_000, NOW_MS + 500, "new"))
 """The price changes while the schedule runs."""
 
@@ -259,13 +265,27 @@ class Account:
 
 
 class Spent:
-    """The budgets as the workers know them: who may pay for nothing now."""
+    """The budgets as the workers know them: what is left to a payer, who may have spent it all."""
 
     def __init__(self) -> None:
         self.payers: set[str] = set()
 
     def refuses(self, payer_id: str, charged_at_ms: int) -> Fault | None:
         return SPENT if payer_id in self.payers else None
+
+    def state(self, payer_id: str, charged_at_ms: int) -> BudgetState | None:
+        if payer_id != BUDGETED:
+            return None
+        spent = payer_id in self.payers
+        return BudgetState(
+            key=BudgetKey(payer_id, "2026-09"),
+            budget=Budget(max_tokens=LEFT_TOKENS, max_cost_nanos=None, hard=True),
+            billed_tokens=LEFT_TOKENS if spent else 0,
+            billed_cost_nanos=0,
+            unpriced_tokens=0,
+            reached_percent=100 if spent else 0,
+            updated_at_ms=charged_at_ms,
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from processor.accounts import Budget, BudgetKey, BudgetPlan, BudgetState, UsageSums, month_of
+from processor.accounts import EVERYBODY_ELSE, Budget, BudgetKey, BudgetPlan, BudgetState, UsageSums, month_of
 from processor.adapters.sqlite_store import SqliteStore
 from processor.budgets import reached_percent, state_of
 from processor.ports import Destination
@@ -58,7 +58,15 @@ def expected(bench: Bench, history: History) -> dict[BudgetKey, BudgetState]:
 
 
 async def published(bench: Bench) -> dict[BudgetKey, BudgetState]:
-    return {key: replace(state, updated_at_ms=0) for key, state in (await bench.log.budgets()).items()}
+    """The states of who has spent anything."""
+    states = await bench.log.budgets()
+    return {key: replace(state, updated_at_ms=0) for key, state in states.items() if state.billed_tokens}
+
+
+async def unspent(bench: Bench, month: str) -> dict[str, Budget]:
+    """The budgets of a month that nobody has spent from."""
+    states = (await bench.log.budgets()).items()
+    return {key.payer_id: state.budget for key, state in states if key.month == month and not state.billed_tokens}
 
 
 @pytest.mark.parametrize(
@@ -112,6 +120,12 @@ async def test_the_last_state_of_each_budget_is_the_recomputation(past: list[Pla
         history: History = []
         await go_through(bench, history, past)
         assert await published(bench) == expected(bench, history)
+        month = month_of(bench.log.now_ms)
+        spenders = {key.payer_id for key in expected(bench, history) if key.month == month}
+        others = {*bench.budgets.named, *([EVERYBODY_ELSE] if bench.budgets.default else [])} - spenders
+        found = await unspent(bench, month)
+        assert found.keys() >= others, "a worker that sees no state lets a first burst of any size pass"
+        assert found == {payer_id: bench.budgets.of(payer_id) for payer_id in found}
 
 
 @pytest.mark.parametrize("store", ["kept", "lost"])
@@ -155,7 +169,7 @@ async def test_a_jump_over_two_percentages_tells_both() -> None:
 async def test_an_event_is_told_again_when_its_publishing_was_cut() -> None:
     """A process that ends before the record is out leaves the telling to the next one."""
     with a_bench() as bench:
-        bench.budgets = BudgetPlan(default=a_budget(4))
+        bench.budgets = BudgetPlan(named={"p0": a_budget(4)})
         append(bench.log, [], [Event(0, 0, 1, 0, 0)])
         crashes = 0
         while await bench.run(crash_at=crashes) is None:
@@ -197,7 +211,7 @@ async def test_each_assignment_compares_all_anew() -> None:
     """A process that gets its partitions back puts right what another one, with another file, has published."""
     with a_bench() as bench:
         history: History = []
-        bench.budgets = BudgetPlan(default=a_budget(4))
+        bench.budgets = BudgetPlan(named={"p0": a_budget(4)})
         append(bench.log, history, [Event(0, 0, 1, 0, 0)])
         await bench.run()
         (record,) = bench.log.all_of(TOPICS.budgets)
@@ -213,7 +227,7 @@ async def test_a_month_of_its_own_and_none_for_ever() -> None:
     """A charge of the next month begins a new state, also in a process that keeps running; an old month's goes."""
     with a_bench() as bench:
         history: History = []
-        bench.budgets = BudgetPlan(default=a_budget(4))
+        bench.budgets = BudgetPlan(named={"p0": a_budget(4)})
         append(bench.log, history, [Event(0, 0, 1, 0, 0)])
         await bench.run()
         append(bench.log, history, [Event(0, 1, 0, 10 * DAY_MS, 0)])
@@ -224,14 +238,17 @@ async def test_a_month_of_its_own_and_none_for_ever() -> None:
         }
         bench.log.now_ms += HORIZON_MS
         await bench.run()
-        assert {key.month for key in await bench.log.budgets()} == {"2026-10"}
+        assert {key.month: state.reached_percent for key, state in (await bench.log.budgets()).items()} == {
+            "2026-10": 50,
+            "2026-11": 0,
+        }
 
 
 async def test_a_state_that_can_not_be_read_is_replaced() -> None:
     """Bytes of somebody else under a key of ours do not stand for its state."""
     with a_bench() as bench:
         history: History = []
-        bench.budgets = BudgetPlan(default=a_budget(4))
+        bench.budgets = BudgetPlan(named={"p0": a_budget(4)})
         append(bench.log, history, [Event(0, 0, 1, 0, 0)])
         await bench.run()
         (record,) = bench.log.all_of(TOPICS.budgets)

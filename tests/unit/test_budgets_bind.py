@@ -13,36 +13,44 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from processor.accounts import Budget, BudgetKey, BudgetState
-from processor.adapters.budget_feed import exceeded
-from processor.domain import ErrorCode, Fault, Request, Status
-from processor.errors import CallTooLarge, ProviderError, ProviderTransient
+from processor.domain import ErrorCode, Request, Status
+from processor.errors import CallTooLarge, InputRejected, ProviderError, ProviderTransient
 from processor.packing import Packer
+from processor.spending import Spending, exceeded
 from processor.work import Fold, Policy
 from tests.support.builders import NOW_MS, a_request
 from tests.support.folds import a_fold, tenants
-from tests.support.steps import Bench, MemoryCache
+from tests.support.steps import Bench, FakeLease, MemoryCache
 
-SPENT = exceeded(
-    BudgetState(
+
+class View:
+    """What a worker knows: these payers' states, in any month."""
+
+    def __init__(self, **states: BudgetState) -> None:
+        self.states = states
+
+    def state(self, payer_id: str, charged_at_ms: int) -> BudgetState | None:
+        return self.states.get(payer_id)
+
+
+def a_state(billed: int, tokens: int | None, nanos: int | None = None, *, hard: bool = True) -> BudgetState:
+    """A token of the tiny model costs a nano-dollar."""
+    return BudgetState(
         key=BudgetKey("acme", "2026-09"),
-        budget=Budget(max_tokens=10, max_cost_nanos=12_500_000_000, hard=True),
-        billed_tokens=10,
-        billed_cost_nanos=0,
+        budget=Budget(max_tokens=tokens, max_cost_nanos=nanos, hard=hard),
+        billed_tokens=billed,
+        billed_cost_nanos=billed,
         unpriced_tokens=0,
-        reached_percent=100,
+        reached_percent=0,
         updated_at_ms=NOW_MS,
     )
-)
 
 
-class Spent:
-    """A view in which these payers have spent their budgets, in any month."""
+SPENT = a_state(10, 10, 12_500_000_000)
 
-    def __init__(self, *payers: str) -> None:
-        self.payers = set(payers)
 
-    def refuses(self, payer_id: str, charged_at_ms: int) -> Fault | None:
-        return SPENT if payer_id in self.payers else None
+def spent(*payers: str) -> View:
+    return View(**dict.fromkeys(payers, SPENT))
 
 
 def of(owner: str, texts: list[str], correlation_id: str, **fields: Any) -> Request:
@@ -63,7 +71,7 @@ def outcomes(bench: Bench) -> dict[str, list[str]]:
 
 async def test_a_text_over_budget_is_not_paid_for_and_says_why() -> None:
     """No call; an error result per chunk, usage of nothing with all texts failed, and the offset is finished."""
-    async with Bench(budgets=Spent("rich")) as bench:
+    async with Bench(budgets=spent("rich")) as bench:
         await bench.handle(of("rich", ["one", "two words"], "c1"))
         assert bench.provider.asked == []
         assert outcomes(bench) == {"c1": ["budget_exceeded"] * 2}
@@ -74,16 +82,17 @@ async def test_a_text_over_budget_is_not_paid_for_and_says_why() -> None:
 
 def test_the_refusal_names_month_limits_and_fix_and_no_payer() -> None:
     """Field `budget`; the same request again would find its charge of nothing, so it is not retryable."""
-    assert (SPENT.code, SPENT.field, SPENT.retryable) == (ErrorCode.BUDGET_EXCEEDED, "budget", False)
-    assert "10 tokens or 12.5 dollars of 2026-09" in SPENT.message
-    assert "new correlation id" in SPENT.message
-    assert "acme" not in SPENT.message
+    fault = exceeded(SPENT)
+    assert (fault.code, fault.field, fault.retryable) == (ErrorCode.BUDGET_EXCEEDED, "budget", False)
+    assert "10 tokens or 12.5 dollars of 2026-09" in fault.message
+    assert "new correlation id" in fault.message
+    assert "acme" not in fault.message
 
 
 @pytest.mark.parametrize("first, second", [("poor", "other"), ("other", "poor")])
 async def test_the_next_payer_of_a_fold_leads(first: str, second: str) -> None:
     """U2: where payers share a text, the one over budget ends alone, and another one pays for it once."""
-    async with Bench(budgets=Spent("poor")) as bench:
+    async with Bench(budgets=spent("poor")) as bench:
         await bench.handle(of(first, ["same text"], first), of(second, ["same text"], second))
         assert outcomes(bench) == {"poor": ["budget_exceeded"], "other": ["ok"]}
         assert {usage.payer_id: usage.billed.tokens for usage in bench.outbox.usage} == {"poor": 0, "other": 2}
@@ -95,7 +104,7 @@ async def test_hits_are_delivered_over_budget() -> None:
     cache = MemoryCache()
     async with Bench(cache=cache) as bench:
         await bench.handle(of("poor", ["known"], "before"))
-    async with Bench(cache=cache, budgets=Spent("poor")) as bench:
+    async with Bench(cache=cache, budgets=spent("poor")) as bench:
         await bench.handle(of("poor", ["new", "known", "newer"], "after"))
         assert outcomes(bench) == {"after": ["budget_exceeded", "ok", "budget_exceeded"]}
         assert bench.provider.asked == []
@@ -108,7 +117,7 @@ async def test_a_replay_over_budget_still_finds_what_was_paid() -> None:
     async with Bench(cache=cache) as bench:
         await bench.handle(request)
         paid = bench.outbox.usage[0]
-    async with Bench(cache=cache, budgets=Spent("poor")) as bench:
+    async with Bench(cache=cache, budgets=spent("poor")) as bench:
         await bench.handle(request)
         assert [(each.status, each.vector is not None) for each in bench.outbox.results] == [(Status.OK, True)]
         assert (bench.outbox.usage[0].billed, bench.outbox.usage[0].parts) == (paid.billed, paid.parts)
@@ -117,14 +126,14 @@ async def test_a_replay_over_budget_still_finds_what_was_paid() -> None:
 @pytest.mark.parametrize("error", [ProviderTransient("try_again"), CallTooLarge("call_too_large", http_status=413)])
 async def test_a_fold_that_has_been_called_is_not_refused_any_more(error: ProviderError) -> None:
     """Decided once, before the first call: a budget spent meanwhile does not end what may be paid for already."""
-    spent = Spent()
-    async with Bench(budgets=spent) as bench:
+    view = spent()
+    async with Bench(budgets=view) as bench:
         bench.provider.script = [error]
         bench.provider.gate = asyncio.Event()
         await bench.publish(of("poor", ["text", "more"], "begun"))
         await bench.step()
         assert len(bench.provider.asked) == 1
-        spent.payers.add("poor")
+        view.states["poor"] = SPENT
         bench.provider.gate.set()
         await bench.publish(of("poor", ["other"], "late"))
         await bench.run_until_idle()
@@ -139,7 +148,7 @@ async def test_a_fold_that_has_been_called_is_not_refused_any_more(error: Provid
 def test_no_call_holds_a_text_over_budget(texts: list[tuple[str, int]]) -> None:
     """However calls are filled, each text either goes once or ends once, by its payer alone."""
     folds = [a_fold("w", tokens, tenant=tenant) for tenant, tokens in texts]
-    packer = Packer(Policy(), Spent("poor"))
+    packer = Packer(Policy(), Spending(spent("poor")))
     packer.add(folds, 0.0, NOW_MS)
     sent: list[Fold] = []
     ended: list[Fold] = []
@@ -154,12 +163,68 @@ def test_no_call_holds_a_text_over_budget(texts: list[tuple[str, int]]) -> None:
 
 async def test_a_raised_budget_lets_texts_through_again() -> None:
     """The view is asked for each text: what comes after the release is embedded."""
-    spent = Spent("poor")
-    async with Bench(budgets=spent) as bench:
+    view = spent("poor")
+    async with Bench(budgets=view) as bench:
         await bench.handle(of("poor", ["text"], "refused"))
-        spent.payers.clear()
+        view.states.clear()
         await bench.handle(of("poor", ["text"], "released"))
         assert outcomes(bench) == {"refused": ["budget_exceeded"], "released": ["ok"]}
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    left=st.integers(1, 30),
+    sizes=st.lists(st.lists(st.integers(1, 6), min_size=1, max_size=4), min_size=1, max_size=8),
+    by_cost=st.booleans(),
+)
+async def test_what_is_in_work_counts_before_it_is_charged(left: int, sizes: list[list[int]], by_cost: bool) -> None:
+    """While the view stands still, texts go out as long as any of the budget is left, and none after that."""
+    limits = (None, 100 + left) if by_cost else (100 + left, None)
+    async with Bench(budgets=View(payer=a_state(100, *limits))) as bench:
+        bench.provider.gate = asyncio.Event()
+        texts = [[f"{i}-{j} " + "w " * (size - 1) for j, size in enumerate(each)] for i, each in enumerate(sizes)]
+        await bench.publish(*(of("payer", each, str(i)) for i, each in enumerate(texts)))
+        for _ in range(5):
+            await bench.step()
+        bench.provider.gate.set()
+        await bench.run_until_idle()
+        paid = sum(usage.billed.tokens for usage in bench.outbox.usage)
+        refused = sum(usage.failed_texts for usage in bench.outbox.usage)
+        assert paid < left + 6
+        assert (paid >= left) if refused else (paid == sum(sum(each) for each in sizes))
+
+
+async def test_what_was_in_work_counts_no_longer_than_that() -> None:
+    """Nothing drifts: charged, refused by the provider or dropped with its partition, it leaves no trace."""
+    view = View(payer=a_state(0, 2))
+    async with Bench(budgets=view, poison_attempts=1) as bench:
+        spending = bench.worker.pipeline.spending
+        bench.provider.refuses = lambda texts: (
+            InputRejected("input_refused", http_status=400) if "bad" in texts else None
+        )
+        await bench.handle(of("payer", ["two words", "over"], "charged"))
+        await bench.handle(of("payer", ["bad"], "rejected"))
+        assert outcomes(bench) == {"charged": ["ok", "budget_exceeded"], "rejected": ["provider_rejects"]}
+        bench.provider.gate = asyncio.Event()
+        lost = FakeLease(partition=1)
+        await bench.publish(of("payer", ["never done"], "lost"), lease=lost)
+        await bench.step()
+        await bench.publish(of("payer", ["one more"], "beside"))
+        await bench.step()
+        assert outcomes(bench)["beside"] == ["budget_exceeded"]
+        lost.revoked = True
+        await bench.worker.on_revoke([lost], 0.0)
+        bench.provider.gate.set()
+        await bench.handle(of("payer", ["new"], "after"))
+        assert outcomes(bench)["after"] == ["ok"]
+        assert (spending._allowed, spending._jobs, spending._sums) == ({}, {}, {})
+
+
+async def test_soft_budgets_and_payers_without_one_are_never_refused() -> None:
+    """A soft budget only tells."""
+    async with Bench(budgets=View(soft=replace(SPENT, budget=replace(SPENT.budget, hard=False)))) as bench:
+        await bench.handle(of("soft", ["one"], "soft"), of("free", ["two"], "free"))
+        assert outcomes(bench) == {"soft": ["ok"], "free": ["ok"]}
 
 
 OWNERS = ["poor", "broke", "rich", "other"]
@@ -172,23 +237,23 @@ OWNERS = ["poor", "broke", "rich", "other"]
         min_size=1,
         max_size=8,
     ),
-    spent=st.sets(st.sampled_from(OWNERS)),
+    over=st.sets(st.sampled_from(OWNERS)),
     expired=st.sets(st.integers(0, 7)),
 )
 async def test_no_text_is_paid_by_a_payer_over_budget(
-    asked: list[tuple[str, list[str]]], spent: set[str], expired: set[int]
+    asked: list[tuple[str, list[str]]], over: set[str], expired: set[int]
 ) -> None:
     """Whoever shares texts with whom: each chunk has one outcome, those over budget pay nothing, the others get all."""
-    async with Bench(budgets=Spent(*spent)) as bench:
+    async with Bench(budgets=spent(*over)) as bench:
         requests = [
             replace(of(owner, texts, str(i)), deadline_ms=NOW_MS - 1 if i in expired else None)
             for i, (owner, texts) in enumerate(asked)
         ]
         await bench.handle(*requests)
         for i, (owner, texts) in enumerate(asked):
-            want = "deadline_exceeded" if i in expired else "budget_exceeded" if owner in spent else "ok"
+            want = "deadline_exceeded" if i in expired else "budget_exceeded" if owner in over else "ok"
             assert outcomes(bench)[str(i)] == [want] * len(texts)
-        assert all(usage.billed.tokens == 0 for usage in bench.outbox.usage if usage.payer_id in spent)
+        assert all(usage.billed.tokens == 0 for usage in bench.outbox.usage if usage.payer_id in over)
         assert sum(bench.provider.bills.values()) == sum(bench.attributed().values())
-        assert not {item.payer_id for intent in bench.intents() for item in intent.items} & spent
+        assert not {item.payer_id for intent in bench.intents() for item in intent.items} & over
         assert set(bench.lease.finished) == set(range(len(requests)))
