@@ -44,15 +44,8 @@ POISON = "poison"
 CACHE_TTL_S = 86_400.0
 BUDGETED = "initech"
 """Who has a budget."""
-SPENT = BudgetState(
-    key=BudgetKey("a payer", "2026-09"),
-    budget=Budget(max_tokens=1, max_cost_nanos=None, hard=True),
-    billed_tokens=1,
-    billed_cost_nanos=0,
-    unpriced_tokens=0,
-    reached_percent=100,
-    updated_at_ms=NOW_MS,
-)
+LEFT_TOKENS = 12
+"""Of its month: few enough that texts in work can use them up."""
 PRICES = (Price(1_234_567, 0, "old"), Price(2_500_000, NOW_MS + 500, "new"))
 """The price changes while the schedule runs."""
 
@@ -269,9 +262,6 @@ class Spent:
 
     def __init__(self) -> None:
         self.payers: set[str] = set()
-
-    def refuses(self, payer_id: str, charged_at_ms: int) -> Fault | None:
-        return SPENT if payer_id in self.payers else None
 
     def state(self, payer_id: str, charged_at_ms: int) -> BudgetState | None:
         if payer_id != BUDGETED:

@@ -41,6 +41,9 @@ DAY_S = 86_400
 TOO_LONG = "endless " * 11
 NONSENSE = "nonsense"
 
+Sending = tuple[Request, int, float | None]
+"""A request, the partition it is sent to, and the seconds that it may take."""
+
 WILD = Hazards()
 CALM = Hazards(zombies=False, cache_loss=False, deadlines=False, budgets=False, months=False, tenants_roam=False)
 """U7: the cache kept, no zombies, no two workers on one key."""
@@ -73,8 +76,10 @@ class World:
         self._dying: list[Process] = []
         self._moves: dict[int, asyncio.Task[None]] = {}
         """By partition: no other begins before it is over."""
+        self._months = luck.dice.choice([0, 0, 0, 0, 2]) if hazards.months else 0
         self._incarnations = itertools.count()
         self._unsent = list(_traffic(luck.dice, hazards))
+        self._sent: list[Sending] = []
 
     async def run(self) -> Ended:
         try:
@@ -89,7 +94,6 @@ class World:
                 move.cancel()
             for process in self.processes:
                 await process.crash()
-        assert not self._broken, self._broken
         return await self._closed()
 
     def _started(self, name: str) -> Process:
@@ -114,7 +118,7 @@ class World:
             "steal": 2 if hazards.zombies else 0,
             "forget": 2 if hazards.cache_loss else 0,
             "budget": 2 if hazards.budgets else 0,
-            "months": 0.05 if hazards.months else 0,
+            "months": self._months,
         }
         action = dice.choices(list(weights), list(weights.values()))[0]
         self.luck.happened[action] += 1
@@ -143,12 +147,14 @@ class World:
             case "budget":
                 self.ends.spent.payers ^= {BUDGETED}
             case "months":
-                self.clock.now_s += dice.choice([20, 36, 71]) * DAY_S
+                self.clock.now_s += dice.choice([36, 36, 71]) * DAY_S
+                self._unsent[:0] = dice.sample(self._sent, min(3, len(self._sent)))  # somebody sends his archive again
         await self._bury()
 
     def _send(self, count: int) -> None:
         for _ in range(min(count, len(self._unsent))):
-            request, partition, due_s = self._unsent.pop(0)
+            self._sent.append(self._unsent.pop(0))
+            request, partition, due_s = self._sent[-1]
             now_ms = self.clock.now_ms()
             if due_s is not None:
                 request = replace(request, deadline_ms=now_ms + int(1000 * due_s))
@@ -193,6 +199,8 @@ class World:
 
     async def _bury(self) -> None:
         """Those whose worker has ended them."""
+        if self._broken:
+            raise AssertionError("a task of a worker broke") from self._broken[0]
         dying, self._dying = self._dying, []
         for process in dying:
             if process in self.processes:
@@ -263,10 +271,9 @@ def check(ended: Ended) -> audit.Residuals:
     return residuals
 
 
-def _traffic(dice: random.Random, hazards: Hazards) -> Iterator[tuple[Request, int, float | None]]:
-    """Requests, the partition each is sent to, and the seconds that it may take."""
+def _traffic(dice: random.Random, hazards: Hazards) -> Iterator[Sending]:
     texts = [" ".join(dice.choices(["one", "two", "three"], k=dice.randint(1, 6))) for _ in range(dice.randint(2, 8))]
-    sent: list[tuple[Request, int, float | None]] = []
+    sent: list[Sending] = []
     for number in range(dice.randint(4, 14)):
         if sent and dice.random() < 0.2:
             request, partition, due_s = dice.choice(sent)  # the same again

@@ -251,7 +251,7 @@ class Process:
         await self.worker.on_revoke([lease], budget_s)
         lease.commit()
         lease.revoked = True
-        if self._feeding is lease:
+        if self._feeding is lease and not self.dead:
             self._feeding = None
             self._feeder.cancel()
             self._feeder = self.spawn(self._feed())
