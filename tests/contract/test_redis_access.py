@@ -125,9 +125,11 @@ async def test_a_purge_is_heard_of_once_redis_is_back(unique: str) -> None:
     await cache.close()
 
 
+@pytest.mark.usefixtures("no_grace")
 async def test_stats_tell_entries_and_sizes_over_all_nodes(access: RedisAccess, unique: str) -> None:
     """Counted by scanning, sized by a sample; the note of purges is no entry."""
     cache = RedisCache(access, timeout_s=5, ttl_s=TTL_S, prefix=unique.encode())
+    await cache.purge(b"tenant-0")
     assert ((await cache.stats()).entries, (await cache.stats()).entry_bytes) == (0, None)
     await cache.put_many(entries(b"tenant-1", 700) | entries(b"tenant-2", 20))
     stats, of_one = await cache.stats(), await cache.stats(b"tenant-2")
