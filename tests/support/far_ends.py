@@ -260,13 +260,14 @@ class Account:
 class Spent:
     """The budgets as the workers know them: what is left to a payer, who may have spent it all."""
 
-    def __init__(self) -> None:
-        self.payers: set[str] = set()
+    def __init__(self, luck: Luck) -> None:
+        self._luck = luck
+        self.all_spent = False
 
     def state(self, payer_id: str, charged_at_ms: int) -> BudgetState | None:
-        if payer_id != BUDGETED:
+        if payer_id != BUDGETED or not self._luck.hazards.budgets:
             return None
-        spent = payer_id in self.payers
+        spent = self.all_spent
         return BudgetState(
             key=BudgetKey(payer_id, "2026-09"),
             budget=Budget(max_tokens=LEFT_TOKENS, max_cost_nanos=None, hard=True),

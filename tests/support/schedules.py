@@ -69,7 +69,7 @@ class World:
         requests, output = RequestLog(), OutputLog()
         self.group = Group(requests, output)
         self.ends = Ends(
-            luck, requests, output, self.group, SharedCache(luck), Account(luck), Spent(), emission or Emission()
+            luck, requests, output, self.group, SharedCache(luck), Account(luck), Spent(luck), emission or Emission()
         )
         self.processes: list[Process] = []
         self._broken: list[BaseException] = []
@@ -145,7 +145,7 @@ class World:
                     if dice.random() < 0.5:
                         del self.ends.cache.entries[key]
             case "budget":
-                self.ends.spent.payers ^= {BUDGETED}
+                self.ends.spent.all_spent = not self.ends.spent.all_spent
             case "months":
                 self.clock.now_s += dice.choice([36, 36, 71]) * DAY_S
                 self._unsent[:0] = dice.sample(self._sent, min(3, len(self._sent)))  # somebody sends his archive again
