@@ -118,6 +118,8 @@ class RedisCache:
         if not keys:
             return {}
         asked = keys + [former[key] for key in keys if key in former]
+        loop = asyncio.get_running_loop()
+        began = loop.time()
         async with self._budget():
             values = await self._values(asked)
         found: dict[bytes, Found] = {}
@@ -135,8 +137,15 @@ class RedisCache:
                 else:
                     found[key] = Found(entry, CacheLevel.L2)
         if corrupt:
-            await self._drop_corrupt(corrupt)
-        return await self._moved(found, former) if former else found
+            self._events.count("cache_faults", len(corrupt), {"kind": "corrupt"})
+        moved = {key: found[old] for key, old in former.items() if key not in found and old in found}
+        if (corrupt or moved) and not self._read_only:
+            # In what is left of the budget: what was found is worth more than this, which is met again.
+            with suppress(CacheUnavailable):
+                async with trip(self._timeout_s - (loop.time() - began), CacheUnavailable):
+                    await self._delete(corrupt)
+                    await self.put_many({key: hit.entry for key, hit in moved.items()})
+        return {key: hit for key in keys if (hit := found.get(key) or moved.get(key)) is not None}
 
     async def put_many(self, entries: Mapping[bytes, Entry]) -> None:
         keys = list(entries)
@@ -239,25 +248,12 @@ class RedisCache:
             pipeline.get(name)
         return cast("list[bytes | None]", await pipeline.execute())
 
-    async def _drop_corrupt(self, corrupt: Sequence[tuple[bytes, bytes]]) -> None:
-        self._events.count("cache_faults", len(corrupt), {"kind": "corrupt"})
-        if self._read_only:
-            return
-        with suppress(CacheUnavailable):  # what was found is worth more; they will be met again
-            async with self._budget():
-                pipeline = self._pipeline()
-                for key, value in corrupt:
-                    pipeline.execute_command("EVAL", DELETE_IF_SAME, 1, self._prefix + key, value)
-                await pipeline.execute()
-
-    async def _moved(self, found: dict[bytes, Found], former: Mapping[bytes, bytes]) -> Mapping[bytes, Found]:
-        """What is under a former key alone is found under the present one, there from now on."""
-        moved = {key: found[old] for key, old in former.items() if key not in found and old in found}
-        if moved and not self._read_only:
-            with suppress(CacheUnavailable):  # the next one to find it tries again
-                await self.put_many({key: hit.entry for key, hit in moved.items()})
-        olds = set(former.values())
-        return {key: hit for key, hit in found.items() if key not in olds} | moved
+    async def _delete(self, values: Sequence[tuple[bytes, bytes]]) -> None:
+        """Keys, as long as they hold these values."""
+        pipeline = self._pipeline()
+        for key, value in values:
+            pipeline.execute_command("EVAL", DELETE_IF_SAME, 1, self._prefix + key, value)
+        await pipeline.execute()
 
     async def _erase(self, tag: bytes) -> int:
         erased = 0
