@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -10,6 +12,7 @@ from processor.cli.audit import FOLDED
 from processor.domain import Amounts, CallOutcome, TokenType
 from processor.findings import Breach, Line, Residual
 from processor.identity import request_id
+from processor.invoice import DayBill
 from tests.support.aggregation import (
     DAY_MS,
     HORIZON_MS,
@@ -173,6 +176,20 @@ async def test_parts_that_are_not_the_bill_are_a_breach() -> None:
     ledger, classes = await a_ledger(log)
     assert classes == {"parts_differ": 2}
     assert [finding.request_id for finding in ledger.findings] == [request_id(ONE)]
+
+
+async def test_what_may_be_on_an_invoice_is_what_the_ledger_says_of_each_deployment() -> None:
+    """Receipts for certain, what charges name without a receipt too, and the rest of an estimate perhaps."""
+    log = MemoryLog()
+    call(log, "a", (ONE, 3))
+    receive(log, "a", 3)
+    call(log, "b", (TWO, 4), (THREE, 5), provider="azure-west")
+    charge(log, TWO, ("b", 4))
+    day = f"{datetime.fromtimestamp(log.now_ms / 1000, UTC):%Y-%m-%d}"
+    for provider, low, high in ((None, 7, 12), ("openai", 3, 3), ("azure-west", 4, 9), ("nobody", 0, 0)):
+        (line, _) = (await audited(log, provider=provider)).bills.check({day: DayBill(low)})
+        assert (line.known.low_tokens, line.known.high_tokens, line.inside) == (low, high, True)
+        assert line.known.high_micronanos == high * PRICE
 
 
 async def test_copies_of_intents_and_receipts_count_once() -> None:

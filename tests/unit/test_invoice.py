@@ -70,7 +70,8 @@ def test_without_a_price_an_amount_has_no_upper_bound() -> None:
 def test_a_call_at_midnight_may_be_billed_on_either_day() -> None:
     """It is certain on none and possible on both, and certain in their sum."""
     midnight = NOON + DAY_MS // 2
-    for begun, ended in ((midnight - 500, midnight + 500), (midnight - 30_000, midnight - 29_000)):
+    before, after = midnight - 30_000, midnight + 30_000
+    for begun, ended in ((midnight - 500, midnight + 500), (before, before + 9), (after, after + 9)):
         for first, second in ((7, 0), (0, 7)):
             bills = Bills(None, known_from_ms=0)
             bills.take("openai", begun, ended, 7, 7, PRICE)
