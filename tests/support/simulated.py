@@ -174,6 +174,7 @@ class Process:
     ) -> None:
         self.ends = ends
         self.name = name
+        self._ended = ended
         self.dead = False
         self.unstored = 0
         """Good answers that are not in the cache yet."""
@@ -224,8 +225,13 @@ class Process:
     def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.ensure_future(work)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._over)
         return task
+
+    def _over(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._ended(self, error)
 
     async def _feed(self) -> None:
         """Fetch runs of its partitions, as long as there is one that it owns, or thinks so."""
