@@ -230,8 +230,9 @@ async def warm_from_results(settings: Settings, tenant_id: str | None) -> Warmed
     Raises BrokerUnavailable, TopicsError or CacheUnavailable.
     """
     keys = CacheKeys.of(worker_policy(settings, {}))
-    expiry_ms = time.time_ns() // 1_000_000 + settings.cache_ttl_s * 1000
-    join = Join(keys, tenant_id=tenant_id, safe_after_ms=expiry_ms - 2 * settings.horizon_days * DAY_MS)
+    # Kept in L1 it lives twice as long; and who finds it is charged, if not late, within a horizon of that.
+    expiry_ms = time.time_ns() // 1_000_000 + 2 * settings.cache_ttl_s * 1000
+    join = Join(keys, tenant_id=tenant_id, safe_after_ms=expiry_ms - settings.horizon_days * DAY_MS)
     catalogue = load_catalogue(settings)
     for name, lane in (("requests", Lane.BULK), ("queries", Lane.INTERACTIVE)):
         checker = Checker(worker_policy(settings.model_copy(update={"lane": lane}), {}), catalogue)

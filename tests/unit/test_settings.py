@@ -33,6 +33,13 @@ def test_what_is_served_fits_into_a_record() -> None:
     assert load(max_request_bytes=950_000).max_request_bytes == 950_000
 
 
+def test_who_paid_is_forgotten_before_a_charge_is() -> None:
+    """Else a request sent again would be charged once more to a call that was billed once."""
+    with pytest.raises(SettingsError, match="EMBEDDING_CACHE_TTL_S"):
+        load(horizon_days=35, cache_ttl_s=35 * 43_200 + 1)
+    assert load(horizon_days=35, cache_ttl_s=35 * 43_200).cache_ttl_s == 35 * 43_200
+
+
 def test_every_tenant_has_a_share() -> None:
     """A weight of 0 would be a tenant that is never served."""
     with pytest.raises(SettingsError, match="EMBEDDING_TENANT_WEIGHTS"):
