@@ -97,11 +97,18 @@ def _month(day: int) -> str:
 
 def budget_key_of(key: bytes | None) -> BudgetKey | None:
     """Whose state a key of the budgets topic stands for; None when it is none of ours."""
+    texts = texts_of_key(key, len(BudgetKey._fields))
+    return None if texts is None else BudgetKey(*texts)
+
+
+def texts_of_key(key: bytes | None, count: int) -> list[str] | None:
+    """What a key of ours is made of: a JSON array of `count` texts. None for anything else, whoever wrote it."""
     try:
-        payer_id, month = json.loads(key or b"")
-    except (ValueError, TypeError):
+        texts = json.loads(key or b"")
+    except (ValueError, RecursionError):
         return None
-    return BudgetKey(payer_id, month)
+    ours = isinstance(texts, list) and len(texts) == count and all(isinstance(text, str) for text in texts)
+    return texts if ours else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,7 +6,6 @@ arguments.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime
@@ -25,6 +24,7 @@ from processor.accounts import (
     TaskProgress,
     UsageSums,
     UsageTotal,
+    texts_of_key,
 )
 from processor.domain import CallKind, CallOutcome, ProviderCall, TokenType, Usage
 from processor.usage import cost_nanos
@@ -80,11 +80,8 @@ def _buckets(
 
 def bucket_of_key(key: bytes | None) -> BucketKey | None:
     """The bucket that a key of the totals topic stands for; None when it is none of ours."""
-    try:
-        payer_id, bucket, dimension, value = json.loads(key or b"")
-    except (ValueError, TypeError):
-        return None
-    return BucketKey(payer_id, bucket, dimension, value)
+    texts = texts_of_key(key, len(BucketKey._fields))
+    return None if texts is None else BucketKey(*texts)
 
 
 def sums_of(usage: Usage) -> tuple[int, ...]:

@@ -258,6 +258,18 @@ async def test_a_state_that_can_not_be_read_is_replaced() -> None:
         assert await published(bench) == expected(bench, history)
 
 
+@pytest.mark.parametrize("key", [b"[[], 1]", b"[1, 2, 3, []]", b"[" * 100_000, b"{}", b"\xff", None])
+async def test_no_key_of_others_ends_the_aggregator(key: bytes | None) -> None:
+    """What anybody wrote to the budgets or the totals stays there for ever: it must not end each start."""
+    with a_bench() as bench:
+        bench.budgets = BudgetPlan(named={"p0": a_budget(24)})
+        for topic in (TOPICS.budgets, TOPICS.totals):
+            bench.log.append_bytes(topic, 0, None, key=key)
+        append(bench.log, [], [Event(0, 0, 1, 0, 0)])
+        await bench.run()
+        assert len(await published(bench)) == 1
+
+
 def test_months_are_utc() -> None:
     """The last millisecond of a month is that month's."""
     assert month_of(NOW_MS) == "2026-09"
