@@ -62,14 +62,17 @@ def decode(key: bytes, value: bytes, dimensions: int) -> Entry | None:
         or crc != _checksum(key, value)
     ):
         return None
-    return Entry(
-        vector=np.frombuffer(value, "<f4", size, _HEADER.size),
-        tokens=tokens,
-        leader=Item(value[ids : ids + request_bytes].decode(), index),
-        attempt_id=value[ids + request_bytes :].decode(),
-        token_source=_SOURCES[source],
-        cut_tokens=cut_tokens,
-    )
+    try:
+        return Entry(
+            vector=np.frombuffer(value, "<f4", size, _HEADER.size),
+            tokens=tokens,
+            leader=Item(value[ids : ids + request_bytes].decode(), index),
+            attempt_id=value[ids + request_bytes :].decode(),
+            token_source=_SOURCES[source],
+            cut_tokens=cut_tokens,
+        )
+    except (IndexError, UnicodeDecodeError):  # anybody can sum up a checksum
+        return None
 
 
 def _function(key: bytes) -> bytes:

@@ -9,6 +9,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, suppress
 from dataclasses import dataclass
+from types import NoneType
 from typing import Any, Self, cast
 
 from redis.asyncio.cluster import RedisCluster
@@ -178,7 +179,7 @@ class RedisCache:
         """The tags that were purged, and when by the purger's clock: for L1s. Kept for as long as entries live."""
         async with self._budget():
             purges = await self._redis.zrange(self._purges, 0, -1, withscores=True)
-        return dict(cast("list[tuple[bytes, float]]", purges))
+            return dict(cast("list[tuple[bytes, float]]", purges))
 
     async def entries(self, tag: bytes = b"") -> AsyncIterator[Sequence[bytes]]:
         """The keys of the entries that begin with the tag, some at a time; one can come twice, as a scan has it."""
@@ -241,12 +242,16 @@ class RedisCache:
 
     async def _values(self, keys: Sequence[bytes]) -> list[bytes | None]:
         names = [self._prefix + key for key in keys]
-        if not self._is_cluster:
-            return cast("list[bytes | None]", await self._redis.mget(names))
-        pipeline = self._pipeline()  # an MGET may not leave its slot: one a key, sent to each node together
-        for name in names:
-            pipeline.get(name)
-        return cast("list[bytes | None]", await pipeline.execute())
+        if self._is_cluster:
+            pipeline = self._pipeline()  # an MGET may not leave its slot: one a key, sent to each node together
+            for name in names:
+                pipeline.get(name)
+            values = await pipeline.execute()
+        else:
+            values = await self._redis.mget(names)
+        if len(values) != len(names) or not {type(value) for value in values} <= {bytes, NoneType}:
+            raise ValueError("not a value or nil for each key")
+        return cast("list[bytes | None]", values)
 
     async def _delete(self, values: Sequence[tuple[bytes, bytes]]) -> None:
         """Keys, as long as they hold these values."""

@@ -77,9 +77,11 @@ class RedisAccess:
         """What the client would only find out with its first connection."""
         files = {"CA": self.ca_file, "CERT": self.cert_file, "KEY": self.key_file}
         given = {f"{PREFIX}REDIS_{name}_FILE": path for name, path in files.items() if path is not None}
+        if not self.url.startswith("rediss://"):
+            if given:
+                raise SettingsError(f"{', '.join(given)}: for rediss:// alone, correct {PREFIX}REDIS_URL")
+            return
         for name, path in given.items():
-            if not self.url.startswith("rediss://"):
-                raise SettingsError(f"{name}: is for rediss:// alone, correct {PREFIX}REDIS_URL")
             try:
                 path.read_bytes()
             except OSError as error:
@@ -98,13 +100,17 @@ class RedisAccess:
             raise SettingsError(f"{name}: must be a PEM file, of a certificate with its key") from None
 
 
+NO_REDIS = (ValueError, TypeError, LookupError)
+"""What the client raises when an answer is none of Redis."""
+
+
 @asynccontextmanager
 async def trip(timeout_s: float, unavailable: type[CacheUnavailable | QuotaUnavailable]) -> AsyncIterator[None]:
-    """Raises `unavailable` when Redis refuses, is not there or takes longer."""
+    """Raises `unavailable` when Redis refuses, is not there, takes longer or talks nonsense."""
     try:
         async with asyncio.timeout(timeout_s):
             yield
-    except (RedisError, RedisClusterException, OSError, TimeoutError) as error:
+    except (RedisError, RedisClusterException, OSError, TimeoutError, *NO_REDIS) as error:
         raise unavailable(f"redis: {_why(error)}") from None
 
 
@@ -122,6 +128,8 @@ def _why(error: BaseException) -> str:
             case ssl.SSLError():
                 return f"SSLError: correct {PREFIX}REDIS_URL and {PREFIX}REDIS_CERT_FILE"
         cause = cause.__cause__ or cause.__context__
+    if isinstance(error, NO_REDIS):
+        return f"{type(error).__name__}: what answers is no Redis, correct {PREFIX}REDIS_URL"
     if isinstance(error, ConnectionError | redis.exceptions.ConnectionError | RedisClusterException):
         return f"{type(error).__name__}: correct {PREFIX}REDIS_URL, or start it; with TLS look at the certificates"
     return type(error).__name__

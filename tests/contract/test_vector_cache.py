@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import struct
+import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,16 +16,17 @@ import pytest
 from redis import Redis as SyncRedis
 from redis.asyncio import Redis
 
-from processor.adapters.cache_entry import encode
+from processor.adapters.cache_entry import decode, encode
 from processor.adapters.embedded import EmbeddedCache
 from processor.adapters.eviction import Lru, S3Fifo
 from processor.adapters.memory_cache import MemoryCache
 from processor.adapters.redis_cache import KEYS_A_TURN, RedisCache
 from processor.adapters.redis_client import RedisAccess
+from processor.adapters.redis_quota import RedisQuota
 from processor.adapters.tiered_cache import PAUSE_S, TieredCache
 from processor.domain import CacheLevel, Entry, Item, TokenSource
-from processor.errors import CacheUnavailable, SettingsError
-from processor.ports import Events, VectorCache
+from processor.errors import CacheUnavailable, QuotaUnavailable, SettingsError
+from processor.ports import Events, QuotaAsk, VectorCache
 from tests.support.redis_variants import Cluster, own_cluster
 
 TTL_S = 60
@@ -293,6 +296,61 @@ async def test_a_refusal_of_redis_is_unavailable_and_names_no_secret() -> None:
         await cache.put_many({b"k": an_entry()})
     await cache.close()
     assert "canary-9f" not in f"{refused.value!r} {gone.value!r}"
+
+
+NONSENSE = [
+    b"HTTP/1.1 400 Bad Request\r\n\r\n",
+    b":1\r\n",
+    b"+OK\r\n",
+    b"$abc\r\n",
+    b"$-5\r\n",
+    b"*-1\r\n",
+    b"*1\r\n:5\r\n",
+    b"*1\r\n$3\r\nabc\r\n",
+    b"*2\r\n$1\r\n\xff\r\n:5\r\n",
+    b"*2\r\n*0\r\n*0\r\n",
+    b"*3\r\n$-1\r\n$-1\r\n$-1\r\n",
+    b"-MOVED\r\n",
+    b"-ASK 1\r\n",
+]
+
+
+@pytest.mark.parametrize("in_cluster", [False, True])
+async def test_whatever_answers_it_is_at_most_unavailable(in_cluster: bool) -> None:
+    """What is no Redis, or lies, ends no worker: neither its look-ups nor its leases."""
+    answer = b""
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while await reader.read(100_000):
+            writer.write(answer)
+        writer.close()
+
+    async with await asyncio.start_server(talk, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        for answer in NONSENSE:
+            access = RedisAccess(f"redis://127.0.0.1:{port}/0", cluster=in_cluster)
+            cache, quota = RedisCache(access, timeout_s=0.2, ttl_s=TTL_S), RedisQuota(access, timeout_s=0.2, pace=1.0)
+            ask = QuotaAsk(1, None, None)
+            trips = [
+                cache.get_many([b"a", b"b"], D),
+                cache.put_many({b"a": an_entry()}),
+                cache.purged(),
+                cache.ping(),
+                quota.lease("a", ask, ask, 0.0),
+            ]
+            for ended in await asyncio.gather(*trips, return_exceptions=True):
+                assert isinstance(ended, dict | str | CacheUnavailable | QuotaUnavailable | None), (answer, ended)
+            await cache.close()
+            await quota.close()
+
+
+@pytest.mark.parametrize("place, byte", [(1, 7), (-1, 0xFF)])
+def test_a_value_that_somebody_else_has_summed_up_is_a_miss(place: int, byte: int) -> None:
+    """A token source or an id that none can be, under a right checksum, is no entry and ends no worker."""
+    value = bytearray(encode(b"k", an_entry()))
+    value[place] = byte
+    struct.pack_into("<I", value, 4, zlib.crc32(value[8:], zlib.crc32(value[:4], zlib.crc32(b"k"))))
+    assert decode(b"k", bytes(value), D) is None
 
 
 def test_an_address_that_is_none_is_told_at_start() -> None:
