@@ -232,14 +232,11 @@ class Scan:
 
     async def _calls(self) -> None:
         """Attempts of charges, and those whose intents list items of a request: they may be charged to nobody."""
-        charged = {
-            part.attempt_id: (life, part.tokens)
-            for life in self._lives.values()
-            for charge in life.charges
-            for part in charge.usage.parts
-        }
+        charged = [
+            (life, part) for life in self._lives.values() for charge in life.charges for part in charge.usage.parts
+        ]
         marks = [name.encode() for name in self._lives]
-        known: set[str] = set(charged)
+        known = {part.attempt_id for _, part in charged}
         async for record in self._records("calls"):
             name = (record.key or b"").decode(errors="replace")
             if record.value is None or (name not in known and not any(mark in record.value for mark in marks)):
@@ -256,9 +253,9 @@ class Scan:
                     attempt.outcome = attempt.outcome or str(call.outcome)
                     attempt.billed_tokens = call.billed_tokens
                     attempt.http_status, attempt.time_taken_ms = call.http_status, call.time_taken_ms
-        for attempt_id, (life, tokens) in charged.items():
-            if attempt_id in life.attempts:
-                life.attempts[attempt_id].charged_tokens = tokens
+        for life, part in charged:
+            if part.attempt_id in life.attempts:
+                life.attempts[part.attempt_id].charged_tokens += part.tokens
 
     def _take_intent(self, life: Life, call: ProviderCall, items: int, local_tokens: int) -> None:
         life.attempts.setdefault(

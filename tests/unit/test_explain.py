@@ -148,3 +148,14 @@ async def test_an_attempt_counts_all_its_items_of_the_request() -> None:
     log.append(Destination("calls", a_call(attempt_id="a", items=items, estimated_tokens=4)))
     (life,) = (await told(log)).lives
     assert [(each.items, each.local_tokens, each.estimated_tokens) for each in life.attempts.values()] == [(2, 4, 4)]
+
+
+async def test_a_call_for_several_requests_of_one_name_tells_what_each_was_charged() -> None:
+    """One call may have had texts of two bodies under one correlation id."""
+    log = MemoryLog()
+    first, second = a_request(["one"]), a_request(["two"])
+    call(log, "a", (first, 3), (second, 4))
+    charge(log, first, ("a", 3))
+    charge(log, second, ("a", 4))
+    lives = {life.request_id: life.attempts["a"].charged_tokens for life in (await told(log)).lives}
+    assert lives == {request_id(first): 3, request_id(second): 4}
