@@ -154,7 +154,9 @@ class _Pool:
     `since` is when it began to fill for its next call, `nearest_due` a bound on the deadlines of what waits.
     """
 
-    def __init__(self, function: EmbeddingFunction, weights: Mapping[str, int], spending: Spending, now: float) -> None:
+    def __init__(
+        self, function: EmbeddingFunction, weights: Mapping[str, int], spending: Spending | None, now: float
+    ) -> None:
         self.function = function
         self.load = _Load()
         self.since = now
@@ -276,7 +278,7 @@ def _is_unwanted(text: Text) -> bool:
     return not text.fold.wanted
 
 
-def _goes_out(text: Text, now_ms: int, spending: Spending) -> bool:
+def _goes_out(text: Text, now_ms: int, spending: Spending | None) -> bool:
     """Whether anybody still wants it, once works past their request's deadline or their payer's budget have ended.
 
     That is decided before the first call of a fold; from then on what may be paid for is delivered, late or not.
@@ -289,14 +291,16 @@ def _goes_out(text: Text, now_ms: int, spending: Spending) -> bool:
                 work.outcome = Outcome(CacheLevel.MISS, fault=fault)
             else:
                 wanted = True
-    if wanted:
+    if wanted and spending is not None:
         spending.allow(text.fold)
     return wanted
 
 
-def _over(work: Work, now_ms: int, spending: Spending) -> Fault | None:
+def _over(work: Work, now_ms: int, spending: Spending | None) -> Fault | None:
     deadline_ms = work.job.request.deadline_ms
-    return PAST_DEADLINE if deadline_ms is not None and deadline_ms < now_ms else spending.over(work)
+    if deadline_ms is not None and deadline_ms < now_ms:
+        return PAST_DEADLINE
+    return None if spending is None else spending.over(work)
 
 
 # Packer
@@ -322,7 +326,7 @@ class Packer:
 
     def __init__(self, policy: Policy, spending: Spending | None = None) -> None:
         self._weights = policy.tenant_weights
-        self._spending = spending or Spending(None)
+        self._spending = spending
         self._pools: dict[str, _Pool] = {}  # the one served least recently first
         self._retries: list[tuple[float, int, Call]] = []
         self._caps: dict[str, _Cap] = {}

@@ -97,7 +97,7 @@ class Pipeline:
         self.policy = policy
         self.route = route
         self.batcher = Batcher(policy)
-        self.spending = Spending(ports.budgets)
+        self.spending = None if ports.budgets is None else Spending(ports.budgets, ports.clock)
         self.packer = Packer(policy, self.spending)
         self.order = DocumentOrder()
         self.paused: str | None = None
@@ -195,7 +195,8 @@ class Pipeline:
         The folds that wait for no call any more: give them up. One may hold the outcome of a work past its deadline.
         """
         self.batcher.let_go()
-        self.spending.let_go()
+        if self.spending is not None:
+            self.spending.let_go()
         return self.packer.let_go()
 
     # Step 1
@@ -416,7 +417,8 @@ class Pipeline:
                 ticket.lease.finish(ticket.source.offset)
                 ticket.close()
                 finished.append(ticket)
-        self.spending.finished(ticket for ticket in finished if isinstance(ticket, Job))
+        if self.spending is not None:
+            self.spending.finished(ticket for ticket in finished if isinstance(ticket, Job))
         self._finished(finished)
 
 

@@ -4,36 +4,61 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from decimal import Decimal
+from typing import NamedTuple
 
 from processor.accounts import Budget, BudgetKey, BudgetState, month_of
 from processor.domain import ErrorCode, Fault
-from processor.ports import Budgets
+from processor.ports import Budgets, Clock
 from processor.usage import cost_of
 from processor.work import Fold, Job, Work
 
+LAG_S = 5.0
+"""Longer than a usage event takes to show in its payer's state while the aggregator runs. Events that change none
+(copies of charges before) count for so long."""
+
+
+class Amount(NamedTuple):
+    tokens: int
+    cost_nanos: int
+
+
+NOTHING = Amount(0, 0)
+
+
+class Told(NamedTuple):
+    """What finished requests may have been charged since this is their payer's state."""
+
+    amount: Amount
+    state: BudgetState
+    until_s: float
+
 
 class Spending:
-    """The texts that were allowed and have no usage event yet, by who pays for them.
+    """The texts that were allowed and that no state tells of yet, by who pays for them.
 
-    They are counted by the requests in work, each from its first text that was allowed until it is finished: nothing is
-    carried on, so nothing drifts. A text that was allowed once stays so. Without `budgets` all are.
+    They are counted by the requests in work, each from its first text that was allowed until it is finished; then
+    until the payer's next state, `LAG_S` at most. So nothing drifts. A text that was allowed once stays so.
     """
 
-    def __init__(self, budgets: Budgets | None) -> None:
+    def __init__(self, budgets: Budgets, clock: Clock) -> None:
         self._budgets = budgets
+        self._clock = clock
         self._allowed: dict[Fold, Job] = {}
         self._jobs: dict[Job, list[Fold]] = {}
-        self._sums: dict[BudgetKey, tuple[int, int]] = {}
+        self._sums: dict[BudgetKey, Amount] = {}
+        self._told: dict[BudgetKey, Told] = {}
 
     def over(self, work: Work) -> Fault | None:
         """Why the work's text is not paid for; None: it is, or it was allowed before."""
-        if self._budgets is None or work.fold in self._allowed:
+        if work.fold in self._allowed:
             return None
         job = work.job
         state = self._budgets.state(job.request.payer_id, job.source.append_ms)
         if state is None or not state.budget.hard:
             return None
-        tokens, cost_nanos = self._sums.get(_key(job), (0, 0))
+        tokens, cost_nanos = self._sums.get(_key(job), NOTHING)
+        told = self._awaited(_key(job), state)
+        tokens, cost_nanos = tokens + told.tokens, cost_nanos + told.cost_nanos
         max_tokens, max_cost_nanos = state.budget.max_tokens, state.budget.max_cost_nanos
         if (max_tokens is not None and state.billed_tokens + tokens >= max_tokens) or (
             max_cost_nanos is not None and state.billed_cost_nanos + cost_nanos >= max_cost_nanos
@@ -43,7 +68,7 @@ class Spending:
 
     def allow(self, fold: Fold) -> None:
         """The text goes out: from now on it counts for its leader's payer, if that has a budget to keep."""
-        if self._budgets is None or fold in self._allowed or (leader := fold.leader()) is None:
+        if fold in self._allowed or (leader := fold.leader()) is None:
             return
         job = leader.job
         state = self._budgets.state(job.request.payer_id, job.source.append_ms)
@@ -53,23 +78,46 @@ class Spending:
             self._add(job, fold, 1)
 
     def finished(self, jobs: Iterable[Job]) -> None:
-        """Their usage events are out, or others do them again."""
+        """Their usage events are out: the aggregator has yet to tell."""
         for job in jobs:
-            for fold in self._jobs.pop(job, ()):
-                del self._allowed[fold]
-                self._add(job, fold, -1)
+            if job not in self._jobs:
+                continue
+            key, state = _key(job), self._budgets.state(job.request.payer_id, job.source.append_ms)
+            amount = self._forget(job)
+            if state is not None:
+                told = self._awaited(key, state)
+                amount = Amount(amount.tokens + told.tokens, amount.cost_nanos + told.cost_nanos)
+                self._told[key] = Told(amount, state, self._clock.monotonic() + LAG_S)
 
     def let_go(self) -> None:
-        """Forget the requests that were dropped."""
-        self.finished([job for job in self._jobs if not job.live])
+        """Forget the requests that were dropped: others do them again."""
+        for job in [job for job in self._jobs if not job.live]:
+            self._forget(job)
+
+    def _awaited(self, key: BudgetKey, state: BudgetState) -> Amount:
+        """What was finished while this was the state, the last of it a moment ago."""
+        told = self._told.get(key)
+        if told is None:
+            return NOTHING
+        if told.state is state and self._clock.monotonic() < told.until_s:
+            return told.amount
+        del self._told[key]
+        return NOTHING
+
+    def _forget(self, job: Job) -> Amount:
+        before = self._sums.get(_key(job), NOTHING)
+        for fold in self._jobs.pop(job, ()):
+            del self._allowed[fold]
+            self._add(job, fold, -1)
+        after = self._sums.get(_key(job), NOTHING)
+        return Amount(before.tokens - after.tokens, before.cost_nanos - after.cost_nanos)
 
     def _add(self, job: Job, fold: Fold, sign: int) -> None:
-        key = _key(job)
-        tokens, cost_nanos = self._sums.pop(key, (0, 0))
+        tokens, cost_nanos = self._sums.pop(_key(job), NOTHING)
         tokens += sign * fold.tokens
         cost_nanos += sign * (cost_of(fold.tokens, job) or 0)
         if tokens:
-            self._sums[key] = (tokens, cost_nanos)
+            self._sums[_key(job)] = Amount(tokens, cost_nanos)
 
 
 def _key(job: Job) -> BudgetKey:

@@ -16,11 +16,11 @@ from processor.accounts import Budget, BudgetKey, BudgetState
 from processor.domain import ErrorCode, Request, Status
 from processor.errors import CallTooLarge, InputRejected, ProviderError, ProviderTransient
 from processor.packing import Packer
-from processor.spending import Spending, exceeded
+from processor.spending import LAG_S, Spending, exceeded
 from processor.work import Fold, Policy
 from tests.support.builders import NOW_MS, a_request
 from tests.support.folds import a_fold, tenants
-from tests.support.steps import Bench, FakeLease, MemoryCache
+from tests.support.steps import Bench, FakeLease, MemoryCache, VirtualClock
 
 
 class View:
@@ -148,7 +148,7 @@ async def test_a_fold_that_has_been_called_is_not_refused_any_more(error: Provid
 def test_no_call_holds_a_text_over_budget(texts: list[tuple[str, int]]) -> None:
     """However calls are filled, each text either goes once or ends once, by its payer alone."""
     folds = [a_fold("w", tokens, tenant=tenant) for tenant, tokens in texts]
-    packer = Packer(Policy(), Spending(spent("poor")))
+    packer = Packer(Policy(), Spending(spent("poor"), VirtualClock()))
     packer.add(folds, 0.0, NOW_MS)
     sent: list[Fold] = []
     ended: list[Fold] = []
@@ -194,30 +194,50 @@ async def test_what_is_in_work_counts_before_it_is_charged(left: int, sizes: lis
         assert (paid >= left) if refused else (paid == sum(sum(each) for each in sizes))
 
 
-async def test_what_was_in_work_counts_no_longer_than_that() -> None:
-    """Nothing drifts: charged, refused by the provider or dropped with its partition, it leaves no trace."""
+async def test_what_was_charged_counts_until_the_view_tells_of_it() -> None:
+    """Between its usage event and the payer's next state a request counts still, but not for ever."""
     view = View(payer=a_state(0, 2))
-    async with Bench(budgets=view, poison_attempts=1) as bench:
+    async with Bench(budgets=view) as bench:
+        await bench.handle(of("payer", ["two words"], "charged"))
+        await bench.handle(of("payer", ["before"], "before"))
+        view.states["payer"] = a_state(1, 2)  # told, and less than was thought
+        await bench.handle(of("payer", ["after"], "after"))
+        await bench.handle(of("payer", ["again"], "again"))
+        bench.clock.now_s += LAG_S  # nobody told anything: it was charged before
+        await bench.handle(of("payer", ["later"], "later"))
+        assert outcomes(bench) == {
+            "charged": ["ok"],
+            "before": ["budget_exceeded"],
+            "after": ["ok"],
+            "again": ["budget_exceeded"],
+            "later": ["ok"],
+        }
+
+
+async def test_what_was_in_work_leaves_no_trace() -> None:
+    """Nothing drifts: charged, refused by the provider or dropped with its partition, it is forgotten."""
+    async with Bench(budgets=View(payer=a_state(0, 2)), poison_attempts=1) as bench:
         spending = bench.worker.pipeline.spending
-        bench.provider.refuses = lambda texts: (
-            InputRejected("input_refused", http_status=400) if "bad" in texts else None
-        )
-        await bench.handle(of("payer", ["two words", "over"], "charged"))
+        assert spending is not None
+        rejected = InputRejected("input_refused", http_status=400)
+        bench.provider.refuses = lambda texts: rejected if "bad" in texts else None
         await bench.handle(of("payer", ["bad"], "rejected"))
-        assert outcomes(bench) == {"charged": ["ok", "budget_exceeded"], "rejected": ["provider_rejects"]}
+        bench.clock.now_s += LAG_S
         bench.provider.gate = asyncio.Event()
         lost = FakeLease(partition=1)
         await bench.publish(of("payer", ["never done"], "lost"), lease=lost)
         await bench.step()
         await bench.publish(of("payer", ["one more"], "beside"))
         await bench.step()
-        assert outcomes(bench)["beside"] == ["budget_exceeded"]
         lost.revoked = True
         await bench.worker.on_revoke([lost], 0.0)
         bench.provider.gate.set()
-        await bench.handle(of("payer", ["new"], "after"))
-        assert outcomes(bench)["after"] == ["ok"]
+        await bench.handle(of("payer", ["new ones"], "after"))
+        assert outcomes(bench) == {"rejected": ["provider_rejects"], "beside": ["budget_exceeded"], "after": ["ok"]}
         assert (spending._allowed, spending._jobs, spending._sums) == ({}, {}, {})
+        bench.clock.now_s += LAG_S
+        await bench.handle(of("payer", ["x"], "last"))
+        assert [told.amount.tokens for told in spending._told.values()] == [1]
 
 
 async def test_soft_budgets_and_payers_without_one_are_never_refused() -> None:
