@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from processor.adapters import topics
 from processor.adapters.avro import Codec
 from processor.adapters.catalogue import load_catalogue
+from processor.adapters.openai_answers import MAX_BILL_TOKENS
 from processor.adapters.reader import KafkaReader
 from processor.adapters.tokens import LocalTokenCounter
 from processor.aggregate import DAY_MS
@@ -48,7 +49,7 @@ from processor.domain import (
 from processor.errors import RequestRefused
 from processor.identity import request_id
 from processor.ports import TokenCounter, Undecodable, VectorCache
-from processor.settings import Settings
+from processor.settings import CACHE_LIVES, Settings
 
 T = TypeVar("T")
 
@@ -230,8 +231,8 @@ async def warm_from_results(settings: Settings, tenant_id: str | None) -> Warmed
     Raises BrokerUnavailable, TopicsError or CacheUnavailable.
     """
     keys = CacheKeys.of(worker_policy(settings, {}))
-    # Kept in L1 it lives twice as long; and who finds it is charged, if not late, within a horizon of that.
-    expiry_ms = time.time_ns() // 1_000_000 + 2 * settings.cache_ttl_s * 1000
+    # Who finds it is charged, if not late, within a horizon of that.
+    expiry_ms = time.time_ns() // 1_000_000 + CACHE_LIVES * settings.cache_ttl_s * 1000
     join = Join(keys, tenant_id=tenant_id, safe_after_ms=expiry_ms - settings.horizon_days * DAY_MS)
     catalogue = load_catalogue(settings)
     for name, lane in (("requests", Lane.BULK), ("queries", Lane.INTERACTIVE)):
@@ -294,7 +295,7 @@ class Line(BaseModel):
     truncate: str | None = None
     text: str
     vector: list[float]
-    tokens: int | None = Field(None, ge=1)
+    tokens: int | None = Field(None, ge=1, le=MAX_BILL_TOKENS)
 
 
 async def warm_from_files(settings: Settings, paths: Sequence[Path], tenant_id: str | None) -> Warmed:

@@ -9,7 +9,7 @@ import pytest
 
 import processor
 from processor.errors import SettingsError
-from processor.settings import Settings, load
+from processor.settings import DAY_S, Settings, load
 
 
 def test_every_setting_has_an_effect() -> None:
@@ -36,8 +36,8 @@ def test_what_is_served_fits_into_a_record() -> None:
 def test_who_paid_is_forgotten_before_a_charge_is() -> None:
     """Else a request sent again would be charged once more to a call that was billed once."""
     with pytest.raises(SettingsError, match="EMBEDDING_CACHE_TTL_S"):
-        load(horizon_days=35, cache_ttl_s=35 * 43_200 + 1)
-    assert load(horizon_days=35, cache_ttl_s=35 * 43_200).cache_ttl_s == 35 * 43_200
+        load(horizon_days=36, cache_ttl_s=12 * DAY_S + 1)
+    assert load(horizon_days=36, cache_ttl_s=12 * DAY_S).cache_ttl_s == 12 * DAY_S
 
 
 def test_every_tenant_has_a_share() -> None:

@@ -206,6 +206,7 @@ def test_a_line_becomes_an_entry_that_nobody_pays_for(tmp_path: Path) -> None:
         (a_line(vector=[2.0] * 8), "vector: must be 8 finite numbers"),
         (a_line(vector=["a"] * 8), "vector.0: Input should be a valid number"),
         (a_line(tokens=0), "tokens: Input should be greater than"),
+        (a_line(tokens=2**31), "tokens: Input should be less than"),
     ],
 )
 def test_a_line_that_is_none_is_named_and_not_quoted(tmp_path: Path, line: object, told: str) -> None:
