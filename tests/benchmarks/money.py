@@ -6,8 +6,8 @@ are compared, by a plain set and by `usage audit`. Rates are measured undisturbe
 of them on; `baseline` is a loop of aiokafka and fastavro that only reads and decodes. Recovery is from the start of the
 process to the last offset folded, after an orderly stop. Failover is from SIGKILL of the active aggregator to the next
 published total of its standby, which has a store of its own. clock_skew, closed_month, topic_grown and topic_recreated
-are tried on processes of their own: see tests/support/money_cases.py. Left out: the network, and a machine that dies.
-Environment: BENCH_EVENTS, BENCH_KEYS.
+are tried on processes of their own, see tests/support/money_cases.py, and so is a budget's overshoot. Left out: the
+network, and a machine that dies. Environment: BENCH_EVENTS, BENCH_KEYS.
 """
 
 from __future__ import annotations
@@ -33,9 +33,11 @@ from processor.cli.audit import run_audit
 from processor.cli.totals import read_totals
 from processor.settings import Settings
 from tests.support.bills import Recount, produce_bills, some_bills
-from tests.support.brokers import Servers, ends_of
+from tests.support.brokers import Broker, Servers, ends_of
 from tests.support.load import FILL_BATCH_BYTES, cpu_s, resident_mb
 from tests.support.money_cases import outcomes
+from tests.support.overshoot import measure_overshoot
+from tests.support.provider_server import ProviderProcess
 from tests.support.stack import Child, Stack, until
 
 EVENTS = int(os.environ.get("BENCH_EVENTS", "200000"))
@@ -45,7 +47,8 @@ KILLS = 3
 LOOK_EVERY_S = 0.05
 ASK_EVERY_S = 0.25
 """How far it is costs the aggregator a few milliseconds."""
-PATIENCE_S = 300.0
+PATIENCE_S = 900.0
+CALL_MS, BACKLOG_TEXTS, BUDGET_TOKENS = 100, 6_000, 50_000
 EVENTS_PER_S_PER_CORE, STATE_BYTES_PER_EVENT = 10_000, 100
 
 Say = Callable[[str], None]
@@ -64,6 +67,7 @@ async def run(say: Say) -> dict[str, Any]:
             say(f"{EVENTS} events are on the topic")
             figures |= await killed(log, say)
             figures |= await failover(log, say)
+        figures |= await overshoot(broker, Path(folder), say)
         async with AsyncExitStack() as stack:
             filling = a_log(Path(folder), broker.bootstrap_servers, KEYS, seed=2)
             log, cases = await asyncio.gather(
@@ -71,6 +75,7 @@ async def run(say: Say) -> dict[str, Any]:
             )
             say(f"{KEYS} events are on the topic; {cases}")
             figures |= cases | await undisturbed(log, say)
+    figures["ratio"] = round(figures["events_per_s_per_core"] / figures["baseline_events_per_s_per_core"], 2)
     return figures | {"bars": bars(figures)}
 
 
@@ -231,6 +236,21 @@ async def trickle(log: Log) -> None:
         bills = some_bills(50, partitions=PARTITIONS, now_ms=int(time.time() * 1000), seed=seed)
         await produce_bills(log.producer, log.settings, bills)
         await asyncio.sleep(0.1)
+
+
+async def overshoot(broker: Broker, folder: Path, say: Say) -> dict[str, Any]:
+    """One payer's backlog of many times its budget: what is charged beyond it, and the budget's delay in seconds."""
+    (own := folder / "budget").mkdir()
+    with ProviderProcess("--base-ms", str(CALL_MS), "--per-text-ms", "0") as provider:
+        found = await measure_overshoot(broker, provider, own, texts=BACKLOG_TEXTS, budget_tokens=BUDGET_TOKENS)
+    say(f"{found}")
+    return {
+        "budget_tokens": found.budget_tokens,
+        "budget_overshoot_tokens": found.tokens,
+        "budget_overshoot_in_flight_tokens": found.in_flight_tokens,
+        "budget_overshoot_lag_tokens": found.lag_tokens,
+        "budget_overshoot_s": round(found.seconds, 2),
+    }
 
 
 # --- what it costs -------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
+import traceback
 import uuid
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
@@ -51,7 +52,8 @@ async def outcomes(folder: Path, bootstrap_servers: str) -> dict[str, str]:
             try:
                 await case(stack)
             except AssertionError as error:
-                return str(error)[:300] or "not as it must be"
+                where = traceback.extract_tb(error.__traceback__)[-1]
+                return f"{where.name}: {where.line}: {str(error)[-300:]}"
         return "ok"
 
     return dict(zip(cases, await asyncio.gather(*(outcome(*case) for case in cases.items())), strict=True))
