@@ -145,7 +145,7 @@ class RedisCache:
             with suppress(CacheUnavailable):
                 async with trip(self._timeout_s - (loop.time() - began), CacheUnavailable):
                     await self._delete(corrupt)
-                    await self.put_many({key: hit.entry for key, hit in moved.items()})
+                    await self._keep({key: (former[key], hit.entry) for key, hit in moved.items()})
         return {key: hit for key in keys if (hit := found.get(key) or moved.get(key)) is not None}
 
     async def put_many(self, entries: Mapping[bytes, Entry]) -> None:
@@ -258,6 +258,18 @@ class RedisCache:
         pipeline = self._pipeline()
         for key, value in values:
             pipeline.execute_command("EVAL", DELETE_IF_SAME, 1, self._prefix + key, value)
+        await pipeline.execute()
+
+    async def _keep(self, moved: Mapping[bytes, tuple[bytes, Entry]]) -> None:
+        """Entries by key, each with its former one, whose life goes on: no change of secrets makes it longer."""
+        pipeline = self._pipeline()
+        for former, _ in moved.values():
+            pipeline.pttl(self._prefix + former)
+        lives_ms = await pipeline.execute()
+        pipeline = self._pipeline()
+        for (key, (_, entry)), life_ms in zip(moved.items(), lives_ms, strict=True):
+            if life_ms > 0:
+                pipeline.set(self._prefix + key, encode(key, entry), nx=True, px=life_ms)
         await pipeline.execute()
 
     async def _erase(self, tag: bytes) -> int:

@@ -249,6 +249,19 @@ async def test_a_good_value_stored_meanwhile_is_not_deleted(redis_url: str, uniq
         await cache.close()
 
 
+async def test_a_new_secret_gives_no_entry_a_longer_life(redis_url: str, unique: str) -> None:
+    """Under its present key it expires when it would have under the former one."""
+    cache = RedisCache(RedisAccess(redis_url), timeout_s=5, ttl_s=1000, prefix=unique.encode())
+    await cache.put_many({b"old": an_entry()})
+    with SyncRedis.from_url(redis_url) as client:
+        client.expire(unique.encode() + b"old", 100)
+        await cache.get_many([b"new"], D, {b"new": b"old"})
+        left_s = client.ttl(unique.encode() + b"new")
+    await cache.close()
+    assert isinstance(left_s, int)
+    assert 90 < left_s <= 100
+
+
 async def test_what_is_stored_together_does_not_expire_together(redis_url: str, unique: str) -> None:
     """Lives in Redis are spread over the jitter, and none is longer than the TTL."""
     access = RedisAccess(redis_url)
