@@ -184,7 +184,11 @@ def duration(milliseconds: int) -> str:
 def readers(topic: Topic) -> list[str]:
     if topic.id in REQUEST_TOPICS:
         return ["worker"]
-    return [*(["aggregator"] if topic.id in {"usage", "calls", "documents", "totals", "budgets"} else []), "yours"]
+    return [
+        *(["worker"] if topic.id == "budgets" else []),
+        *(["aggregator"] if topic.id in {"usage", "calls", "documents", "totals", "budgets"} else []),
+        "yours",
+    ]
 
 
 def newest(name: str) -> Path:
