@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
 from processor.adapters import topics
+from processor.adapters.budgets_file import read_budgets_file
 from processor.adapters.catalogue import load_catalogue
 from processor.adapters.providers import NamedProvider, open_deployments
 from processor.adapters.redis_cache import RedisCache
@@ -38,13 +39,35 @@ async def examine(settings: Settings | None = None) -> AsyncIterator[Check]:
     except SettingsError as error:
         yield Check("settings", "error", str(error), "correct the named variables")
         return
-    yield Check("settings", "ok", "usable")
+    secrets = _cache_secrets(settings)
+    yield secrets
+    if secrets.state == "error":
+        return
+    yield _budgets(settings)
     async for check in _kafka(settings):
         yield check
     yield await _cache(settings)
     yield await _registry(settings)
     async for check in _providers(settings):
         yield check
+
+
+def _cache_secrets(settings: Settings) -> Check:
+    """Every worker reads them at start, with Redis or without."""
+    try:
+        for name in ("cache_secret", "cache_secret_former"):
+            settings.secret(name)
+    except SettingsError as error:
+        return Check("settings", "error", str(error), "correct the named variable, or the file")
+    return Check("settings", "ok", "usable")
+
+
+def _budgets(settings: Settings) -> Check:
+    try:
+        read_budgets_file(settings.budgets_file)
+    except SettingsError as error:
+        return Check("budgets", "error", str(error), "correct the file: the aggregator does not start with it")
+    return Check("budgets", "ok", "none set" if settings.budgets_file is None else "the file is usable")
 
 
 async def _kafka(settings: Settings) -> AsyncIterator[Check]:
