@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import zlib
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import aclosing
 from typing import NamedTuple, TypeVar
 
 import structlog
@@ -145,18 +146,19 @@ class Aggregator:
             committed = dict(zip(topics, await asyncio.gather(*map(self._reader.committed, topics)), strict=True))
             for topic in self._folds:
                 await self._check(topic, spans[topic])
+            usage = self._topics.usage
+            spans[usage] = await self._with_ends_of_records(usage, spans[usage])
             self._places = {
                 (topic, partition): Place(span.end, min(committed[topic].get(partition, 0), span.end))
                 for topic in self._folds
                 for partition, span in spans[topic].items()
             }
-            usage = self._topics.usage
             if any(self._is_behind(partition, committed[usage]) for partition in spans[usage]):
                 await merge_totals(self._topics, spans[usage], self._store, self._reader, self._decoder)
             self._backlog = {
                 partition
                 for partition, span in spans[usage].items()
-                if self._position(usage, partition, spans) < span.end
+                if self._position(usage, partition, span) < span.end
             }
             self._budgets.begin(await read_budgets(self._topics.budgets, self._reader, self._decoder))
             if not self._backlog:
@@ -166,7 +168,10 @@ class Aggregator:
                 budgets = self._due_budgets([], now_ms)
                 await self._outbox.send([Destination("budgets", budget) for budget in budgets])
                 self._budgets.published(budgets, now_ms)
-            return {(topic, partition): self._position(topic, partition, spans) for topic, partition in partitions}
+            return {
+                (topic, partition): self._position(topic, partition, spans[topic][partition])
+                for topic, partition in partitions
+            }
 
     async def on_run(self, run: Run) -> None:
         """Fold a run in slices. A run whose lease is lost is dropped: it is folded by its new owner."""
@@ -232,9 +237,26 @@ class Aggregator:
         cursor = self._store.cursor(self._topics.usage, partition)
         return cursor is None or partition not in committed or committed[partition] > cursor.next_offset
 
-    def _position(self, topic: str, partition: int, spans: Mapping[str, Mapping[int, Span]]) -> int:
+    def _position(self, topic: str, partition: int, span: Span) -> int:
         cursor = self._store.cursor(topic, partition)
-        return spans[topic][partition].begin if cursor is None else cursor.next_offset
+        return span.begin if cursor is None else cursor.next_offset
+
+    async def _with_ends_of_records(self, topic: str, spans: Mapping[int, Span]) -> Mapping[int, Span]:
+        """What is still to be folded ends with a record: other services may write in transactions, whose markers take
+        offsets for which no record ever comes. Without this, a partition that is quiet after one is a backlog for ever.
+        """
+        begins = {partition: self._position(topic, partition, span) for partition, span in spans.items()}
+        last = {partition: span.end - 1 for partition, span in spans.items() if begins[partition] < span.end}
+        odd = last.keys() - (await self._reader.records_at(topic, last)).keys()
+        if not odd:
+            return spans
+        ends = {partition: begins[partition] if partition in odd else span.end for partition, span in spans.items()}
+        async with aclosing(self._reader.read(topic, ends)) as runs:
+            async for records in runs:
+                source = records[-1].source
+                if source.partition in odd:
+                    ends[source.partition] = source.offset + 1
+        return {partition: span._replace(end=ends[partition]) for partition, span in spans.items()}
 
     # --- folds: publish, save, finish ---------------------------------------------------------------------
 

@@ -258,6 +258,21 @@ async def test_a_state_that_can_not_be_read_is_replaced() -> None:
         assert await published(bench) == expected(bench, history)
 
 
+async def test_a_log_that_ends_in_no_record_is_folded_to_its_end() -> None:
+    """Other services may write in transactions, whose markers take offsets: no record ever comes for the last one."""
+    with a_bench() as bench:
+        bench.budgets = BudgetPlan(named={"p0": a_budget(24)})
+        for partition in range(2):
+            bench.log.ends[TOPICS.usage, partition] += 2  # of a partition with nothing else, too
+        history: History = []
+        append(bench.log, history, [Event(0, 0, 1, 0, 0)])
+        for partition in range(2):
+            bench.log.ends[TOPICS.usage, partition] += 2
+        await bench.run()
+        assert await published(bench) == expected(bench, history) != {}
+        assert await bench.log.progress() != {}
+
+
 @pytest.mark.parametrize("key", [b"[[], 1]", b"[1, 2, 3, []]", b"[" * 100_000, b"{}", b"\xff", None])
 async def test_no_key_of_others_ends_the_aggregator(key: bytes | None) -> None:
     """What anybody wrote to the budgets or the totals stays there for ever: it must not end each start."""
