@@ -32,7 +32,6 @@ from processor.domain import (
     DocumentManifest,
     EmbeddingFunction,
     Entry,
-    Fault,
     ModelSpec,
     ProviderCall,
     Record,
