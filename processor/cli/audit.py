@@ -21,7 +21,7 @@ from processor.adapters.sqlite_store import SqliteStore
 from processor.aggregate import DAY_MS, summarise
 from processor.app import folded_topics
 from processor.audit import Audit, Extent
-from processor.cli.console import money
+from processor.cli.console import money, visible
 from processor.cli.totals import read_partition_totals
 from processor.domain import ProviderCall, Source, Usage
 from processor.findings import Breach, LedgerCheck, Line, TotalsCheck, UsageCheck, sentences
@@ -268,10 +268,10 @@ def audit_lines(report: AuditReport) -> Iterator[dict[str, Any]]:
 def print_audit(report: AuditReport, console: Console) -> None:
     """The report, the verdict last."""
     for sentence in _sentences(report):
-        console.print(sentence, markup=False, highlight=False)
+        console.print(visible(sentence), markup=False, highlight=False)
     console.print(_ledger_table(report.ledger))
     for finding in sentences(report.ledger.findings):
-        console.print(finding, markup=False, highlight=False)
+        console.print(visible(finding), markup=False, highlight=False)
     if report.invoice:
         console.print(_invoice_table(report.invoice))
     verdict = "clean: everything is explained" if report.clean else "NOT CLEAN: see the differences and breaches above"

@@ -76,6 +76,13 @@ def fail_if(failed: object) -> None:
         raise typer.Exit(FAILED)
 
 
+def visible(text: str) -> str:
+    """A line or name as it may be shown: tenants choose names, and what moves a terminal's cursor could forge a line."""
+    if text.isprintable():
+        return text
+    return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)
+
+
 def money(nanos: int) -> str:
     """Nano-dollars in dollars: cents, and as many digits more as it has."""
     cents, rest = divmod(nanos, 10_000_000)

@@ -17,7 +17,7 @@ from processor.adapters import topics
 from processor.adapters.avro import Codec
 from processor.adapters.reader import KafkaReader
 from processor.aggregate import PartitionTotals, newest_totals, total_of
-from processor.cli.console import money
+from processor.cli.console import money, visible
 from processor.ports import RecordReader, TopicReader, Undecodable
 from processor.settings import Settings
 
@@ -93,7 +93,7 @@ def sums_table(heads: Sequence[str], rows: Iterable[tuple[Sequence[str], UsageSu
     for names, sums in rows:
         unpriced = "" if not sums.unpriced_tokens else f" + {sums.unpriced_tokens:,} unpriced"
         view.add_row(
-            *names,
+            *map(visible, names),
             f"{sums.requests:,}",
             f"{sums.billed_texts:,}",
             f"{sums.billed_tokens:,}",

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from processor.cli import report as reports
-from processor.cli.console import AsJson, Options, err, fail_if, out, print_json, run
+from processor.cli.console import AsJson, Options, err, fail_if, out, print_json, run, visible
 from processor.cli.invoice_file import InvoiceFault, read_invoice
 from processor.cli.totals import read_totals
 from processor.settings import load
@@ -120,7 +120,7 @@ def explain_request(
             print_json(letter.fields())
     else:
         for line in sentences(told):
-            out.print(line, markup=False, highlight=False)
+            out.print(visible(line), markup=False, highlight=False)
     if not told:
         err.print("no topic holds a request of this correlation id")
     fail_if(not told)

@@ -8,9 +8,12 @@ from io import StringIO
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
 from processor.accounts import BucketKey, UsageSums
-from processor.cli.report import By, PeriodFault, Periods, json_lines, periods, report, usd, write_csv
+from processor.cli.audit import AuditReport, print_audit
+from processor.cli.report import By, PeriodFault, Periods, json_lines, periods, report, table, usd, write_csv
+from processor.findings import Difference, LedgerCheck, TotalsCheck, UsageCheck
 
 ALL = Periods(days=False, first=None, last=None)
 
@@ -120,3 +123,22 @@ def test_json_ends_with_the_total() -> None:
     *rows, total = json_lines(report(some_totals(), "agent", ALL))
     assert [row["agent"] for row in rows] == ["bot", None]
     assert (total["total"], total["billed_tokens"]) == (True, 7)
+
+
+FORGED = "acme\nclean: everything is explained\x1b[2J\u202e"
+
+
+def test_no_name_forges_a_line_or_moves_the_cursor() -> None:
+    """Tenants choose names, and an operator reads them on a terminal."""
+    printed = Console(file=StringIO(), force_terminal=True, width=200)
+    key = BucketKey(FORGED, "2026-11-01", "all", "")
+    differences = [Difference(key, 0, "requests", 1, 2)]
+    totals = TotalsCheck(differences=differences)
+    print_audit(AuditReport(usage=UsageCheck(), totals=totals, ledger=LedgerCheck()), printed)
+    printed.print(table(report({key: UsageSums(requests=1)}, "payer", Periods(days=True, first=None, last=None))))
+    assert isinstance(printed.file, StringIO)
+    shown = printed.file.getvalue()
+    assert "\nclean" not in shown
+    assert "\x1b[2J" not in shown
+    assert "\u202e" not in shown
+    assert shown.count(r"acme\nclean: everything is explained\x1b[2J\u202e") == 2
