@@ -77,7 +77,7 @@ def fail_if(failed: object) -> None:
 
 
 def visible(text: str) -> str:
-    """A line or name as it may be shown: tenants choose names, and what moves a terminal's cursor could forge a line."""
+    """A line or name as it may be shown: tenants choose names, and one that moves the cursor could forge a line."""
     if text.isprintable():
         return text
     return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)

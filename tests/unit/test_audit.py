@@ -274,6 +274,10 @@ async def test_the_aggregators_ledger_is_compared_where_it_can_be() -> None:
         log.expire(TOPICS.calls, 1, 1)
         differences, note = await compare()
         assert (differences, "lost records" in note) == (None, True)
+        with closing(sqlite3.connect(bench.path)) as store:
+            store.execute("PRAGMA user_version = 1")
+        differences, note = await compare()
+        assert (differences, "schema version 1" in note) == (None, True)
 
 
 # --- the page ----------------------------------------------------------------------------------------------
