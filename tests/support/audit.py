@@ -39,15 +39,15 @@ from processor.settings import Settings
 T = TypeVar("T")
 
 EMBEDDING = {
-    "generate",
-    "batch_process",
-    "generate_query",
-    "embedding.generate",
-    "embedding.generate_query",
-    "embedding.batch_process",
-    "embedding.batch.process",
+    "generate": "document",
+    "batch_process": "batch",
+    "generate_query": "query",
+    "embedding.generate": "document",
+    "embedding.generate_query": "query",
+    "embedding.batch_process": "batch",
+    "embedding.batch.process": "batch",
 }
-
+"""The operation of each action."""
 
 HORIZON_MS = 35 * 86_400_000
 
@@ -196,7 +196,8 @@ def check_outcomes(
     for _, result in books.results:
         request = accepted.get(result.request_id)
         assert request is not None, f"a result for nobody: {result.request_id}"
-        assert (result.tenant_id, result.correlation_id) == (request.tenant_id, request.correlation_id)
+        for name in ("tenant_id", "correlation_id", "collection", "document_id"):
+            assert getattr(result, name) == getattr(request, name), f"another's {name}"
         assert dict(result.metadata) == dict(request.metadata)
         code = (refused_models or {}).get(request.model or "")
         excuses: set[str] = set()
@@ -240,6 +241,7 @@ def _check_outcome(
     dimensions: int,
 ) -> None:
     assert result.chunk_id == chunk.chunk_id
+    assert dict(result.chunk_metadata) == dict(chunk.metadata), "metadata of another chunk"
     if codes or (excuses and result.status == "error"):
         assert result.status == "error", result.status
         assert result.error is not None
@@ -265,13 +267,19 @@ def check_charges(books: Books) -> None:
     assert not again, f"{len(again)} requests charged more than once"
     sent = {(record.source[:3], request_id(request)): record.source.append_ms for record, request in books.requests}
     failed = _failed_texts(books)
+    places: dict[str, int] = {}
     for record, usage in books.usage:
         request = accepted[usage.request_id]
+        place = record.source.partition
+        assert places.setdefault(usage.payer_id, place) == place, "a payer's charges in two partitions, copies apart"
+        said = (usage.request.agent_id, usage.request.collection, usage.operation, usage.token_type)
+        assert said == (request.agent_id, request.collection, EMBEDDING[request.action], "embedding"), said
         assert usage.charged_at_ms == sent[usage.source[:3], usage.request_id], "not the time of its source record"
         assert usage.payer_id == (request.agent_owner_id or request.tenant_id)
         assert record.key == usage.payer_id.encode(), "a charge under the key of another payer"
         assert sum(part.tokens for part in usage.parts) == usage.billed.tokens
         assert usage.texts == len(request.chunks)
+        assert 0 <= usage.cached_texts <= usage.billed.texts + usage.saved.texts
         assert usage.billed.texts + usage.saved.texts + usage.failed_texts == usage.texts
         always, ever = failed[usage.request_id]
         assert always <= usage.failed_texts <= ever, (usage.failed_texts, always, ever)

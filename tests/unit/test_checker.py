@@ -209,6 +209,27 @@ def keyed_by_attempt(books: audit.Books) -> None:
     books.key_of = lambda usage: usage.request_id + "".join(part.attempt_id for part in usage.parts)
 
 
+def charged_again_in_another_partition(books: audit.Books) -> None:
+    """There nobody knows of the first copy, and the totals count both."""
+    record, usage = books.usage[3]
+    elsewhere = Source(record.source.topic, record.source.partition + 1, 0, record.source.append_ms)
+    books.usage.append((Record(elsewhere, record.key, record.value), usage))
+    books.totals = totals_of([*books.usage[:1], *books.usage[2:]])
+
+
+def charged_elsewhere(**fields: Any) -> Tampering:
+    """What a total is grouped by is not what the request says; the totals agree."""
+
+    def tamper(books: audit.Books) -> None:
+        record, usage = books.usage[3]
+        fits = {name: value for name, value in fields.items() if name in {"operation", "token_type"}}
+        request = replace(usage.request, **{name: value for name, value in fields.items() if name not in fits})
+        books.usage[3] = record, replace(usage, request=request, **fits)
+        books.totals = totals_of([books.usage[0], *books.usage[2:]])
+
+    return tamper
+
+
 def second_copy_comes_first(books: audit.Books) -> None:
     """The totals count the copy that is now the second."""
     (first, usage), (second, replayed) = books.usage[:2]
@@ -245,6 +266,8 @@ def a_bill_more(attempt_id: str) -> Tampering:
 TAMPERED: dict[str, tuple[Tampering, str]] = {
     "a result is lost": (lambda books: books.results.pop(1), "1 chunks without outcome"),
     "a result for nobody": (changed_result(0, request_id="nobody"), "a result for nobody"),
+    "a result of another document": (changed_result(4, document_id="doc-1"), "another's document_id"),
+    "a result with another chunk's metadata": (changed_result(0, chunk_metadata={"page": "1"}), "of another chunk"),
     "a result of another tenant": (changed_result(0, tenant_id="globex"), "check_outcomes"),
     "a chunk that was never sent": (changed_result(0, chunk_index=2), "never sent"),
     "another text's vector": (
@@ -260,6 +283,12 @@ TAMPERED: dict[str, tuple[Tampering, str]] = {
     "tokens that nobody paid for this text": (changed_result(4, token_count=4), "check_shares"),
     "a charge is lost": (lambda books: books.usage.pop(2), "1 requests without charge"),
     "a charge is made again under another key": (charged_again_under_another_key, "1 invented"),
+    "a charge is made again in another partition": (charged_again_in_another_partition, "in two partitions"),
+    "a charge to another agent": (charged_elsewhere(agent_id="somebody"), "check_charges"),
+    "a charge to another collection": (charged_elsewhere(collection="elsewhere"), "check_charges"),
+    "a charge of another operation": (charged_elsewhere(operation="query"), "check_charges"),
+    "a charge of other tokens": (charged_elsewhere(token_type="completion"), "check_charges"),
+    "a text found that was billed to nobody": (changed_usage(3, cached_texts=2), "check_charges"),
     "the key depends on the attempt": (keyed_by_attempt, "1 requests charged more than once"),
     "a charge to another payer": (changed_usage(2, payer_id="globex"), "check_charges"),
     "a charge at another time": (changed_usage(0, charged_at_ms=NOW_MS + 1), "not the time of its source record"),
