@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 from decimal import Decimal
 from typing import NamedTuple
@@ -87,7 +88,9 @@ class Spending:
             if state is not None:
                 told = self._awaited(key, state)
                 amount = Amount(amount.tokens + told.tokens, amount.cost_nanos + told.cost_nanos)
+                self._told.pop(key, None)  # the last to pass comes last
                 self._told[key] = Told(amount, state, self._clock.monotonic() + LAG_S)
+        self._drop_passed()
 
     def let_go(self) -> None:
         """Forget the requests that were dropped: others do them again."""
@@ -103,6 +106,12 @@ class Spending:
             return told.amount
         del self._told[key]
         return NOTHING
+
+    def _drop_passed(self) -> None:
+        """Payers may be any number, and months too: most are never asked for again."""
+        now = self._clock.monotonic()
+        for key in [*itertools.takewhile(lambda key: self._told[key].until_s <= now, self._told)]:
+            del self._told[key]
 
     def _forget(self, job: Job) -> Amount:
         before = self._sums.get(_key(job), NOTHING)

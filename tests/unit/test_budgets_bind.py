@@ -240,6 +240,18 @@ async def test_what_was_in_work_leaves_no_trace() -> None:
         assert [told.amount.tokens for told in spending._told.values()] == [1]
 
 
+async def test_payers_that_never_come_back_are_forgotten() -> None:
+    """However many a worker has seen, it remembers those whose requests ended a moment ago."""
+    payers = [f"p{number}" for number in range(5)]
+    async with Bench(budgets=View(**dict.fromkeys(payers, a_state(0, 9)))) as bench:
+        for payer in payers:
+            await bench.handle(of(payer, [payer], payer))
+            bench.clock.now_s += LAG_S
+        spending = bench.worker.pipeline.spending
+        assert spending is not None
+        assert {key.payer_id for key in spending._told} == {"p4"}
+
+
 async def test_soft_budgets_and_payers_without_one_are_never_refused() -> None:
     """A soft budget only tells."""
     async with Bench(budgets=View(soft=replace(SPENT, budget=replace(SPENT.budget, hard=False)))) as bench:
