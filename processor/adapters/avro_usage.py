@@ -43,9 +43,10 @@ _new = object.__new__
 def checked(usage: Usage) -> Usage:
     """ValueError for a time that is no date, or an amount that is none: other services write to the topic too."""
     billed, saved = usage.billed, usage.saved
-    amounts = [usage.failed_texts, usage.cached_texts, billed.texts, billed.tokens, billed.characters]
+    amounts = [usage.texts, usage.failed_texts, usage.cached_texts, billed.texts, billed.tokens, billed.characters]
     amounts += [billed.cost_nanos or 0, saved.texts, saved.tokens, saved.characters, saved.cost_nanos or 0]
-    amounts += [tokens for _, tokens in usage.parts]
+    shares = [tokens for _, tokens in usage.parts]
+    amounts += [*shares, sum(shares)]
     if min(amounts) < 0 or max(amounts) > MAX_AMOUNT:
         raise ValueError("no such amount")
     if not 0 <= usage.charged_at_ms < YEAR_10000_MS:

@@ -33,9 +33,10 @@ def a_charge(fields: dict[str, Any], data: st.DataObject) -> bytes:
     sound = {
         "billed": draw(amounts),
         "saved": draw(amounts),
+        "texts": draw(AMOUNT),
         "failed_texts": draw(AMOUNT),
         "cached_texts": draw(AMOUNT),
-        "parts": [part | {"tokens": draw(AMOUNT)} for part in fields["parts"]],
+        "parts": [part | {"tokens": draw(AMOUNT) // len(fields["parts"])} for part in fields["parts"]],
         "charged_at_ms": draw(st.integers(0, YEAR_10000_MS - 1)),
     }
     return written(fields | sound)
@@ -97,6 +98,8 @@ def test_every_end_of_a_charge() -> None:
         {"billed": Amounts(1, 3, 5, MAX_AMOUNT + 1)},
         {"saved": Amounts(0, 0, -1, None)},
         {"failed_texts": -1},
+        {"texts": MAX_AMOUNT + 1},
+        {"parts": (Part("attempt-1", MAX_AMOUNT), Part("attempt-2", 1))},
         {"cached_texts": MAX_AMOUNT + 1},
         {"parts": (Part("attempt-1", 4), Part("attempt-2", -1))},
     ],
