@@ -194,6 +194,20 @@ async def test_what_is_in_work_counts_before_it_is_charged(left: int, sizes: lis
         assert (paid >= left) if refused else (paid == sum(sum(each) for each in sizes))
 
 
+@settings(max_examples=60, deadline=None)
+@given(sizes=st.lists(st.integers(1, 10), min_size=1, max_size=60))
+def test_a_text_never_counts_against_itself(sizes: list[int]) -> None:
+    """However often a text is looked at before it fits a call: a budget of just so many tokens lets all of them out."""
+    packer = Packer(Policy(), Spending(View(acme=a_state(0, sum(sizes))), VirtualClock()))
+    packer.add([a_fold("w", tokens) for tokens in sizes], 0.0, NOW_MS)
+    sent = 0
+    while packer.next_tokens(0.0, 0.0, None) is not None:
+        call, over = packer.take(0.0, NOW_MS, 0.0, None)
+        assert over == []
+        sent += len(call.folds) if call is not None else 0
+    assert sent == len(sizes)
+
+
 async def test_what_was_charged_counts_until_the_view_tells_of_it() -> None:
     """Between its usage event and the payer's next state a request counts still, but not for ever."""
     view = View(payer=a_state(0, 2))
