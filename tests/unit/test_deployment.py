@@ -13,6 +13,8 @@ import pytest
 import yaml
 from pydantic import AliasChoices
 
+from processor.accounts import BudgetPlan
+from processor.adapters.budgets_file import read_budgets_file
 from processor.settings import PREFIX, Settings, load
 
 ROOT = Path(__file__).parents[2]
@@ -41,6 +43,9 @@ def environment_names() -> set[str]:
 
 def manifests(kind: str) -> list[dict[str, Any]]:
     return [manifest for _, manifest in MANIFESTS if manifest["kind"] == kind]
+
+
+SETTINGS = next(each for each in manifests("ConfigMap") if each["metadata"]["name"] == "embedding-processor")
 
 
 def pod(workload: Mapping[str, Any]) -> dict[str, Any]:
@@ -78,7 +83,8 @@ def variables() -> Iterator[tuple[str, str]]:
     for name, service in OURS.items():
         yield from ((f"docker-compose.yml {name}", variable) for variable in service["environment"])
     for manifest in [*manifests("ConfigMap"), *manifests("Secret")]:
-        yield from ((named(manifest), key) for key in manifest.get("data") or manifest["stringData"])
+        data: dict[str, str] = manifest.get("data") or manifest["stringData"]
+        yield from ((named(manifest), key) for key in data if not key.endswith(".yaml"))  # else it is a file
     for workload in WORKLOADS:
         for container in pod(workload)["containers"]:
             yield from ((named(workload), variable["name"]) for variable in container.get("env", ()))
@@ -94,7 +100,7 @@ def test_what_is_set_is_a_setting(where: str, variable: str) -> None:
 def test_the_settings_of_the_containers_are_usable(monkeypatch: pytest.MonkeyPatch) -> None:
     """Compose file and base each set values that a process accepts at start."""
     compose = {name: str(value) for name, value in OURS["worker"]["environment"].items() if value is not None}
-    for environment in ({**compose, "EMBEDDING_PROVIDER": "local"}, manifests("ConfigMap")[0]["data"]):
+    for environment in ({**compose, "EMBEDDING_PROVIDER": "local"}, SETTINGS["data"]):
         with monkeypatch.context() as patch:
             for name, value in environment.items():
                 patch.setenv(name, value)
@@ -104,12 +110,24 @@ def test_the_settings_of_the_containers_are_usable(monkeypatch: pytest.MonkeyPat
             assert settings.redis_url
 
 
+def test_the_budgets_of_the_base_are_read_by_the_aggregator(tmp_path: Path) -> None:
+    """The file that is mounted lies where the setting says, and an aggregator accepts it."""
+    (aggregator,) = manifests("StatefulSet")
+    (container,) = pod(aggregator)["containers"]
+    place = next(each["value"] for each in container["env"] if each["name"] == "EMBEDDING_BUDGETS_FILE")
+    mounted = {each["mountPath"]: each["name"] for each in container["volumeMounts"]}
+    volume = next(each for each in pod(aggregator)["volumes"] if each["name"] == mounted[str(Path(place).parent)])
+    base = next(each for each in manifests("ConfigMap") if each["metadata"]["name"] == volume["configMap"]["name"])
+    (tmp_path / "budgets.yaml").write_text(base["data"][Path(place).name], encoding="utf-8")
+    assert read_budgets_file(tmp_path / "budgets.yaml") == BudgetPlan()
+
+
 def test_a_shutdown_ends_before_it_is_ended() -> None:
     """The grace of each container is longer than the processor's own watchdog, with 10 s to spare."""
     compose_s = float(OURS["worker"]["environment"]["EMBEDDING_SHUTDOWN_TIMEOUT_S"])
     for name, service in OURS.items():
         assert float(service["stop_grace_period"].removesuffix("s")) >= compose_s + 10, name
-    base_s = float(manifests("ConfigMap")[0]["data"]["EMBEDDING_SHUTDOWN_TIMEOUT_S"])
+    base_s = float(SETTINGS["data"]["EMBEDDING_SHUTDOWN_TIMEOUT_S"])
     for workload in WORKLOADS:
         if workload["kind"] != "Job":
             assert pod(workload)["terminationGracePeriodSeconds"] >= base_s + 10, named(workload)
@@ -171,7 +189,7 @@ def test_a_selector_selects_the_pods_of_its_name(manifest: dict[str, Any]) -> No
 def test_probes_ask_the_port_and_paths_that_are_served() -> None:
     """Port and paths of probes, services and policy are those of the internal server."""
     served = set(re.findall(r'add_get\("([^"]+)"', (ROOT / "processor/adapters/http.py").read_text(encoding="utf-8")))
-    port = int(manifests("ConfigMap")[0]["data"]["EMBEDDING_HTTP_PORT"])
+    port = int(SETTINGS["data"]["EMBEDDING_HTTP_PORT"])
     for workload in WORKLOADS:
         if workload["kind"] == "Job":
             continue
