@@ -131,7 +131,7 @@ class Settings(BaseSettings):
         True, description="Refuse topics whose timestamps are the client's. Off only for the embedded broker."
     )
     schema_registry_url: str | None = Field(
-        None, description="Confluent-compatible registry; none: Avro single-object encoding."
+        None, repr=False, description="Confluent-compatible registry; none: Avro single-object encoding."
     )
     schema_registry_timeout_s: float = Field(5.0, gt=0, description="Time limit of one registry request.")
 
@@ -278,6 +278,7 @@ class Settings(BaseSettings):
     # Cache
     redis_url: str | None = Field(
         None,
+        repr=False,  # it may hold a password
         description="redis:// or rediss:// of the shared cache (L2); none: L1 alone.",
         validation_alias=_alias("EMBEDDING_REDIS_URL", "REDIS_URL"),
     )

@@ -40,6 +40,15 @@ def test_who_paid_is_forgotten_before_a_charge_is() -> None:
     assert load(horizon_days=36, cache_ttl_s=12 * DAY_S).cache_ttl_s == 12 * DAY_S
 
 
+def test_no_secret_is_in_a_repr() -> None:
+    """Law 7: an address may carry a user's password, and a traceback may quote the settings."""
+    secrets = [name for name in Settings.model_fields if f"{name}_file" in Settings.model_fields]
+    of_urls = {name: f"http://user:canary-{name}@host" for name in ("redis_url", "schema_registry_url")}
+    settings = load(**dict.fromkeys(secrets, "canary"), **of_urls)
+    assert len(secrets) > 4
+    assert "canary" not in f"{settings!r}{settings}"
+
+
 def test_every_tenant_has_a_share() -> None:
     """A weight of 0 would be a tenant that is never served."""
     with pytest.raises(SettingsError, match="EMBEDDING_TENANT_WEIGHTS"):
