@@ -55,8 +55,8 @@ async def examine(settings: Settings | None = None) -> AsyncIterator[Check]:
 def _cache_secrets(settings: Settings) -> Check:
     """Every worker reads them at start, with Redis or without."""
     try:
-        for name in ("cache_secret", "cache_secret_former"):
-            settings.secret(name)
+        settings.secret("cache_secret")
+        settings.secret("cache_secret_former")
     except SettingsError as error:
         return Check("settings", "error", str(error), "correct the named variable, or the file")
     return Check("settings", "ok", "usable")
