@@ -75,7 +75,7 @@ class BudgetBook:
         sums = {
             BudgetKey(total.key.payer_id, total.key.bucket): total_of(total.partitions)
             for total in totals
-            if total.key.dimension == "all" and _is_month(total.key.bucket)
+            if total.key.dimension == "all" and _is_month(total.key.bucket) and total.key.payer_id != EVERYBODY_ELSE
         }
         oldest = month_of(now_ms - self._horizon_ms)
         keys: Iterable[BudgetKey] = sums
@@ -127,7 +127,7 @@ class BudgetBook:
             BucketKey(payer_id, month, "all", "")
             for month in {month_of(now_ms - age_ms) for age_ms in ages_ms}
             for payer_id in self._store.payers(month)
-            if self._plan.of(payer_id) is not None
+            if payer_id != EVERYBODY_ELSE and self._plan.of(payer_id) is not None
         }
         found = self._store.totals(buckets)
         return {BudgetKey(key.payer_id, key.bucket): total_of(partitions) for key, partitions in found.items()}

@@ -27,7 +27,7 @@ from tests.support.aggregation import (
     charges,
     recomputed,
 )
-from tests.support.builders import NOW_MS
+from tests.support.builders import NOW_MS, a_usage
 from tests.unit.test_aggregator import FAR, NEAR, Life, lives
 
 
@@ -271,6 +271,18 @@ async def test_a_log_that_ends_in_no_record_is_folded_to_its_end() -> None:
         await bench.run()
         assert await published(bench) == expected(bench, history) != {}
         assert await bench.log.progress() != {}
+
+
+@pytest.mark.parametrize("before", [BudgetPlan(), BudgetPlan(default=a_budget(1))], ids=["made later", "there"])
+async def test_nobody_spends_what_everybody_else_has(before: BudgetPlan) -> None:
+    """Other services may name no payer; a state of theirs would refuse whoever has spent nothing yet."""
+    with a_bench() as bench:
+        for plan in (before, BudgetPlan(default=a_budget(1))):
+            bench.budgets = plan
+            bench.log.append(Destination("usage", a_usage(payer_id="", charged_at_ms=bench.log.now_ms)))
+            await bench.run()
+        states = [state for key, state in (await bench.log.budgets()).items() if key.payer_id == EVERYBODY_ELSE]
+        assert {state.reached_percent for state in states} == {0}
 
 
 @pytest.mark.parametrize("key", [b"[[], 1]", b"[1, 2, 3, []]", b"[" * 100_000, b"{}", b"\xff", None])
