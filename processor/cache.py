@@ -28,7 +28,7 @@ class CacheKeys:
 
     def __init__(self, secret: bytes, former: bytes | None = None, *, shared: bool = False) -> None:
         self._present = _hash_key(secret)
-        self._former = None if former is None else _hash_key(former)
+        self._former = None if former is None or former == secret else _hash_key(former)
         self._shared = shared
 
     @classmethod

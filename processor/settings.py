@@ -32,8 +32,8 @@ PREFIX = "EMBEDDING_"
 DEFAULT_CACHE_SECRET = "embedding-processor"
 
 DAY_S = 86_400
-CACHE_LIVES = 3
-"""A vector lives up to so often: in L2, as long again when it is moved to a new secret, and then in L1."""
+CACHE_LIVES = 2
+"""A vector lives up to so often: in L2, and as long again in the L1 that found it there at the last moment."""
 
 RESULT_SPARE_BYTES = 50_000
 """What a result may hold beside what it repeats of its request: a vector of up to 10,000 dimensions, ids, names."""
@@ -292,9 +292,7 @@ class Settings(BaseSettings):
     redis_cert_file: Path | None = Field(None, description="PEM file of our certificate for Redis (mutual TLS).")
     redis_key_file: Path | None = Field(None, description="PEM file of our key for Redis (mutual TLS).")
     redis_timeout_ms: int = Field(250, gt=0, description="Time budget of a look-up; then the cache is gone without.")
-    cache_ttl_s: int = Field(
-        86_400, gt=0, description="Life of a cache entry; at most a third of EMBEDDING_HORIZON_DAYS."
-    )
+    cache_ttl_s: int = Field(86_400, gt=0, description="Life of a cache entry; at most half of EMBEDDING_HORIZON_DAYS.")
     cache_ttl_jitter_percent: int = Field(
         10,
         ge=0,
@@ -397,7 +395,7 @@ class Settings(BaseSettings):
         if CACHE_LIVES * self.cache_ttl_s > self.horizon_days * DAY_S:
             # A request that is sent again and finds its entry is charged to the call that was paid; it must still be
             # known that it was charged to that call before.
-            raise ValueError(f"{PREFIX}CACHE_TTL_S: must be at most a third of {PREFIX}HORIZON_DAYS")
+            raise ValueError(f"{PREFIX}CACHE_TTL_S: must be at most half of {PREFIX}HORIZON_DAYS")
         if self.max_request_bytes + RESULT_SPARE_BYTES > self.max_record_bytes:
             raise ValueError(
                 f"{PREFIX}MAX_REQUEST_BYTES: must be {RESULT_SPARE_BYTES} below {PREFIX}MAX_RECORD_BYTES, "

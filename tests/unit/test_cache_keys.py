@@ -105,3 +105,9 @@ async def test_what_was_found_once_needs_the_former_secret_no_more() -> None:
     async with Bench(cache=cache, cache_secret=b"new") as bench:
         sent = await bench.handle(a_request(["one", "two"], correlation_id="c3"))
         assert [result.cache for result in sent.results] == [CacheLevel.L2, CacheLevel.MISS]
+
+
+def test_a_former_secret_that_is_the_present_one_is_none() -> None:
+    """Whoever has named one secret twice still finds everything, and purges once."""
+    keys = CacheKeys(b"same", b"same")
+    assert (keys.rotating, len(keys.tags("acme"))) == (False, 1)
