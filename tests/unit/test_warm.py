@@ -135,6 +135,8 @@ async def test_words_and_ids_of_others_do_no_harm() -> None:
     offered = made.entry_of(replace(await received(request), token_source="oracle"))
     assert isinstance(offered, Offered)
     assert offered.entry.token_source is TokenSource.ESTIMATE
+    theirs = join(request, replace(a_usage(request), event_key="theirs"))
+    assert theirs.entry_of(await received(request)) == "not_charged"
 
 
 async def test_a_reply_topic_that_is_gone_does_not_matter() -> None:
