@@ -29,7 +29,7 @@ from processor.aggregate import (
 from processor.budgets import PERCENTS, BudgetBook, read_budgets
 from processor.documents import UNKNOWN, deleted, document_key, fold_manifest, tombstones
 from processor.domain import DeadLetter, DocumentManifest, ProviderCall, Record, TokenType, Usage
-from processor.errors import LeaseLost, StoreError
+from processor.errors import LeaseLost, StoreError, StoreTaken
 from processor.ports import (
     AggregateStore,
     Clock,
@@ -59,6 +59,9 @@ SLICE = 5_000
 
 DECODED_A_TURN = 500
 """So that the loop serves others every few milliseconds."""
+
+LEASE_POLL_S = 0.1
+"""A late lease is looked at so often."""
 
 PRUNE_PARTS = 256
 PRUNE_EVERY_S = 60.0
@@ -121,6 +124,7 @@ class Aggregator:
         self._places: dict[tuple[str, int], Place] = {}
         self._backlog: set[int] = set()  # usage partitions not yet folded to where they ended when assigned
         self._waiting: dict[int, list[tuple[Lease, int]]] = {}
+        self._closing: set[Lease] = set()
         self._pruned_at = clock.monotonic()
         self._prune_part = 0
 
@@ -174,22 +178,37 @@ class Aggregator:
             }
 
     async def on_run(self, run: Run) -> None:
-        """Fold a run in slices. A run whose lease is lost is dropped: it is folded by its new owner."""
+        """Fold a run in slices. A run whose lease is over is dropped: it is folded by its new owner.
+
+        A lease that is late without being revoked is waited for: nobody would deliver again what is dropped of it, and
+        the next run would be folded past it.
+        """
         async with self._lock:
             for start in range(0, len(run.records), SLICE):
-                if not run.lease.held():
-                    return
                 try:
-                    await self._folds[run.lease.topic](run.lease, run.records[start : start + SLICE])
-                except LeaseLost:
+                    while not await self._is_folded(run.lease, run.records[start : start + SLICE]):
+                        if run.lease.revoked or run.lease in self._closing:
+                            return
+                        await self._clock.sleep(LEASE_POLL_S)
+                except StoreTaken:
                     return
             self._prune()
+
+    async def _is_folded(self, lease: Lease, records: Sequence[Record]) -> bool:
+        if not lease.held() or lease in self._closing:
+            return False
+        try:
+            await self._folds[lease.topic](lease, records)
+        except LeaseLost:
+            return False
+        return True
 
     def waiting(self) -> bool:
         return False
 
     async def on_revoke(self, leases: Sequence[Lease], budget_s: float) -> None:
-        """Wait for the slice in work; those after it find their lease gone."""
+        """Wait for the slice in work; those after it are dropped."""
+        self._closing = {lease for lease in self._closing if not lease.revoked} | set(leases)
         try:
             async with asyncio.timeout(budget_s), self._lock:
                 self._waiting.clear()
@@ -503,7 +522,7 @@ class Aggregator:
                 parts=PRUNE_PARTS,
                 close=closed,
             )
-        except LeaseLost:
+        except StoreTaken:
             return
         self._prune_part = (self._prune_part + 1) % PRUNE_PARTS
         self._events.count("aggregator_pruned_keys", dropped, {})

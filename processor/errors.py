@@ -4,6 +4,7 @@ ProcessorError
 |- SettingsError            a setting is missing, malformed or contradicts another: fix it and start again
 |- TopicsError              a topic is missing or would break a law: run `topics create` or fix the broker
 |- LeaseLost                the partition belongs to somebody else now: drop the work, it will be delivered again
+|- StoreTaken               so does the aggregator's store
 |- DeliveryFailed           the broker did not acknowledge in time: exit, be restarted, replay
 |- RecordTooLarge           a message of ours is over max_record_bytes: a bug of the step that made it
 |- CacheUnavailable         L2 did not answer in its budget: go without it
@@ -40,6 +41,10 @@ class TopicsError(ProcessorError):
 
 class LeaseLost(ProcessorError):
     """The partition's lease is over. The work is dropped here and delivered again to its new owner."""
+
+
+class StoreTaken(ProcessorError):
+    """Another process has claimed the aggregator's store: whatever is folded here can't be saved any more."""
 
 
 class DeliveryFailed(ProcessorError):

@@ -445,7 +445,7 @@ class AggregateStore(Protocol):
         ...
 
     def save(self, change: StoreChange) -> None:
-        """All of the change in one transaction. LeaseLost if another process has claimed the store."""
+        """All of the change in one transaction. StoreTaken if another process has claimed the store."""
         ...
 
     def merge_totals(self, totals: Sequence[UsageTotal]) -> None:

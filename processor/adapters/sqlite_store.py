@@ -34,7 +34,7 @@ from processor.accounts import (
     UsageTotal,
 )
 from processor.domain import CallOutcome
-from processor.errors import LeaseLost, StoreError
+from processor.errors import StoreError, StoreTaken
 from processor.ports import StoreChange
 
 SCHEMA_VERSION = 2
@@ -336,7 +336,7 @@ class SqliteStore:
             try:
                 # A frozen process that wakes up after another has taken the store over must not write into it.
                 if self._db.execute("SELECT token FROM owner").fetchone() != (self._token,):
-                    raise LeaseLost("the aggregator's store belongs to another process now")
+                    raise StoreTaken("the aggregator's store belongs to another process now")
                 yield
             except BaseException:
                 if self._db.in_transaction:  # some errors have ended it already

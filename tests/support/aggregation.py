@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections import Counter, defaultdict
-from collections.abc import AsyncGenerator, Awaitable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import fields
 from itertools import pairwise
@@ -257,7 +257,7 @@ class CrashingOutbox:
 
     sending = 0
 
-    def __init__(self, log: MemoryLog, step: Steps) -> None:
+    def __init__(self, log: MemoryLog, step: Callable[[], None]) -> None:
         self._log, self._step = log, step
 
     async def send(self, messages: Sequence[Destination], *, leases: Sequence[Lease] = ()) -> None:
@@ -273,7 +273,7 @@ class CrashingOutbox:
 class CrashingStore(SqliteStore):
     """The real store: may end the process before and after a save."""
 
-    def __init__(self, path: Path, step: Steps) -> None:
+    def __init__(self, path: Path, step: Callable[[], None]) -> None:
         super().__init__(path)
         self._step = step
 
@@ -303,7 +303,7 @@ class Bench:
         """As another machine, or the disk after a power cut, has it. The store is closed: the file is all of it."""
         shutil.copy(self.path, path)
 
-    def aggregator(self, store: SqliteStore, step: Steps) -> Aggregator:
+    def aggregator(self, store: SqliteStore, step: Callable[[], None]) -> Aggregator:
         return Aggregator(
             topics=TOPICS,
             store=store,

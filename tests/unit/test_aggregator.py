@@ -252,38 +252,6 @@ async def test_a_store_that_is_behind_takes_what_another_published_meanwhile() -
         assert len(again) - before == len(recomputed(history[-1:]))
 
 
-async def test_a_claimed_store_refuses_its_former_owner() -> None:
-    """A process that froze and wakes up after another took the store over saves nothing into it."""
-    with a_bench() as bench, closing(SqliteStore(bench.path)) as frozen, closing(SqliteStore(bench.path)) as successor:
-        log, history = bench.log, History()
-        append(log, history, [Event(0, 0, 1, 0, 0)])
-        partition = history[0][0].partition
-        aggregator = bench.aggregator(frozen, Steps(None))
-        await aggregator.positions([(TOPICS.usage, partition)])
-        successor.claim()
-        lease = FakeLease(TOPICS.usage, partition)
-        await aggregator.on_run(Run(lease, log.after(TOPICS.usage, partition, 0)))
-
-        assert lease.finished == []
-        assert successor.cursor(TOPICS.usage, partition) is None
-
-
-async def test_a_lost_lease_publishes_and_saves_nothing() -> None:
-    """A run whose lease is gone is dropped whole."""
-    with a_bench() as bench, closing(SqliteStore(bench.path)) as store:
-        log, history = bench.log, History()
-        append(log, history, [Event(0, 0, 1, 0, 0)])
-        partition = history[0][0].partition
-        aggregator = bench.aggregator(store, Steps(None))
-        await aggregator.positions([(TOPICS.usage, partition)])
-        lease = FakeLease(TOPICS.usage, partition)
-        lease.late = True
-        await aggregator.on_run(Run(lease, log.after(TOPICS.usage, partition, 0)))
-
-        assert await log.totals() == {}
-        assert store.cursor(TOPICS.usage, partition) is None
-
-
 async def test_a_record_that_cannot_be_read_goes_to_the_dlq_and_stops_nothing() -> None:
     """Undecodable bytes on a folded topic are set aside untouched, and their neighbours are folded."""
     with a_bench() as bench:

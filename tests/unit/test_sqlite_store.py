@@ -27,7 +27,7 @@ from processor.accounts import (
 )
 from processor.adapters.sqlite_store import SqliteStore, pack_id
 from processor.domain import CallOutcome
-from processor.errors import LeaseLost, StoreError
+from processor.errors import StoreTaken, StoreError
 from processor.ports import StoreChange
 
 TOPIC = "token-usage"
@@ -123,9 +123,9 @@ def test_only_the_last_to_claim_can_save(store: SqliteStore, path: Path) -> None
     """Whoever claimed the store before can change nothing any more."""
     with closing(SqliteStore(path)) as successor:
         successor.claim()
-        with pytest.raises(LeaseLost):
+        with pytest.raises(StoreTaken):
             store.save(full_change())
-        with pytest.raises(LeaseLost):
+        with pytest.raises(StoreTaken):
             store.merge_totals([a_total(1, 1)])
         successor.save(full_change())
         check_full(successor)
