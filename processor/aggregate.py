@@ -364,11 +364,12 @@ def _recorded(known: Attempt, call: ProviderCall, append_ms: int) -> Attempt:
             estimated_tokens=call.estimated_tokens,
             price_nanos_per_million=price,
         )
-    if known.outcome is not None:
+    if known.outcome is not None or call.kind is not CallKind.RECEIPT:
         return known
     return known._replace(
         last_ms=last_ms,
-        outcome=call.outcome,
+        # A word of a newer worker: what charges don't name of its bill is uncharged.
+        outcome=call.outcome if isinstance(call.outcome, CallOutcome) else CallOutcome.OK,
         billed_tokens=call.billed_tokens or 0,
         price_nanos_per_million=price,
     )

@@ -254,9 +254,9 @@ class Audit:
         attributed = self._attributed.get(key, 0)
         if attributed == CLOSED:
             return
-        if call.kind is CallKind.INTENT:
-            if key not in self._open:
-                self._open[key] = _intent(call, source.append_ms)
+        if call.kind is CallKind.INTENT and key not in self._open:
+            self._open[key] = _intent(call, source.append_ms)
+        if call.kind is not CallKind.RECEIPT:
             return
         self._attributed[key] = CLOSED
         self._close(self._open.pop(key, None), call, source, attributed)

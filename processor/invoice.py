@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from datetime import UTC, date, datetime, timedelta
+from datetime import date
 from decimal import Decimal
 
 NANOS = 10**9
 MILLION = 10**6
+DAY_MS, EPOCH_DAY = 86_400_000, date(1970, 1, 1).toordinal()
 CLOCKS_APART_MS = 60_000
 """How far a provider's clock may stand from the brokers': a call so near to midnight may be billed on either day."""
 
@@ -147,7 +148,7 @@ class Bills:
 
 
 def _day_of(ms: int) -> int:
-    return datetime.fromtimestamp(ms / 1000, UTC).date().toordinal()
+    return EPOCH_DAY + ms // DAY_MS
 
 
 def _ordinal(day: str) -> int:
@@ -155,4 +156,4 @@ def _ordinal(day: str) -> int:
 
 
 def _begins_ms(day: int) -> int:
-    return int((date.fromordinal(day) - date(1970, 1, 1)) / timedelta(milliseconds=1))
+    return (day - EPOCH_DAY) * DAY_MS

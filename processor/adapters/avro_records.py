@@ -16,7 +16,7 @@ from fastavro import schemaless_reader, schemaless_writer
 
 from processor.accounts import BucketKey, Budget, BudgetKey, BudgetState, TaskProgress, UsageSums, UsageTotal
 from processor.adapters.avro_results import read_result
-from processor.adapters.avro_usage import checked, read_usage
+from processor.adapters.avro_usage import MAX_AMOUNT, YEAR_10000_MS, checked, read_usage
 from processor.adapters.schemas import Schema, current
 from processor.domain import (
     Amounts,
@@ -185,7 +185,19 @@ def _call(fields: Fields) -> ProviderCall:
     fields["items"] = tuple(CallItem(**item) for item in fields["items"])
     if fields["outcome"] is not None:
         fields["outcome"] = _word(CallOutcome, fields["outcome"])
-    return ProviderCall(**fields)
+    call = ProviderCall(**fields)
+    _check_call(call)
+    return call
+
+
+def _check_call(call: ProviderCall) -> None:
+    """ValueError for what no sum of the ledger or no calendar can hold: one record would end each start."""
+    tokens = [call.estimated_tokens, call.billed_tokens or 0, *(item.local_tokens for item in call.items)]
+    price = call.price_nanos_per_million or 0
+    if min(*tokens, price) < 0 or max(tokens) > MAX_AMOUNT or max(tokens) * price > MAX_AMOUNT * 10**6:
+        raise ValueError("no such amount")
+    if not 0 <= call.at_ms < YEAR_10000_MS:
+        raise ValueError("no such time")
 
 
 def _total(fields: Fields) -> UsageTotal:

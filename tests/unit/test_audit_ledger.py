@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
+from typing import Any, cast
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from processor.adapters.avro_usage import MAX_AMOUNT
 from processor.cli.audit import FOLDED
-from processor.domain import Amounts, CallOutcome, TokenType
+from processor.domain import Amounts, CallKind, CallOutcome, TokenType
 from processor.findings import Breach, Line, Residual
 from processor.identity import request_id
 from processor.invoice import DayBill
+from processor.ports import Destination
 from tests.support.aggregation import (
     DAY_MS,
     HORIZON_MS,
@@ -20,7 +23,7 @@ from tests.support.aggregation import (
     MemoryLog,
     a_bench,
 )
-from tests.support.builders import NOW_MS, a_request
+from tests.support.builders import NOW_MS, a_call, a_request
 from tests.support.ledgers import ONE, PRICE, THREE, TWO, a_ledger, audited, call, charge, receive
 
 
@@ -263,6 +266,27 @@ async def test_attempts_whose_charges_have_expired_are_not_called_unclaimed() ->
     (record, *_) = log.all_of(TOPICS.usage)
     log.expire(TOPICS.usage, record.source.partition, 1)
     assert (await a_ledger(log))[1] == {"expired": 3}
+
+
+async def test_no_word_or_number_in_the_ledger_ends_the_aggregator() -> None:
+    """A newer worker's kinds and outcomes are folded alike by both; what no sum can hold is a dead letter."""
+    with a_bench() as bench:
+        log = bench.log
+        call(log, "a", (ONE, 3))
+        odd: dict[str, Any] = {"attempt_id": "a", "items": (), "billed_tokens": 5}
+        log.append(Destination("calls", a_call(cast(CallKind, "correction"), **odd)))
+        log.append(Destination("calls", a_call(CallKind.RECEIPT, outcome=cast(CallOutcome, "partial"), **odd)))
+        books = await audited(log)
+        for number in ({"estimated_tokens": 2**62}, {"at_ms": 2**62}):
+            call(log, f"b{number}", (ONE, 3), **number)
+        call(log, "c", (ONE, MAX_AMOUNT), price_nanos_per_million=2**62)
+        summary = await bench.run()
+        assert summary is not None
+        assert (summary.sums.billed_tokens, summary.sums.uncharged_tokens) == (5, 5)
+        assert {name: summary.sums._asdict()[name] for name in FOLDED} == {
+            name: books.as_folded[name] for name in FOLDED
+        }
+        assert len(log.all_of("embedding-requests-dlq")) == 3
 
 
 @settings(max_examples=40, deadline=None)
