@@ -27,7 +27,7 @@ from processor.accounts import (
 )
 from processor.adapters.sqlite_store import SqliteStore, pack_id
 from processor.domain import CallOutcome
-from processor.errors import StoreTaken, StoreError
+from processor.errors import StoreError, StoreTaken
 from processor.ports import StoreChange
 
 TOPIC = "token-usage"
