@@ -26,7 +26,9 @@ def read_invoice(path: Path) -> dict[str, DayBill]:
         text = path.read_text(encoding="utf-8-sig")
         rows = _json_rows(text) if text.lstrip().startswith(("[", "{")) else csv.DictReader(text.splitlines())
         return _bills(rows)
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, csv.Error) as error:
+    except InvoiceFault:
+        raise
+    except (OSError, ValueError, RecursionError, csv.Error) as error:
         raise InvoiceFault(f"can't be read as CSV or JSON ({type(error).__name__})") from None
 
 

@@ -150,8 +150,11 @@ def test_csv_and_json_say_the_same(tmp_path: Path) -> None:
         ('{"date": "2024-10-04"}', "must be a list"),
         ("[1]", "row 1: date"),
         ("[", "can't be read"),
+        ("[" * 100_000, "can't be read"),
+        (f"date,tokens\n2024-10-04,{'9' * 5000}", "can't be read"),
         ('[{"date": "2024-10-04", "tokens": true}]', "row 1: tokens"),
     ],
+    ids=lambda text: text[:40],
 )
 def test_a_wrong_invoice_is_told_by_row_and_field(text: str, told: str, tmp_path: Path) -> None:
     """And never by its contents."""
