@@ -119,6 +119,8 @@ class Audit:
         self._charges_from_ms = max((log.complete_from_ms(now_ms) for log in usage_log.values()), default=0)
         self._calls_from_ms = max((log.complete_from_ms(now_ms) for log in calls_log.values()), default=0)
         self._first = FirstCopies(horizon_ms)
+        self._refused: set[Key] = set()
+        """Requests with a refusal, whose key is another. Refused is settled, whether a charge comes later or not."""
         self._late: set[Key] = set()
         """Charged late and never on time."""
         self._sums: defaultdict[int, dict[Sequence[BucketKey], list[int]]] = defaultdict(dict)
@@ -151,15 +153,10 @@ class Audit:
             return
         check.charges += 1
         ours = usage.token_type == TokenType.EMBEDDING
-        if ours and sum(part.tokens for part in usage.parts) != usage.billed.tokens:
-            self._breach(
-                Breach.PARTS_DIFFER,
-                usage.billed.tokens - sum(part.tokens for part in usage.parts),
-                usage.price_nanos_per_million,
-                append_ms,
-                provider=usage.provider,
-                request_id=usage.request_id,
-            )
+        if usage.is_refusal:
+            self._refused.add(packed(usage.request_id))
+        if ours:
+            self._check_charge(usage, append_ms)
         if late:
             check.late.add(usage.billed.tokens, usage.price_nanos_per_million)
             if not charged_on_time:
@@ -173,6 +170,16 @@ class Audit:
                 if self._calls_from_ms and append_ms < self._calls_from_ms + self._horizon_ms:
                     self._old.add(attempt)
         self._count(partition, offset, usage)
+
+    def _check_charge(self, usage: Usage, append_ms: int) -> None:
+        """What a charge says of itself: its parts are its tokens, and its costs those of the price that it names."""
+        billed, price = usage.billed, usage.price_nanos_per_million
+        beside = billed.tokens - sum(part.tokens for part in usage.parts)
+        found = [(Breach.PARTS_DIFFER, beside)] if beside else []
+        if any(each.cost_nanos != cost_nanos(each.tokens, price) for each in (billed, usage.saved)):
+            found.append((Breach.COST_DIFFERS, billed.tokens))
+        for kind, tokens in found:
+            self._breach(kind, tokens, price, append_ms, provider=usage.provider, request_id=usage.request_id)
 
     def _count(self, partition: int, offset: int, usage: Usage) -> None:
         """Into each bucket that must hold it: folded by everybody's word, or by the bucket's own."""
@@ -300,8 +307,8 @@ class Audit:
                 found(kind, tokens)
 
     def _not_charged(self, intent: Intent, billed: int) -> tuple[int, int]:
-        """Of this bill the shares of items whose requests have no charge, and of those with a late one."""
-        charged = [request in self._first for request in intent.requests]
+        """Of this bill the shares of items whose requests have neither charge nor refusal, and of those charged late."""
+        charged = [request in self._first or request in self._refused for request in intent.requests]
         late = [request in self._late for request in intent.requests]
         if all(charged) and not any(late):
             return 0, 0

@@ -30,6 +30,7 @@ class Breach(StrEnum):
     OVER_ATTRIBUTED = "over_attributed"
     UNMATCHED = "unmatched"
     PARTS_DIFFER = "parts_differ"
+    COST_DIFFERS = "cost_differs"
 
 
 @dataclass(slots=True)
@@ -50,7 +51,7 @@ class Line:
 
 
 class Finding(NamedTuple):
-    """A residual or a breach of one attempt, or of one request where the parts of its charge differ from its bill."""
+    """A residual or a breach of one attempt, or of one request whose charge contradicts itself."""
 
     kind: Residual | Breach
     attempt_id: str

@@ -303,6 +303,17 @@ class Bench:
         """As another machine, or the disk after a power cut, has it. The store is closed: the file is all of it."""
         shutil.copy(self.path, path)
 
+    def leave_store(self, state: str) -> None:
+        """What the next process finds: the store as it is ("kept"), none ("lost"), or one left earlier ("old")."""
+        old = self.path.with_name("old.sqlite")
+        if state == "lost":
+            self.lose_store()
+        elif state == "old" and old.exists():
+            self.lose_store()
+            old.rename(self.path)
+        elif self.path.exists():
+            self.copy_store(old)
+
     def aggregator(self, store: SqliteStore, step: Callable[[], None]) -> Aggregator:
         return Aggregator(
             topics=TOPICS,
@@ -375,6 +386,8 @@ def append(log: MemoryLog, history: History, coming: Sequence[Event]) -> None:
         usage = a_usage(
             request,
             billed=Amounts(2, tokens, 6, 20 * tokens if attempt else None),
+            saved=Amounts(0, 0, 0, 0 if attempt else None),
+            price_nanos_per_million=20_000_000 if attempt else None,
             parts=(Part(f"a{payer}{number}{attempt}", tokens),),
             failed_texts=number % 2,
             charged_at_ms=log.now_ms - age_ms,

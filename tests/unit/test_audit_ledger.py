@@ -181,6 +181,25 @@ async def test_parts_that_are_not_the_bill_are_a_breach() -> None:
     assert [finding.request_id for finding in ledger.findings] == [request_id(ONE)]
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"billed": Amounts(1, 3, 5, 61)},
+        {"billed": Amounts(1, 3, 5, None)},
+        {"saved": Amounts(1, 3, 5, 0)},
+        {"price_nanos_per_million": None},
+    ],
+    ids=str,
+)
+async def test_a_cost_that_is_not_tokens_times_price_is_a_breach(said: dict[str, Any]) -> None:
+    """Billed or saved, by a nano-dollar, or without a price: a total of wrong costs is equal to its recomputation."""
+    log = MemoryLog()
+    call(log, "a", (ONE, 3))
+    receive(log, "a", 3)
+    charge(log, ONE, ("a", 3), **said)
+    assert (await a_ledger(log))[1] == {"cost_differs": 3}
+
+
 async def test_what_may_be_on_an_invoice_is_what_the_ledger_says_of_each_deployment() -> None:
     """Receipts for certain, what charges name without a receipt too, and the rest of an estimate perhaps."""
     log = MemoryLog()
