@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from processor.adapters.cache_entry import decode, encode
-from processor.adapters.eviction import Lru, S3Fifo, Slot
+from processor.adapters.eviction import MOST_LOOKS, Lru, S3Fifo, Slot
 from processor.adapters.memory_cache import ENTRIES_A_TURN, ENTRY_OVERHEAD_BYTES, KEYS_A_TURN, MemoryCache
 from processor.adapters.tiered_cache import TieredCache
 from processor.domain import CacheLevel, Entry, Item, TokenSource
@@ -99,6 +99,20 @@ def test_what_is_no_longer_asked_for_goes_in_the_end() -> None:
         rounds += 1
         assert rounds < 100
     assert rounds > 20, "it was asked for: it outlives those that came with it"
+
+
+def test_a_full_cache_that_is_all_in_use_is_not_searched_through() -> None:
+    """The search for what goes is bounded: everybody else waits for it."""
+    queues = S3Fifo()
+    slots = [added(queues, f"{number}", uses=3) for number in range(3 * MOST_LOOKS)]
+    for _ in range(2):
+        uses = [slot.uses for slot in slots]
+        gone = queues.victim()
+        assert 0 < sum(slot.uses != before for slot, before in zip(slots, uses, strict=True)) < MOST_LOOKS
+        for slot in slots:
+            if slot is not gone:
+                queues.used(slot)
+        slots.remove(gone)
 
 
 def test_who_comes_back_soon_is_believed() -> None:
