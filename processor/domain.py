@@ -502,7 +502,8 @@ class Usage:
     """One `TokenUsage` event: the charge of one request (U4). Its idempotency key is the request id.
 
     Invariant: sum of `parts` tokens == `billed.tokens`. `charged_at_ms` is the append time of the source record.
-    `event_key` is the key of another service's event that is not the request id, as of a request's input and output.
+    `event_key` is a key that is not the request id: that of a refusal, which bills nothing and has failed texts, or of
+    another service's event, as of a request's input and output.
     """
 
     request: Request
@@ -532,6 +533,11 @@ class Usage:
     @property
     def idempotency_key(self) -> str:
         return self.request_id if self.event_key is None else self.event_key
+
+    @property
+    def is_refusal(self) -> bool:
+        """Not the charge of its request: that one may come, if it is sent again."""
+        return self.event_key is not None and self.token_type == TokenType.EMBEDDING and not self.billed.texts
 
 
 class CallItem(NamedTuple):

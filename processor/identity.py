@@ -1,4 +1,4 @@
-"""Identities: request id and digest (U0), vector ids. Golden vectors lie in schemas/examples/identity.json.
+"""Identities: request id and digest (U0), refusal keys, vector ids. Golden vectors lie in schemas/examples/identity.json.
 
 Every part is length-prefixed, so no two different inputs share an encoding; null is distinct from empty.
 """
@@ -135,6 +135,11 @@ def request_id(request: Request) -> str:
             encode_text(request.run_id),
         )
     )
+
+
+def refusal_key(request_id: str) -> str:
+    """The idempotency key of a usage event that refuses the request: UUIDv5 of `refusal`, the id is the namespace."""
+    return _uuid5(UUID(request_id).bytes + b"refusal")
 
 
 def vector_id(

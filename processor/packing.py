@@ -281,7 +281,8 @@ def _is_unwanted(text: Text) -> bool:
 def _goes_out(text: Text, now_ms: int, spending: Spending | None) -> bool:
     """Whether anybody still wants it, once works past their request's deadline or their payer's budget have ended.
 
-    That is decided before the first call of a fold; from then on what may be paid for is delivered, late or not.
+    That is decided before the first call of a fold, and of deadlines before the first of a request; from then on what
+    may be paid for is delivered, late or not.
     """
     wanted, decides = False, text.due > float("-inf")
     for work in text.fold.works:
@@ -297,8 +298,11 @@ def _goes_out(text: Text, now_ms: int, spending: Spending | None) -> bool:
 
 
 def _over(work: Work, now_ms: int, spending: Spending | None) -> Fault | None:
-    deadline_ms = work.job.request.deadline_ms
-    if deadline_ms is not None and deadline_ms < now_ms:
+    job = work.job
+    if job.in_time is None:
+        deadline_ms = job.request.deadline_ms
+        job.in_time = deadline_ms is None or deadline_ms >= now_ms
+    if not job.in_time:
         return PAST_DEADLINE
     return None if spending is None else spending.over(work)
 

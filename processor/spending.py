@@ -134,7 +134,7 @@ def _key(job: Job) -> BudgetKey:
 
 
 def exceeded(state: BudgetState) -> Fault:
-    """Not retryable: the same request again has its charge already, which is of nothing."""
+    """Not retryable: a reader who keeps each chunk's first outcome never sees a later one of the same request."""
     return Fault(
         ErrorCode.BUDGET_EXCEEDED,
         "budget",

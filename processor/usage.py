@@ -14,6 +14,7 @@ from processor.domain import (
     TokenType,
     Usage,
 )
+from processor.identity import refusal_key
 from processor.work import Instant, Job
 
 MILLION = 1_000_000
@@ -37,7 +38,9 @@ def cost_of(tokens: int, job: Job) -> int | None:
 def charge(job: Job, provider: str, now: Instant) -> Usage:
     """The usage event of an embedding request whose every work has its outcome; all texts failed when it has none.
 
-    The time of the charge is the append time of the source record, so no client's clock can move a bill.
+    The time of the charge is the append time of the source record, so no client's clock can move a bill. What bills
+    nothing and has failed texts is a refusal: under the request id it would be the charge, and the same request, sent
+    again and served then, a copy of it.
     """
     request, function = job.request, job.plan.function if job.plan is not None else None
     price = job.price
@@ -82,7 +85,7 @@ def charge(job: Job, provider: str, now: Instant) -> Usage:
     usage.charged_at_ms = job.source.append_ms
     usage.completed_at_ms = now.ms
     usage.time_taken_ms = job.taken_ms(now)
-    usage.event_key = None
+    usage.event_key = refusal_key(job.request_id) if usage.failed_texts and not texts[True] else None
     return usage
 
 

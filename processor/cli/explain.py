@@ -53,6 +53,7 @@ class Charge:
             "price_version": usage.price_version,
             "charged_at_ms": usage.charged_at_ms,
             "parts": [part._asdict() for part in usage.parts],
+            "refusal": usage.is_refusal,
             "late": self.late,
             "in_totals": self.in_totals,
             "copies": self.copies,
@@ -333,7 +334,8 @@ def _charge_sentences(charge: Charge) -> Iterator[str]:
     price = usage.price_nanos_per_million
     priced = "unpriced" if price is None else f"{money(price)} per 1,000,000, price list {usage.price_version}"
     state = "late: in no total" if charge.late else "in the totals" if charge.in_totals else "not in the totals yet"
-    yield f"  charge      {_where(charge.source)}, {state}; {charge.copies} copies after it"
+    kind = "refusal" if usage.is_refusal else "charge"
+    yield f"  {kind:<12}{_where(charge.source)}, {state}; {charge.copies} copies after it"
     yield (
         f"    billed    {usage.billed.tokens:,} tokens of {usage.billed.texts} texts, {_cost(usage.billed.cost_nanos)} "
         f"({priced}) to {usage.payer_id}, as {usage.operation} of {usage.model or 'no model'}"

@@ -179,7 +179,7 @@ class Join:
     def take_charge(self, usage: Usage, append_ms: int) -> None:
         """Copies in offset order: the first one is the charge, each later one renews its time."""
         asked = self._asked.get(_name(usage.request_id))
-        if asked is None or usage.event_key is not None:  # that is another service's, of the same request
+        if asked is None or usage.event_key is not None:  # a refusal, or another service's
             return
         if asked.charged_at_ms is None and len(usage.parts) == 1:
             asked.attempt_id = usage.parts[0].attempt_id

@@ -377,8 +377,8 @@ class Bench:
         seen: set[str] = set()
         total: Counter[str] = Counter()
         for usage in self.outbox.usage:
-            if usage.request_id not in seen:
-                seen.add(usage.request_id)
+            if usage.idempotency_key not in seen:
+                seen.add(usage.idempotency_key)
                 for part in usage.parts:
                     total[part.attempt_id] += part.tokens
         return total

@@ -13,7 +13,7 @@ from processor.adapters.avro_usage import MAX_AMOUNT
 from processor.cli.audit import FOLDED
 from processor.domain import Amounts, CallKind, CallOutcome, TokenType
 from processor.findings import Breach, Line, Residual
-from processor.identity import request_id
+from processor.identity import refusal_key, request_id
 from processor.invoice import DayBill
 from processor.ports import Destination
 from tests.support.aggregation import (
@@ -72,6 +72,15 @@ async def test_what_no_request_was_charged_for_yet_is_unclaimed() -> None:
     charge(log, ONE, ("a", 3))
     charge(log, THREE, ("a", 5))
     assert (await a_ledger(log))[1] == {"unclaimed": 4}
+
+
+async def test_what_was_paid_for_a_request_that_is_refused_since_is_rework() -> None:
+    """Its worker died and the cache was lost; delivered again it was past its deadline. No charge is waited for."""
+    log = MemoryLog()
+    call(log, "a", (ONE, 3), (TWO, 4))
+    receive(log, "a", 7)
+    charge(log, ONE, failed_texts=1, billed=Amounts(0, 0, 0, 0), event_key=refusal_key(request_id(ONE)))
+    assert (await a_ledger(log))[1] == {"rework": 3, "unclaimed": 4}
 
 
 async def test_one_attempt_is_split_into_rework_late_and_unclaimed() -> None:

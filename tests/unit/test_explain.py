@@ -6,6 +6,7 @@ import json
 
 from processor.cli.explain import Explanation, Scan, sentences
 from processor.domain import (
+    Amounts,
     CacheLevel,
     CallItem,
     DeadLetter,
@@ -18,7 +19,7 @@ from processor.domain import (
     Status,
     TokenType,
 )
-from processor.identity import request_id
+from processor.identity import refusal_key, request_id
 from processor.ports import Destination
 from processor.settings import load
 from tests.support.aggregation import HORIZON_MS, TOPICS, MemoryLog
@@ -123,6 +124,18 @@ async def test_usage_of_other_services_under_the_same_name_is_told_apart() -> No
         charge(log, a_request(), token_type=TokenType.INPUT, event_key=key)
     (life,) = (await told(log)).lives
     assert [each.copies for each in life.charges] == [1, 0]
+
+
+async def test_a_refusal_is_told_apart_from_the_charge() -> None:
+    """A request that was refused, sent again and served has both."""
+    log, request = MemoryLog(), a_request()
+    charge(log, request, billed=Amounts(0, 0, 0, 0), failed_texts=1, event_key=refusal_key(request_id(request)))
+    charge(log, request, ("a", 3))
+    explanation = await told(log)
+    (life,) = explanation.lives
+    assert [each.fields()["refusal"] for each in life.charges] == [True, False]
+    told_so = [line.split()[0] for line in sentences(explanation)]
+    assert ("refusal" in told_so, "charge" in told_so) == (True, True)
 
 
 async def test_dead_letters_of_its_records_are_told() -> None:

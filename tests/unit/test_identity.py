@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import Any
-from uuid import UUID
+from uuid import UUID, uuid5
 
 import pytest
 from hypothesis import given, settings
@@ -41,6 +41,13 @@ def test_request_ids_equal_the_golden_ones(case: dict[str, Any]) -> None:
     request = golden_request(case["request"])
     assert identity.digest(request).hex() == case["digest"]
     assert identity.request_id(request) == case["request_id"]
+
+
+@pytest.mark.parametrize("case", GOLDEN["refusals"], ids=lambda case: case["case"])
+def test_refusal_keys_equal_the_golden_ones(case: dict[str, Any]) -> None:
+    """They never change either, and are plain UUIDv5 for who has a library."""
+    assert identity.refusal_key(case["request_id"]) == case["refusal_key"]
+    assert str(uuid5(UUID(case["request_id"]), "refusal")) == case["refusal_key"]
 
 
 @pytest.mark.parametrize("case", GOLDEN["vectors"], ids=lambda case: case["case"])
