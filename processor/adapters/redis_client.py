@@ -15,7 +15,14 @@ from redis.asyncio import Redis
 from redis.asyncio.cluster import RedisCluster
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import AuthenticationError, NoPermissionError, RedisClusterException, RedisError
+from redis.exceptions import (
+    AuthenticationError,
+    ClusterCrossSlotError,
+    MovedError,
+    NoPermissionError,
+    RedisClusterException,
+    RedisError,
+)
 
 from processor.errors import CacheUnavailable, QuotaUnavailable, SettingsError
 from processor.settings import PREFIX, Settings
@@ -123,6 +130,8 @@ def _why(error: BaseException) -> str:
                 return f"AuthenticationError: correct {PREFIX}REDIS_USERNAME and {PREFIX}REDIS_PASSWORD, or its file"
             case NoPermissionError():
                 return f"NoPermissionError: grant more to the user of {PREFIX}REDIS_USERNAME"
+            case ClusterCrossSlotError() | MovedError():
+                return f"{type(cause).__name__}: it is a Cluster, set {PREFIX}REDIS_CLUSTER=true"
             case ssl.SSLCertVerificationError():
                 return f"SSLCertVerificationError: correct {PREFIX}REDIS_CA_FILE, or the host in {PREFIX}REDIS_URL"
             case ssl.SSLError():
@@ -131,5 +140,8 @@ def _why(error: BaseException) -> str:
     if isinstance(error, NO_REDIS):
         return f"{type(error).__name__}: what answers is no Redis, correct {PREFIX}REDIS_URL"
     if isinstance(error, ConnectionError | redis.exceptions.ConnectionError | RedisClusterException):
-        return f"{type(error).__name__}: correct {PREFIX}REDIS_URL, or start it; with TLS look at the certificates"
+        settings = f"{PREFIX}REDIS_URL"
+        if isinstance(error, RedisClusterException):  # also when what answers is no Cluster
+            settings += f" or {PREFIX}REDIS_CLUSTER"
+        return f"{type(error).__name__}: correct {settings}, or start it; with TLS look at the certificates"
     return type(error).__name__

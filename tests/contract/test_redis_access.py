@@ -171,6 +171,16 @@ async def test_a_look_up_in_a_cluster_is_one_trip_to_each_node(
     assert (trips, most) == (3, 3)
 
 
+async def test_a_cluster_that_is_taken_for_one_server_says_so(cluster: Cluster, redis_url: str) -> None:
+    """And one server that is taken for a Cluster: health and doctor would say ok, while every look-up is refused."""
+    for url, in_cluster in [*((url, False) for url in cluster.urls), (redis_url, True)]:
+        cache = RedisCache(RedisAccess(url, cluster=in_cluster), timeout_s=5, ttl_s=TTL_S)
+        assert "EMBEDDING_REDIS_CLUSTER" in await cache.ping()
+        with pytest.raises(CacheUnavailable, match="EMBEDDING_REDIS_CLUSTER"):
+            await cache.get_many([b"a", b"b", b"c"], D)
+        await cache.close()
+
+
 async def test_a_frozen_node_costs_the_budget_and_mixes_up_no_answers(cluster: Cluster, unique: str) -> None:
     """The look-up is gone without; late answers are not taken for those of the next one."""
     cache = RedisCache(RedisAccess(cluster.url, cluster=True), timeout_s=0.3, ttl_s=TTL_S, prefix=unique.encode())
