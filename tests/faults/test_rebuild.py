@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import random
 import subprocess
-import sys
 from pathlib import Path
 
 from aiokafka.admin import AIOKafkaAdminClient
@@ -18,20 +16,11 @@ from processor.settings import Settings
 from tests.faults.test_aggregator_kills import PARTITIONS, history_of, produce, settled, some_traffic
 from tests.support.aggregation import charges, recomputed
 from tests.support.brokers import Broker
-from tests.support.stack import ROOT, Child, Stack, until
+from tests.support.stack import Child, Stack, until
 
 
 def rebuild(stack: Stack, *options: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "processor", "usage", "rebuild", *options],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=ROOT,
-        env=os.environ | stack.environment,
-        stdin=subprocess.DEVNULL,
-        timeout=60,
-    )
+    return stack.command("usage", "rebuild", *options)
 
 
 async def once_the_group_is_empty(stack: Stack) -> subprocess.CompletedProcess[str]:

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-import subprocess
-import sys
 from collections import Counter
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -24,7 +21,7 @@ from processor.ports import Destination
 from processor.settings import Settings
 from tests.support import audit
 from tests.support.brokers import Broker
-from tests.support.stack import ROOT, Stack, until
+from tests.support.stack import Stack, until
 from tests.support.traffic import hard_requests
 from tests.support.world import World, beginner
 
@@ -35,16 +32,7 @@ TEXT = "sentence number"
 
 def usage(stack: Stack, *arguments: str, code: int = 0) -> str:
     """Standard output of a command under `usage` that ends with this exit code."""
-    done = subprocess.run(
-        [sys.executable, "-m", "processor", "usage", *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=ROOT,
-        env=os.environ | stack.environment,
-        stdin=subprocess.DEVNULL,
-        timeout=60,
-    )
+    done = stack.command("usage", *arguments)
     assert done.returncode == code, done.stdout + done.stderr
     assert TEXT not in done.stdout + done.stderr
     return done.stdout

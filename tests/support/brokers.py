@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import socket
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -15,17 +14,10 @@ from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
 
-from processor.adapters.embedded import (
-    ChildServer,
-    EmbeddedBroker,
-    EmbeddedCache,
-    answers_kafka,
-    answers_redis,
-    free_port,
-    redis_command,
-)
+from processor.adapters.embedded import EmbeddedBroker, EmbeddedCache, answers_kafka
 from processor.errors import EmbeddedUnavailable
 from tests.support.kafka import VERSION, ApacheKafka
+from tests.support.redis_server import own_redis
 
 Kind = Literal["env", "docker", "kafka", "embedded"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -131,20 +123,10 @@ class Servers:
             url = f"redis://{self._from_docker(_redis_container)}/0"
             self.report.append(f"cache: container {REDIS_IMAGE}")
         except NotToBeHad as error:
-            if program := shutil.which("redis-server"):
-                port = free_port()
-                server = ChildServer(
-                    "redis-server",
-                    redis_command(program, port=port),
-                    answers=lambda: answers_redis("127.0.0.1", port),
-                    start_timeout_s=15,
-                )
-                self._stack.enter_context(server)
-                url = f"redis://127.0.0.1:{port}/0"
-                self.report.append(f"cache: redis-server on PATH (Docker: {error})")
-            else:
-                url = self._stack.enter_context(EmbeddedCache()).url
-                self.report.append(f"cache: the embedded Valkey (Docker: {error}; no redis-server on PATH)")
+            server, url = own_redis()
+            self._stack.enter_context(server)
+            which = "the embedded Valkey" if isinstance(server, EmbeddedCache) else "redis-server on PATH"
+            self.report.append(f"cache: {which} (Docker: {error})")
         return url
 
     def _from_docker(self, start: Callable[[ExitStack], str]) -> str:

@@ -127,6 +127,19 @@ class Stack:
         self.children.append(child)
         return child
 
+    def command(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """A command of `embedding-processor`, run to its end, with nobody to ask."""
+        return subprocess.run(
+            [sys.executable, "-m", "processor", *arguments],
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd=ROOT,
+            env=os.environ | self.environment,
+            stdin=subprocess.DEVNULL,
+            timeout=60,
+        )
+
     def __enter__(self) -> Self:
         return self
 

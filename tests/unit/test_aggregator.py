@@ -73,17 +73,10 @@ def lives(coming: st.SearchStrategy[list[Event]]) -> st.SearchStrategy[list[Life
 
 async def live(bench: Bench, history: History, past: Sequence[Life]) -> None:
     """Go through these lives and then fold to the end."""
-    old = bench.path.with_name("old.sqlite")
     for life in past:
         append(bench.log, history, life.coming)
         await bench.run(crash_at=life.crash_at)
-        if life.store == "lost":
-            bench.lose_store()
-        elif life.store == "old" and old.exists():
-            bench.lose_store()
-            old.rename(bench.path)
-        elif bench.path.exists():
-            bench.copy_store(old)
+        bench.leave_store(life.store)
     await bench.run()
 
 

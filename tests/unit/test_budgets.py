@@ -91,18 +91,11 @@ class Planned(NamedTuple):
 
 
 async def go_through(bench: Bench, history: History, past: list[Planned]) -> None:
-    old = bench.path.with_name("old.sqlite")
     for life, plan in past:
         bench.budgets = plan
         append(bench.log, history, life.coming)
         await bench.run(crash_at=life.crash_at)
-        if life.store == "lost":
-            bench.lose_store()
-        elif life.store == "old" and old.exists():
-            bench.lose_store()
-            old.rename(bench.path)
-        elif bench.path.exists():
-            bench.copy_store(old)
+        bench.leave_store(life.store)
     await bench.run()
 
 
