@@ -156,9 +156,9 @@ def fold_usage(
     charge of its own. A charge is late if it was appended more than the horizon after its time of charge; it goes
     to quarantine, not to the totals, nor to the ledger, where it stays uncharged. A bucket takes a charge only
     above its own `last_offset`: it may come from the totals topic and be ahead of `seen`. Copies that only fill
-    `seen` still count in the ledger: an attempt's parts over one copy per request never exceed its bill, whichever
-    copy is taken. Usage of other token types, which other services share the topic with, has neither attempts here nor
-    part in a task's progress.
+    `seen` still count in progress and ledger, which no topic gives back: each request once, and an attempt's parts over
+    one copy per request never exceed its bill, whichever copy is taken. Usage of other token types, which other
+    services share the topic with, has neither attempts here nor part in a task's progress.
     """
     seen: dict[str, Seen] = {}
     buckets = _Buckets(before.totals, partition)
@@ -182,10 +182,10 @@ def fold_usage(
         if ours and not is_late:
             for attempt_id, tokens in usage.parts:
                 attributed[attempt_id] = (attributed.get(attempt_id, (0, 0))[0] + tokens, append_ms)
-        if seen_only_until_ms is not None and append_ms <= seen_only_until_ms:
-            continue
         if ours:
             _count_progress(tasks, before.tasks, usage, now_ms)
+        if seen_only_until_ms is not None and append_ms <= seen_only_until_ms:
+            continue
         if is_late:
             late.append(copy)
         else:

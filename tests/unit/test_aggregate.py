@@ -195,3 +195,18 @@ def test_only_the_head_of_a_log_that_has_lost_records_is_seen_and_not_counted() 
     assert until(None, 7, 0) == NOW_MS - 30 * DAY_MS
     assert until(Cursor(7, 6, 0, 0, None), 7, 110) is None
     assert until(Cursor(7, 6, 0, 0, 1_234), 7, 110) == 1_234
+
+
+def test_progress_counts_where_charges_are_only_seen() -> None:
+    """No topic gives a lost store its tasks back: what is retained of them counts, each request once."""
+    usage = a_usage(a_request(["a", "b", "c"], task_id="t"))
+    folded = fold_usage(
+        [copy_of(usage, offset, NOW_MS) for offset in (7, 9)],
+        NOTHING,
+        partition=0,
+        seen_only_until_ms=NOW_MS,
+        horizon_ms=HORIZON_MS,
+        now_ms=NOW_MS,
+    )
+    assert folded.totals == []
+    assert folded.tasks[TaskKey("acme", "t")].done == 3
