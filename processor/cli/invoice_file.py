@@ -5,12 +5,15 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Iterable, Mapping
-from datetime import date
+from datetime import date, timedelta
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Any
 
 from processor.invoice import DayBill
+
+LONGEST = timedelta(days=1_000)
+"""Every day between the first and the last is told."""
 
 
 class InvoiceFault(ValueError):
@@ -50,6 +53,9 @@ def _bills(rows: Iterable[Any]) -> dict[str, DayBill]:
         bills[day] = bills.get(day, DayBill()) + bill
     if not bills:
         raise InvoiceFault("holds no day")
+    first, last = min(bills), max(bills)
+    if date.fromisoformat(last) - date.fromisoformat(first) > LONGEST:
+        raise InvoiceFault(f"reaches from {first} to {last}: one of them is wrong, or it is several invoices")
     return bills
 
 

@@ -149,6 +149,7 @@ def test_csv_and_json_say_the_same(tmp_path: Path) -> None:
         ("date,tokens,amount\n2024-10-04,,\n", "row 1: tokens or amount"),
         ('{"date": "2024-10-04"}', "must be a list"),
         ("[1]", "row 1: date"),
+        ("date,tokens\n0204-10-04,1\n2024-10-05,1\n", "reaches from 0204-10-04 to 2024-10-05"),
         ("[", "can't be read"),
         ("[" * 100_000, "can't be read"),
         (f"date,tokens\n2024-10-04,{'9' * 5000}", "can't be read"),
