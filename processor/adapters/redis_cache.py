@@ -151,11 +151,11 @@ class RedisCache:
     async def put_many(self, entries: Mapping[bytes, Entry]) -> None:
         keys = list(entries)
         for begin in range(0, len(keys), KEYS_A_TURN):
+            pipeline = self._pipeline()
+            for key in keys[begin : begin + KEYS_A_TURN]:
+                life_ms = int(self._ttl_s * 1000 * (1 - self._ttl_jitter * self._chance()))
+                pipeline.set(self._prefix + key, encode(key, entries[key]), nx=True, px=life_ms)
             async with self._budget():
-                pipeline = self._pipeline()
-                for key in keys[begin : begin + KEYS_A_TURN]:
-                    life_ms = int(self._ttl_s * 1000 * (1 - self._ttl_jitter * self._chance()))
-                    pipeline.set(self._prefix + key, encode(key, entries[key]), nx=True, px=life_ms)
                 await pipeline.execute()
 
     async def purge(self, tag: bytes) -> int:
