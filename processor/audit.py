@@ -307,7 +307,7 @@ class Audit:
                 found(kind, tokens)
 
     def _not_charged(self, intent: Intent, billed: int) -> tuple[int, int]:
-        """Of this bill the shares of items whose requests have neither charge nor refusal, and of those charged late."""
+        """Of this bill the shares of items whose requests were neither charged nor refused, and those charged late."""
         charged = [request in self._first or request in self._refused for request in intent.requests]
         late = [request in self._late for request in intent.requests]
         if all(charged) and not any(late):

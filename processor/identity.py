@@ -1,4 +1,4 @@
-"""Identities: request id and digest (U0), refusal keys, vector ids. Golden vectors lie in schemas/examples/identity.json.
+"""Identities: request id and digest (U0), refusal key, vector id. Golden vectors lie in schemas/examples/identity.json.
 
 Every part is length-prefixed, so no two different inputs share an encoding; null is distinct from empty.
 """

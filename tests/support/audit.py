@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
 from fractions import Fraction
 from typing import Any, NamedTuple, TypeVar
+from uuid import UUID, uuid5
 
 import numpy as np
 
@@ -81,9 +82,10 @@ class Books:
         """Of each key in its partition the first copy, and the first after a pause of more than twice the horizon."""
         return self._first_copies(self.key_of)
 
-    def due(self) -> Counter[str]:
-        """How often each request is to be charged, by its id."""
-        return Counter(charge.usage.request_id for charge in self._first_copies(lambda usage: usage.request_id))
+    def due(self) -> Counter[tuple[str, bool]]:
+        """How often each request is to be charged, and how often refused, by its id."""
+        first = self._first_copies(lambda usage: f"{usage.request_id} {refuses(usage)}")
+        return Counter((charge.usage.request_id, refuses(charge.usage)) for charge in first)
 
     def accepted(self) -> dict[str, Request]:
         """Requests of embedding actions by request id; the same request sent again is one."""
@@ -99,6 +101,11 @@ class Books:
                 first.append(Charge(record, usage, append_ms - usage.charged_at_ms > self.horizon_ms))
             last_ms[key] = max(append_ms, last_ms.get(key, append_ms))
         return first
+
+
+def refuses(usage: Usage) -> bool:
+    """Whether it bills nothing and has texts that failed: it is no charge, and one may stand beside it."""
+    return usage.billed.texts == 0 and usage.failed_texts > 0
 
 
 async def read_topic(settings: Settings, name: str, kind: type[T]) -> AsyncIterator[tuple[Record, T]]:
@@ -191,6 +198,7 @@ def check_outcomes(
     Returns how many records were copies beyond the first.
     """
     accepted = books.accepted()
+    hurried = {request_id(request) for _, request in books.requests if request.deadline_ms is not None}
     outcomes: dict[tuple[str, int], ReceivedResult] = {}
     copies = 0
     for _, result in books.results:
@@ -209,7 +217,7 @@ def check_outcomes(
         else:
             position = result.chunk_index - request.first_chunk_index
             assert 0 <= position < len(request.chunks), "a chunk that was never sent"
-            excuses |= {"deadline_exceeded"} if request.deadline_ms is not None else set()
+            excuses |= {"deadline_exceeded"} if result.request_id in hurried else set()
             excuses |= {"budget_exceeded"} if (request.agent_owner_id or request.tenant_id) in budgeted else set()
             chunk = request.chunks[position]
             _check_outcome(result, chunk, _codes(chunk.text, refused or {}), excuses, vector_of, dimensions)
@@ -256,13 +264,19 @@ def _check_outcome(
 
 
 def check_charges(books: Books) -> None:
-    """U4, U5, law 4: each accepted request is charged exactly once, at its time, to its payer, rightly summed."""
+    """U4, U5, law 4: each accepted request is charged exactly once, at its time, to its payer, rightly summed.
+
+    Or refused once, which charges nothing. Who was refused and sends it again has a charge beside that for what was
+    paid for then.
+    """
     accepted = books.accepted()
-    charges = books.charges()
-    charged = Counter(charge.usage.request_id for charge in charges)
-    assert set(charged) == set(accepted), (
-        f"{len(set(accepted) - set(charged))} requests without charge, {len(set(charged) - set(accepted))} invented"
+    charged = Counter((charge.usage.request_id, refuses(charge.usage)) for charge in books.charges())
+    settled = {name for name, _ in charged}
+    assert settled == set(accepted), (
+        f"{len(set(accepted) - settled)} requests without charge, {len(settled - set(accepted))} invented"
     )
+    free = {usage.request_id for _, usage in books.usage if usage.parts and (usage.request_id, False) not in charged}
+    assert not free, f"{len(free)} requests were served at a cost and are charged as refused"
     again = {name: times for name, times in (charged - books.due()).items() if times}
     assert not again, f"{len(again)} requests charged more than once"
     sent = {(record.source[:3], request_id(request)): record.source.append_ms for record, request in books.requests}
@@ -270,6 +284,8 @@ def check_charges(books: Books) -> None:
     places: dict[str, int] = {}
     for record, usage in books.usage:
         request = accepted[usage.request_id]
+        key = str(uuid5(UUID(usage.request_id), "refusal")) if refuses(usage) else usage.request_id
+        assert usage.idempotency_key == key, "a key that is not its request's"
         place = record.source.partition
         assert places.setdefault(usage.payer_id, place) == place, "a payer's charges in two partitions, copies apart"
         said = (usage.request.agent_id, usage.request.collection, usage.operation, usage.token_type)
@@ -386,7 +402,7 @@ def check_nothing_paid_twice(books: Books, residuals: Residuals) -> None:
     assert residuals.uncharged == 0, residuals.table()
     first: dict[str, Usage] = {}
     for _, usage in books.usage:
-        known = first.setdefault(usage.request_id, usage)
+        known = first.setdefault(usage.idempotency_key, usage)
         for field_ in fields(Usage):
             may_differ = field_.name in OF_THE_COPY or (usage.source != known.source and field_.name in OF_THE_SOURCE)
             same = getattr(usage, field_.name) == getattr(known, field_.name)

@@ -146,6 +146,9 @@ class World:
                         del self.ends.cache.entries[key]
             case "budget":
                 self.ends.spent.all_spent = not self.ends.spent.all_spent
+                if not self.ends.spent.all_spent:  # it was raised: perhaps they were refused, and send it again
+                    theirs = [sending for sending in self._sent if sending[0].agent_owner_id == BUDGETED]
+                    self._unsent[:0] = dice.sample(theirs, min(2, len(theirs)))
             case "months":
                 self.clock.now_s += dice.choice([36, 36, 71]) * DAY_S
                 self._unsent[:0] = dice.sample(self._sent, min(3, len(self._sent)))  # somebody sends his archive again
@@ -277,6 +280,8 @@ def _traffic(dice: random.Random, hazards: Hazards) -> Iterator[Sending]:
     for number in range(dice.randint(4, 14)):
         if sent and dice.random() < 0.2:
             request, partition, due_s = dice.choice(sent)  # the same again
+            if due_s is not None:
+                due_s = dice.choice([due_s, 60.0, None])  # perhaps refused, and now in time
         else:
             request, due_s = _a_request(dice, number, texts), None
             partition = ("acme", "globex").index(request.tenant_id)

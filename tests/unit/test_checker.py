@@ -17,6 +17,8 @@ from processor.domain import (
     CallItem,
     CallKind,
     CallOutcome,
+    ErrorCode,
+    Fault,
     Part,
     ProviderCall,
     ReceivedResult,
@@ -25,7 +27,7 @@ from processor.domain import (
     Source,
     Usage,
 )
-from processor.identity import request_id
+from processor.identity import refusal_key, request_id
 from tests.support import audit
 from tests.support.builders import NOW_MS, SPACE, a_call, a_request, a_result, a_source, a_usage
 from tests.support.codec import read, value_of
@@ -158,6 +160,28 @@ def test_a_lost_receipt_is_a_recovered_attempt_and_no_breach() -> None:
     assert (residuals.recovered_attempts, residuals.attributed, residuals.unconfirmed) == (1, 10, 3)
 
 
+def refused_first(books: audit.Books, **changed: Any) -> None:
+    """The first request had been sent before, and was past its deadline then."""
+    books.requests.append((Record(a_source(9), None, b""), replace(PAID, deadline_ms=1)))
+    late = Fault(ErrorCode.DEADLINE_EXCEEDED, "deadline_ms", "deadline_ms: had passed")
+    for record, result in [result_of(PAID, index, 0) for index in range(2)]:
+        books.results.insert(0, (record, replace(result, status="error", error=late, vector=None)))
+    record, usage = usage_of(-1, PAID, billed=0, saved=0, attempt_id="")
+    refusal = replace(
+        usage,
+        **{"source": a_source(9), "failed_texts": 2, "event_key": refusal_key(usage.request_id)} | changed,
+    )
+    books.usage.append((record, refusal))
+    books.totals = totals_of([books.usage[index] for index in (0, 2, 3, 4)])
+
+
+def test_a_request_that_was_refused_first_has_a_refusal_and_a_charge() -> None:
+    """What was paid for when it was sent again is attributed all the same."""
+    books = honest_books()
+    refused_first(books)
+    assert hold(books) == hold(honest_books())
+
+
 Tampering = Callable[[audit.Books], object]
 
 
@@ -207,6 +231,12 @@ def charged_again_under_another_key(books: audit.Books) -> None:
 def keyed_by_attempt(books: audit.Books) -> None:
     """A key that depends on the attempt makes a second charge of a replay."""
     books.key_of = lambda usage: usage.request_id + "".join(part.attempt_id for part in usage.parts)
+
+
+def refused_under_the_key_of_the_charge(books: audit.Books) -> None:
+    """What is charged is the refusal, and what was paid for a copy of it."""
+    refused_first(books, event_key=None)
+    books.totals = totals_of(books.usage[2:])
 
 
 def charged_again_in_another_partition(books: audit.Books) -> None:
@@ -290,6 +320,8 @@ TAMPERED: dict[str, tuple[Tampering, str]] = {
     "a charge of other tokens": (charged_elsewhere(token_type="completion"), "check_charges"),
     "a text found that was billed to nobody": (changed_usage(3, cached_texts=2), "check_charges"),
     "the key depends on the attempt": (keyed_by_attempt, "1 requests charged more than once"),
+    "a refusal is taken for the charge": (refused_under_the_key_of_the_charge, "1 requests were served at a cost"),
+    "a refusal under any key": (lambda books: refused_first(books, event_key="any"), "a key that is not its request's"),
     "a charge to another payer": (changed_usage(2, payer_id="globex"), "check_charges"),
     "a charge at another time": (changed_usage(0, charged_at_ms=NOW_MS + 1), "not the time of its source record"),
     "a nano-dollar too much": (changed_usage(2, billed=Amounts(1, 3, 13, 61)), "check_charges"),

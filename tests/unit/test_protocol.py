@@ -42,8 +42,14 @@ def residuals_of(seed: int, hazards: Hazards) -> Counter[str]:
         again = f"PROTOCOL_SEED={seed} PROTOCOL_SCHEDULES=1 pytest {__file__}"
         raise AssertionError(f"schedule {seed} breaks a law: {error}\nagain: {again}") from error
     classes = Counter({name: getattr(residuals, name) for name in ("billed", "attributed", *audit.CLASSES)})
-    copies = len(ended.books.usage) - len(ended.books.charges())
-    return classes + Counter(recovered=residuals.recovered_attempts, copies=copies)
+    charges = ended.books.charges()
+    refused = {usage.request_id for _, usage, _ in charges if audit.refuses(usage)}
+    served = {usage.request_id for _, usage, _ in charges if not audit.refuses(usage)}
+    return classes + Counter(
+        recovered=residuals.recovered_attempts,
+        copies=len(ended.books.usage) - len(charges),
+        refused_and_served=len(refused & served),
+    )
 
 
 def test_whatever_goes_wrong_the_bill_adds_up() -> None:
@@ -51,7 +57,8 @@ def test_whatever_goes_wrong_the_bill_adds_up() -> None:
     seen = sum((residuals_of(seed, WILD) for seed in SEEDS), Counter[str]())
     print(dict(seen))
     if SCHEDULES >= 100:  # else the schedules would be too kind to prove anything
-        assert min(seen[name] for name in ("copies", "waste", "rework", "unconfirmed", "recovered")) > 0
+        names = ("copies", "waste", "rework", "unconfirmed", "recovered", "refused_and_served")
+        assert min(seen[name] for name in names) > 0
 
 
 def test_with_the_cache_kept_nothing_is_paid_twice() -> None:
@@ -87,6 +94,13 @@ class KeyWithAttempt(Emission):
         return f"{usage.request_id} {sorted(part.attempt_id for part in usage.parts)}"
 
 
+class KeyOfTheRequestAlone(Emission):
+    """A refusal has the request's key too, and so is the charge of whoever is served later."""
+
+    def key_of(self, usage: Usage) -> str:
+        return usage.request_id
+
+
 class ClaimInRedis(Emission):
     """SETNX before the event is produced: whoever is first sends it."""
 
@@ -119,6 +133,7 @@ class CounterInRedis(Emission):
     [
         (DropIfSeen, "requests without charge"),
         (KeyWithAttempt, "requests charged more than once"),
+        (KeyOfTheRequestAlone, "charged as refused"),
         (ClaimInRedis, "requests without charge"),
         (CounterInRedis, "requests"),
     ],

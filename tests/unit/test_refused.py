@@ -37,7 +37,7 @@ class Limit:
 
 
 async def totalled(outbox: MemoryOutbox) -> tuple[UsageSums, int]:
-    """The month's total of the only payer, and the tokens that charges name, of events folded in the order of sending."""
+    """The month's total of the only payer, and the tokens that charges name, once the events are folded."""
     with a_bench() as bench:
         for usage in outbox.usage:
             bench.log.append(Destination("usage", usage))
