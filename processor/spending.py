@@ -134,7 +134,7 @@ def _key(job: Job) -> BudgetKey:
 
 
 def exceeded(state: BudgetState) -> Fault:
-    """Not retryable: a reader who keeps each chunk's first outcome never sees a later one of the same request."""
+    """Not retryable: a reader who keeps the first outcome of a chunk never sees a later one of the same request."""
     return Fault(
         ErrorCode.BUDGET_EXCEEDED,
         "budget",

@@ -75,7 +75,7 @@ async def test_what_no_request_was_charged_for_yet_is_unclaimed() -> None:
 
 
 async def test_what_was_paid_for_a_request_that_is_refused_since_is_rework() -> None:
-    """Its worker died and the cache was lost; delivered again it was past its deadline. No charge is waited for."""
+    """Its worker died, the cache was lost, and delivered again it was past its deadline: no charge is waited for."""
     log = MemoryLog()
     call(log, "a", (ONE, 3), (TWO, 4))
     receive(log, "a", 7)
