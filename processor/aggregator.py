@@ -7,9 +7,7 @@ let the offset be committed. Cut anywhere, the run is folded again from what was
 from __future__ import annotations
 
 import asyncio
-import zlib
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import aclosing
 from typing import NamedTuple, TypeVar
 
 import structlog
@@ -29,7 +27,8 @@ from processor.aggregate import (
 from processor.budgets import PERCENTS, BudgetBook, read_budgets
 from processor.documents import UNKNOWN, deleted, document_key, fold_manifest, tombstones
 from processor.domain import DeadLetter, DocumentManifest, ProviderCall, Record, TokenType, Usage
-from processor.errors import LeaseLost, StoreError, StoreTaken
+from processor.errors import LeaseLost, StoreTaken
+from processor.folded import check_same, cursor_after, is_behind, position, with_ends_of_records
 from processor.ports import (
     AggregateStore,
     Clock,
@@ -39,7 +38,6 @@ from processor.ports import (
     Outbox,
     RecordReader,
     Run,
-    Span,
     StoreChange,
     TopicReader,
     Undecodable,
@@ -67,8 +65,6 @@ PRUNE_PARTS = 256
 PRUNE_EVERY_S = 60.0
 
 OURS = frozenset({TokenType.EMBEDDING})
-
-REBUILD = "run `embedding-processor usage rebuild`"
 
 
 class Place(NamedTuple):
@@ -149,20 +145,20 @@ class Aggregator:
             spans = dict(zip(topics, await asyncio.gather(*map(self._reader.spans, topics)), strict=True))
             committed = dict(zip(topics, await asyncio.gather(*map(self._reader.committed, topics)), strict=True))
             for topic in self._folds:
-                await self._check(topic, spans[topic])
+                await check_same(topic, spans[topic], self._store, self._reader)
             usage = self._topics.usage
-            spans[usage] = await self._with_ends_of_records(usage, spans[usage])
+            spans[usage] = await with_ends_of_records(usage, spans[usage], self._store, self._reader)
             self._places = {
                 (topic, partition): Place(span.end, min(committed[topic].get(partition, 0), span.end))
                 for topic in self._folds
                 for partition, span in spans[topic].items()
             }
-            if any(self._is_behind(partition, committed[usage]) for partition in spans[usage]):
+            if any(is_behind(usage, partition, committed[usage], self._store) for partition in spans[usage]):
                 await merge_totals(self._topics, spans[usage], self._store, self._reader, self._decoder)
             self._backlog = {
                 partition
                 for partition, span in spans[usage].items()
-                if self._position(usage, partition, span) < span.end
+                if position(usage, partition, span, self._store) < span.end
             }
             self._budgets.begin(await read_budgets(self._topics.budgets, self._reader, self._decoder))
             if not self._backlog:
@@ -173,7 +169,7 @@ class Aggregator:
                 await self._outbox.send([Destination("budgets", budget) for budget in budgets])
                 self._budgets.published(budgets, now_ms)
             return {
-                (topic, partition): self._position(topic, partition, spans[topic][partition])
+                (topic, partition): position(topic, partition, spans[topic][partition], self._store)
                 for topic, partition in partitions
             }
 
@@ -214,68 +210,6 @@ class Aggregator:
                 self._waiting.clear()
         except TimeoutError:
             log.warning("aggregator.revoke_budget_spent", partitions=len(leases), budget_s=budget_s)
-
-    # --- at an assignment ---------------------------------------------------------------------------------
-
-    async def _check(self, topic: str, spans: Mapping[int, Span]) -> None:
-        known = self._store.bind(topic, len(spans))
-        if known != len(spans):
-            raise StoreError(f"{topic} had {known} partitions and has {len(spans)} now: {REBUILD}")
-        cursors = {partition: self._store.cursor(topic, partition) for partition in spans}
-        folded = {partition: cursor for partition, cursor in cursors.items() if cursor is not None}
-        for partition, cursor in folded.items():
-            if spans[partition].end < cursor.next_offset:
-                raise StoreError(
-                    f"{topic} partition {partition} ends at {spans[partition].end}, before the folded "
-                    f"{cursor.next_offset}: it was made again; {REBUILD}"
-                )
-            if spans[partition].begin > cursor.next_offset:
-                log.warning(
-                    "aggregator.store_too_old",
-                    topic=topic,
-                    partition=partition,
-                    next_offset=cursor.next_offset,
-                    begin_offset=spans[partition].begin,
-                )
-                self._store.forget(topic, partition)
-        retained = {
-            partition: cursor.last_offset
-            for partition, cursor in folded.items()
-            if cursor.last_offset >= spans[partition].begin
-        }
-        for partition, record in (await self._reader.records_at(topic, retained)).items():
-            cursor = folded[partition]
-            if (record.source.append_ms, _crc(record)) != (cursor.last_append_ms, cursor.last_crc):
-                raise StoreError(
-                    f"{topic} partition {partition} holds another record at offset {cursor.last_offset} than the "
-                    f"one that was folded: it was made again; {REBUILD}"
-                )
-
-    def _is_behind(self, partition: int, committed: Mapping[int, int]) -> bool:
-        """Whether somebody may have published totals that this store does not know: it is new, or another led."""
-        cursor = self._store.cursor(self._topics.usage, partition)
-        return cursor is None or partition not in committed or committed[partition] > cursor.next_offset
-
-    def _position(self, topic: str, partition: int, span: Span) -> int:
-        cursor = self._store.cursor(topic, partition)
-        return span.begin if cursor is None else cursor.next_offset
-
-    async def _with_ends_of_records(self, topic: str, spans: Mapping[int, Span]) -> Mapping[int, Span]:
-        """What is still to be folded ends with a record: other services may write in transactions, whose markers take
-        offsets for which no record ever comes. Without this, a partition that is quiet after one is a backlog for ever.
-        """
-        begins = {partition: self._position(topic, partition, span) for partition, span in spans.items()}
-        last = {partition: span.end - 1 for partition, span in spans.items() if begins[partition] < span.end}
-        odd = last.keys() - (await self._reader.records_at(topic, last)).keys()
-        if not odd:
-            return spans
-        ends = {partition: begins[partition] if partition in odd else span.end for partition, span in spans.items()}
-        async with aclosing(self._reader.read(topic, ends)) as runs:
-            async for records in runs:
-                source = records[-1].source
-                if source.partition in odd:
-                    ends[source.partition] = source.offset + 1
-        return {partition: span._replace(end=ends[partition]) for partition, span in spans.items()}
 
     # --- folds: publish, save, finish ---------------------------------------------------------------------
 
@@ -324,7 +258,7 @@ class Aggregator:
                 StoreChange(
                     topic=lease.topic,
                     partition=lease.partition,
-                    cursor=_cursor(fresh[-1], until_ms),
+                    cursor=cursor_after(fresh[-1], until_ms),
                     seen=fold.seen,
                     totals=fold.totals,
                     tasks=tasks,
@@ -388,7 +322,7 @@ class Aggregator:
                 StoreChange(
                     topic=lease.topic,
                     partition=lease.partition,
-                    cursor=_cursor(fresh[-1]),
+                    cursor=cursor_after(fresh[-1]),
                     attempts=fold.attempts,
                     ledger=fold.ledger,
                 )
@@ -424,7 +358,7 @@ class Aggregator:
                 StoreChange(
                     topic=lease.topic,
                     partition=lease.partition,
-                    cursor=_cursor(fresh[-1]),
+                    cursor=cursor_after(fresh[-1]),
                     documents={key: document for key, document in after.items() if document != before.get(key)},
                 )
             )
@@ -526,16 +460,6 @@ class Aggregator:
             return
         self._prune_part = (self._prune_part + 1) % PRUNE_PARTS
         self._events.count("aggregator_pruned_keys", dropped, {})
-
-
-def _crc(record: Record) -> int:
-    """CRC-32 of key and value, as the cursor keeps it."""
-    return zlib.crc32(record.value or b"", zlib.crc32(record.key or b""))
-
-
-def _cursor(last: Record, seen_only_until_ms: int | None = None) -> Cursor:
-    source = last.source
-    return Cursor(source.offset + 1, source.offset, source.append_ms, _crc(last), seen_only_until_ms)
 
 
 def _finish(lease: Lease, records: Sequence[Record]) -> None:
