@@ -70,6 +70,8 @@ OURS = frozenset({TokenType.EMBEDDING})
 class Place(NamedTuple):
     """What was found of a partition when it was assigned."""
 
+    begin: int
+    """Where its fold began then."""
     end: int
     """Its end then: below it lies the backlog."""
     acted_on: int
@@ -77,7 +79,7 @@ class Place(NamedTuple):
     committed it: everything is acknowledged before its offset is committed."""
 
 
-NOWHERE = Place(0, 0)
+NOWHERE = Place(0, 0, 0)
 NO_BUDGETS = BudgetPlan()
 
 
@@ -149,7 +151,11 @@ class Aggregator:
             usage = self._topics.usage
             spans[usage] = await with_ends_of_records(usage, spans[usage], self._store, self._reader)
             self._places = {
-                (topic, partition): Place(span.end, min(committed[topic].get(partition, 0), span.end))
+                (topic, partition): Place(
+                    position(topic, partition, span, self._store),
+                    span.end,
+                    min(committed[topic].get(partition, 0), span.end),
+                )
                 for topic in self._folds
                 for partition, span in spans[topic].items()
             }
@@ -434,24 +440,27 @@ class Aggregator:
         """Once a minute, drop from one slice of the keys what no copy can be a duplicate of any more.
 
         `seen` goes by its partition's own append time, so that a backlog is judged as it was. A day is spared for
-        brokers' clocks. Attempts and tasks go by the clock once the backlog is folded.
+        brokers' clocks. Attempts and tasks go by the clock once the backlog is folded, but no clock of ours makes them
+        older than the newest record does.
         """
         if self._clock.monotonic() - self._pruned_at < PRUNE_EVERY_S:
             return
         self._pruned_at = self._clock.monotonic()
         keep_ms = 2 * self._horizon_ms + DAY_MS
-        now_ms = self._clock.now_ms()
+        now_ms, newest_ms = self._clock.now_ms(), 0
         seen_before_ms: dict[int, int] = {}
         for (topic, partition), place in self._places.items():
             cursor = self._store.cursor(topic, partition)
+            next_offset, last_append_ms = (cursor.next_offset, cursor.last_append_ms) if cursor else (place.begin, 0)
+            newest_ms = max(newest_ms, last_append_ms)
             if cursor is not None and topic == self._topics.usage:
-                seen_before_ms[partition] = cursor.last_append_ms - keep_ms
-            if topic != self._topics.documents and place.end > (cursor.next_offset if cursor else 0):
-                now_ms = min(now_ms, cursor.last_append_ms if cursor else 0)
+                seen_before_ms[partition] = last_append_ms - keep_ms
+            if topic != self._topics.documents and place.end > next_offset:
+                now_ms = min(now_ms, last_append_ms)
         try:
             dropped = self._store.prune(
                 seen_before_ms=seen_before_ms,
-                before_ms=now_ms - keep_ms,
+                before_ms=min(now_ms, newest_ms) - keep_ms,
                 part=self._prune_part,
                 parts=PRUNE_PARTS,
                 close=closed,

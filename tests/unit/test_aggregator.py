@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from processor.accounts import TaskKey, TaskProgress, UsageTotal
+from processor.accounts import LedgerSummary, TaskKey, TaskProgress, UsageTotal
 from processor.adapters.sqlite_store import SqliteStore
+from processor.aggregator import Aggregator
 from processor.domain import Amounts, CallKind, CallOutcome, Part, Source, TokenType, Usage
 from processor.ports import Destination, Run
 from tests.support.aggregation import (
@@ -443,6 +444,44 @@ async def test_token_types_that_are_named_are_totalled(token_types: frozenset[st
 # --- upkeep ----------------------------------------------------------------------------------------------
 
 
+async def pruned(bench: Bench, store: SqliteStore) -> tuple[Aggregator, LedgerSummary]:
+    """The aggregator once all is folded and every part was pruned, and its ledger before that."""
+    aggregator = bench.aggregator(store, Steps(None))
+    places = [(topic, partition) for topic in (TOPICS.usage, TOPICS.calls) for partition in range(PARTITIONS)]
+    await aggregator.positions(places)
+    for topic, partition in places:
+        if records := bench.log.after(topic, partition, 0):
+            await aggregator.on_run(Run(FakeLease(topic, partition), records))
+    summary = aggregator.ledger_summary()
+    for _ in range(256):
+        bench.clock.now_s += 61
+        await aggregator.on_run(Run(FakeLease(TOPICS.usage, 0), []))
+    return aggregator, summary
+
+
+async def test_no_clock_of_ours_makes_an_attempt_old() -> None:
+    """Where it stands a year ahead, an attempt that may still be charged is kept."""
+    with a_bench() as bench, closing(SqliteStore(bench.path)) as store:
+        a_bill(bench.log, "young", tokens=5, outcome=None)
+        bench.clock.now_s = 365 * DAY_MS / 1000
+        await pruned(bench, store)
+        assert len(store.open_attempts()) == 1
+
+
+async def test_a_partition_whose_records_have_all_expired_holds_up_no_pruning() -> None:
+    """It is no backlog: nothing of it will ever be folded."""
+    with a_bench() as bench, closing(SqliteStore(bench.path)) as store:
+        log = bench.log
+        a_bill(log, "old", tokens=5, outcome=None)
+        append(log, [], [Event(0, 0, 1, 72 * DAY_MS, 0)])
+        bench.clock.now_s = 72 * DAY_MS / 1000
+        for partition in range(PARTITIONS):
+            if not log.after(TOPICS.usage, partition, 0):
+                log.begins[TOPICS.usage, partition] = log.ends[TOPICS.usage, partition] = 5
+        await pruned(bench, store)
+        assert store.open_attempts() == []
+
+
 async def test_pruning_forgets_only_what_no_copy_can_repeat() -> None:
     """Old keys and attempts go, the ledger keeps their sums, and a copy within two horizons is still a duplicate."""
     with a_bench() as bench, closing(SqliteStore(bench.path)) as store:
@@ -450,15 +489,7 @@ async def test_pruning_forgets_only_what_no_copy_can_repeat() -> None:
         a_bill(log, "old", tokens=5, outcome=None)
         append(log, history, [Event(0, 0, 1, 0, 0), Event(0, 1, 1, 3 * DAY_MS, 0), Event(0, 2, 1, 69 * DAY_MS, 0)])
         bench.clock.now_s = 72 * DAY_MS / 1000
-        aggregator = bench.aggregator(store, Steps(None))
-        places = [(topic, partition) for topic in (TOPICS.usage, TOPICS.calls) for partition in range(PARTITIONS)]
-        await aggregator.positions(places)
-        for topic, partition in places:
-            await aggregator.on_run(Run(FakeLease(topic, partition), log.after(topic, partition, 0)))
-        summary = aggregator.ledger_summary()
-        for _ in range(256):
-            bench.clock.now_s += 61
-            await aggregator.on_run(Run(FakeLease(TOPICS.usage, 0), []))
+        aggregator, summary = await pruned(bench, store)
 
         partition = history[0][0].partition
         kept = store.seen(partition, [usage.request_id for _, usage in history])
