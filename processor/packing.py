@@ -299,10 +299,10 @@ def _goes_out(text: Text, now_ms: int, spending: Spending | None) -> bool:
 
 def _over(work: Work, now_ms: int, spending: Spending | None) -> Fault | None:
     job = work.job
-    if job.in_time is None:
-        deadline_ms = job.request.deadline_ms
-        job.in_time = deadline_ms is None or deadline_ms >= now_ms
-    if not job.in_time:
+    deadline_ms = job.request.deadline_ms
+    if job.in_time is None and deadline_ms is not None and deadline_ms < now_ms:
+        job.in_time = False
+    if job.in_time is False:
         return PAST_DEADLINE
     return None if spending is None else spending.over(work)
 
@@ -379,6 +379,8 @@ class Packer:
             self._pools[pool.function.name] = pool
         for fold in folds:
             fold.in_call = True
+            for work in fold.works:
+                work.job.in_time = work.job.in_time is not False
         return (Call(pool.function, folds) if folds else None), ended + also_ended
 
     def due_at(self, now: float, patience_s: float) -> float | None:

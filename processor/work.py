@@ -131,8 +131,8 @@ class Job(Ticket):
     """An accepted request in work. `plan` is None when the request was refused as a whole.
 
     `price` is that of its model when the record was appended, None when there was none. `placed` of its works are
-    queued, or have their outcome. `in_time` is whether its deadline had not passed when the first of its misses was
-    looked at for a call; None before. The others follow, so that nobody has half a request.
+    queued, or have their outcome. `in_time` is what its deadline decided for the first of its misses, whether
+    that went into a call; None before. The others follow, so that nobody has half a request.
     """
 
     request: Request

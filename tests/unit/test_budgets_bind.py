@@ -81,7 +81,7 @@ async def test_a_text_over_budget_is_not_paid_for_and_says_why() -> None:
 
 
 def test_the_refusal_names_month_limits_and_fix_and_no_payer() -> None:
-    """Field `budget`; the same request again would have its outcome already for many readers, so it is not retryable."""
+    """Field `budget`; not retryable, since the same request again has its outcome already for many readers."""
     fault = exceeded(SPENT)
     assert (fault.code, fault.field, fault.retryable) == (ErrorCode.BUDGET_EXCEEDED, "budget", False)
     assert "10 tokens or 12.5 dollars of 2026-09" in fault.message

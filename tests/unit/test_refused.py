@@ -127,7 +127,7 @@ async def test_a_request_that_is_only_saved_has_its_charge() -> None:
 
 
 async def test_no_request_is_half_past_its_deadline() -> None:
-    """Whether it is in time is decided once, with the first of its texts that is looked at for a call."""
+    """Whether it is in time is decided once, with the first of its texts that goes into a call or is refused."""
     texts = [f"text {number}" for number in range(12)]  # a call takes 8
     async with Bench(max_concurrent_calls=1) as bench:
         answered = bench.provider.gate = asyncio.Event()
@@ -141,3 +141,19 @@ async def test_no_request_is_half_past_its_deadline() -> None:
         calls = len(bench.provider.asked)
     assert statuses == {"ok"}
     assert calls > 1
+
+
+async def test_what_was_looked_at_and_had_no_room_in_a_call_is_not_in_time_for_that() -> None:
+    """Only what goes into a call decides: the rest of the queue may still pass its deadline."""
+    async with Bench(max_concurrent_calls=1) as bench:
+        answered = bench.provider.gate = asyncio.Event()
+        first = a_request([f"text {number}" for number in range(8)])  # a whole call
+        await bench.publish(first, a_request(["late"], correlation_id="late", deadline_ms=NOW_MS + 100_000))
+        while not bench.provider.asked:
+            await bench.step()
+        bench.clock.now_s += 200.0
+        answered.set()
+        await bench.run_until_idle()
+        late = [result for result in bench.outbox.results if result.request.correlation_id == "late"]
+    assert [len(texts) for texts in bench.provider.asked] == [8]
+    assert [result.status for result in late] == ["error"]
