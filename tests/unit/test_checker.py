@@ -167,11 +167,8 @@ def refused_first(books: audit.Books, **changed: Any) -> None:
     for record, result in [result_of(PAID, index, 0) for index in range(2)]:
         books.results.insert(0, (record, replace(result, status="error", error=late, vector=None)))
     record, usage = usage_of(-1, PAID, billed=0, saved=0, attempt_id="")
-    refusal = replace(
-        usage,
-        **{"source": a_source(9), "failed_texts": 2, "event_key": refusal_key(usage.request_id)} | changed,
-    )
-    books.usage.append((record, refusal))
+    refusal = replace(usage, source=a_source(9), failed_texts=2, event_key=refusal_key(usage.request_id))
+    books.usage.append((record, replace(refusal, **changed)))
     books.totals = totals_of([books.usage[index] for index in (0, 2, 3, 4)])
 
 
