@@ -24,7 +24,7 @@ from processor.audit import Audit, Extent
 from processor.cli.console import money, visible
 from processor.cli.totals import read_partition_totals
 from processor.domain import ProviderCall, Source, Usage
-from processor.errors import StoreError
+from processor.errors import StoreError, TopicsError
 from processor.findings import Breach, LedgerCheck, Line, TotalsCheck, UsageCheck, sentences
 from processor.invoice import DayBill, InvoiceLine
 from processor.ports import RecordReader, TopicReader, Undecodable
@@ -33,6 +33,8 @@ from processor.totals import FoldedTopics
 
 T = TypeVar("T")
 
+TRIES = 3
+"""So often are the logs read when their heads expire meanwhile, which is once in days."""
 
 FOLDED = frozenset(
     {
@@ -156,28 +158,39 @@ async def read_books(
     """The finished audit, the places of records that nobody could read, and (topic, partition) -> end of reading.
 
     In this order: what is committed has been published, what is published stands in the log, and what a charge names
-    has its intent.
+    has its intent. Records that expire meanwhile would look like differences: then all is read once more. Raises
+    TopicsError when they always do.
     """
-    folded_to = await reader.committed(topics.usage)
-    published = await read_partition_totals(reader, decoder, topics.totals)
-    audit = Audit(
-        published=published,
-        folded_to=folded_to,
-        usage_log=await _extents(reader, topics.usage),
-        calls_log=await _extents(reader, topics.calls),
-        horizon_ms=horizon_ms,
-        now_ms=now_ms,
-        token_types=token_types,
-        provider=provider,
-    )
-    unread: list[Source] = []
-    ends: dict[tuple[str, int], int] = {}
-    async for source, usage in _messages(reader, decoder, topics.usage, Usage, unread, ends):
-        audit.take_usage(source, usage)
-    async for source, call in _messages(reader, decoder, topics.calls, ProviderCall, unread, ends):
-        audit.take_call(source, call)
-    audit.finish()
-    return audit, unread, ends
+    for _ in range(TRIES):
+        folded_to = await reader.committed(topics.usage)
+        published = await read_partition_totals(reader, decoder, topics.totals)
+        logs = {topic: await _extents(reader, topic) for topic in (topics.usage, topics.calls)}
+        audit = Audit(
+            published=published,
+            folded_to=folded_to,
+            usage_log=logs[topics.usage],
+            calls_log=logs[topics.calls],
+            horizon_ms=horizon_ms,
+            now_ms=now_ms,
+            token_types=token_types,
+            provider=provider,
+        )
+        unread: list[Source] = []
+        ends: dict[tuple[str, int], int] = {}
+        async for source, usage in _messages(reader, decoder, topics.usage, Usage, unread, ends):
+            audit.take_usage(source, usage)
+        async for source, call in _messages(reader, decoder, topics.calls, ProviderCall, unread, ends):
+            audit.take_call(source, call)
+        audit.finish()
+        if not [topic for topic, log in logs.items() if await _has_expired(reader, topic, log)]:
+            return audit, unread, ends
+    raise TopicsError(f"{topics.usage} or {topics.calls} loses records while it is read: raise its retention")
+
+
+async def _has_expired(reader: TopicReader, topic: str, log: Mapping[int, Extent]) -> bool:
+    """Whether records were removed since."""
+    spans = await reader.spans(topic)
+    return any(spans[partition].begin > extent.begin for partition, extent in log.items() if partition in spans)
 
 
 async def _extents(reader: TopicReader, topic: str) -> dict[int, Extent]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from enum import StrEnum
@@ -17,6 +17,8 @@ from hypothesis import strategies as st
 from processor.accounts import BucketKey, UsageSums, UsageTotal
 from processor.audit import FirstCopies
 from processor.cli.audit import AuditReport, LedgerDifference, compare_store, read_books
+from processor.domain import Record
+from processor.errors import TopicsError
 from processor.findings import Breach, Difference, LedgerCheck, Residual, TotalsCheck
 from processor.invoice import Bills, DayBill
 from processor.ports import Destination
@@ -278,6 +280,36 @@ async def test_the_aggregators_ledger_is_compared_where_it_can_be() -> None:
             store.execute("PRAGMA user_version = 1")
         differences, note = await compare()
         assert (differences, "schema version 1" in note) == (None, True)
+
+
+class Expiring(MemoryLog):
+    """Loses the first calls while the usage is read, the first time or always."""
+
+    def __init__(self, times: int) -> None:
+        super().__init__()
+        self.times = times
+
+    async def read(self, topic: str, begin: Mapping[int, int] | None = None) -> AsyncGenerator[Sequence[Record], None]:
+        async for records in super().read(topic, begin):
+            yield records
+        if topic == TOPICS.usage and self.times:
+            self.times -= 1
+            for partition in range(PARTITIONS):
+                self.expire(TOPICS.calls, partition, self.begins[TOPICS.calls, partition] + 1)
+
+
+async def test_what_expires_while_it_is_read_makes_no_difference() -> None:
+    """An audit may read for an hour: the intent of a charge was there when it began."""
+    log = Expiring(times=1)
+    for attempt_id, request in (("a", ONE), ("b", TWO), ("c", THREE)):
+        call(log, attempt_id, (request, 3))
+        receive(log, attempt_id, 3)
+        charge(log, request, (attempt_id, 3))
+    books = await audited(log)
+    assert not any(line.attempts for line in books.ledger.breaches.values())
+    log.times = 1_000
+    with pytest.raises(TopicsError, match="retention"):
+        await audited(log)
 
 
 # --- the page ----------------------------------------------------------------------------------------------
