@@ -77,6 +77,8 @@ class Books:
     bills: list[Mapping[str, Any]] = field(default_factory=list)
     horizon_ms: int = HORIZON_MS
     key_of: Callable[[Usage], str] = lambda usage: usage.idempotency_key
+    shared_cache: bool = False
+    """Whether a text may be answered with what another tenant paid for."""
 
     def charges(self) -> list[Charge]:
         """Of each key in its partition the first copy, and the first after a pause of more than twice the horizon."""
@@ -380,18 +382,24 @@ def check_shares(books: Books) -> None:
             request = accepted[item.request_id]
             assert item.payer_id == (request.agent_owner_id or request.tenant_id)
             chunk = request.chunks[item.index - request.first_chunk_index]
-            paid[request.tenant_id, intent.vector_space, chunk.text].add(share)
+            paid[_whose(books, request.tenant_id), intent.vector_space, chunk.text].add(share)
     for _, result in books.results:
         if result.vector is not None:
             request = accepted[result.request_id]
             chunk = request.chunks[result.chunk_index - request.first_chunk_index]
-            assert result.token_count in paid[result.tenant_id, result.vector_space, chunk.text], result.token_count
+            of_text = paid[_whose(books, result.tenant_id), result.vector_space, chunk.text]
+            assert result.token_count in of_text, result.token_count
     for _, usage in books.usage:
         request = accepted[usage.request_id]
         if usage.failed_texts == 0:
-            of_texts = [paid[request.tenant_id, usage.vector_space, chunk.text] for chunk in request.chunks]
+            whose = _whose(books, request.tenant_id)
+            of_texts = [paid[whose, usage.vector_space, chunk.text] for chunk in request.chunks]
             tokens = usage.billed.tokens + usage.saved.tokens
             assert sum(map(min, of_texts)) <= tokens <= sum(map(max, of_texts)), (tokens, of_texts)
+
+
+def _whose(books: Books, tenant_id: str) -> str:
+    return "everybody's" if books.shared_cache else tenant_id
 
 
 def check_nothing_paid_twice(books: Books, residuals: Residuals) -> None:

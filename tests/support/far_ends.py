@@ -68,6 +68,8 @@ class Hazards:
     months: bool = True
     tenants_roam: bool = True
     """Texts of one tenant come through every partition, so that two workers can embed one key at once."""
+    shared_cache: bool = False
+    """Texts of one tenant are answered with another's vectors."""
 
 
 class Luck:

@@ -45,6 +45,7 @@ Sending = tuple[Request, int, float | None]
 """A request, the partition it is sent to, and the seconds that it may take."""
 
 WILD = Hazards()
+SHARED = Hazards(shared_cache=True)
 CALM = Hazards(zombies=False, cache_loss=False, deadlines=False, budgets=False, months=False, tenants_roam=False)
 """U7: the cache kept, no zombies, no two workers on one key."""
 
@@ -245,6 +246,7 @@ class World:
             totals=emission.totals({total.key: total for _, total in await output.contents("totals", UsageTotal)}),
             bills=list(self.ends.account.bills),
             key_of=emission.key_of,
+            shared_cache=self.luck.hazards.shared_cache,
         )
         return Ended(books, ledger, self.group.committed_early, self.luck.happened)
 

@@ -192,6 +192,7 @@ class Process:
             poison_attempts=50,  # else bad luck alone convicts a text
             window_max_texts=dice.choice([1, 3, 512]),
             window_max_wait_s=dice.choice([0.0, 0.05]),
+            cache_shared=ends.luck.hazards.shared_cache,
         )
         limits = LimitPolicy(max_concurrent_calls=dice.choice([1, 16]), retry_initial_s=1.0, retry_max_s=4.0)
         provider = Provider(self)

@@ -9,6 +9,7 @@ import asyncio
 import os
 from collections import Counter, defaultdict
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -17,12 +18,13 @@ from processor.accounts import BucketKey, UsageSums, UsageTotal
 from processor.domain import Usage
 from tests.support import audit
 from tests.support.far_ends import Emission, Hazards
-from tests.support.schedules import CALM, WILD, Ended, World, check
+from tests.support.schedules import CALM, SHARED, WILD, Ended, World, check
 
 SCHEDULES = int(os.environ.get("PROTOCOL_SCHEDULES", "300"))
 FIRST = int(os.environ.get("PROTOCOL_SEED", "1"))
 SEEDS = range(FIRST, FIRST + SCHEDULES)
 CALM_SEEDS = SEEDS[: max(1, SCHEDULES // 3)]
+SHARED_SEEDS = SEEDS[: max(1, SCHEDULES // 6)]
 CONTROL_SEEDS = SEEDS[:40]
 
 
@@ -68,6 +70,24 @@ def test_with_the_cache_kept_nothing_is_paid_twice() -> None:
     assert seen["rework"] == seen["late"] == seen["unclaimed"] == 0
     if SCHEDULES >= 300:
         assert min(seen[name] for name in ("copies", "waste", "unconfirmed")) > 0
+
+
+def test_a_cache_that_tenants_share_bills_nobody_twice() -> None:
+    """U2, U3 over tenants: the bill adds up whoever asks first; by default no tenant gets what another paid for."""
+    seen = sum((residuals_of(seed, SHARED) for seed in SHARED_SEEDS), Counter[str]())
+    assert seen["attributed"] > 0
+    if SCHEDULES >= 100:
+        assert any(crosses_tenants(played(seed, SHARED)) for seed in SHARED_SEEDS)
+        assert not any(crosses_tenants(played(seed, WILD)) for seed in SHARED_SEEDS[:10])
+
+
+def crosses_tenants(ended: Ended) -> bool:
+    """Whether a tenant was given what only another one has paid for."""
+    try:
+        audit.check_shares(replace(ended.books, shared_cache=False))
+    except AssertionError:
+        return True
+    return False
 
 
 def test_a_schedule_is_played_the_same_way_again() -> None:
