@@ -49,6 +49,8 @@ EMBEDDING = {
     "embedding.batch.process": "batch",
 }
 """The operation of each action."""
+PASSING = ("deadline_exceeded", "budget_exceeded")
+"""What a text may end as in one copy and not in another."""
 
 HORIZON_MS = 35 * 86_400_000
 
@@ -314,16 +316,20 @@ def check_charges(books: Books) -> None:
 
 
 def _failed_texts(books: Books) -> Mapping[str, tuple[int, int]]:
-    """By request id how many texts failed in each of their copies, and how many in any."""
-    failures: defaultdict[tuple[str, int], list[bool]] = defaultdict(list)
+    """By request id how many texts fail in every copy, and how many in any.
+
+    A charge can be all that is left of a copy that ended well, when its worker was killed before its results were out:
+    what failed for a deadline or a budget may not have failed in that one.
+    """
+    codes: defaultdict[tuple[str, int], set[str]] = defaultdict(set)
     for _, result in books.results:
         begin = result.first_chunk_index if result.chunk_index == WHOLE_REQUEST else result.chunk_index
         for index in range(begin, begin + result.length):
-            failures[result.request_id, index].append(result.status == "error")
+            codes[result.request_id, index].add("" if result.error is None else result.error.code)
     found: defaultdict[str, tuple[int, int]] = defaultdict(lambda: (0, 0))
-    for (name, _), copies in failures.items():
+    for (name, _), of_text in codes.items():
         always, ever = found[name]
-        found[name] = always + all(copies), ever + any(copies)
+        found[name] = always + of_text.isdisjoint({"", *PASSING}), ever + (of_text != {""})
     return found
 
 
