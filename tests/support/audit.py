@@ -318,18 +318,19 @@ def check_charges(books: Books) -> None:
 def _failed_texts(books: Books) -> Mapping[str, tuple[int, int]]:
     """By request id how many texts fail in every copy, and how many in any.
 
-    A charge can be all that is left of a copy that ended well, when its worker was killed before its results were out:
-    what failed for a deadline or a budget may not have failed in that one.
+    A charge can be all that is left of a copy, when its worker was killed before all its results were out: what failed
+    for a deadline or a budget may not have failed in that one, and other texts of the request may have.
     """
     codes: defaultdict[tuple[str, int], set[str]] = defaultdict(set)
     for _, result in books.results:
         begin = result.first_chunk_index if result.chunk_index == WHOLE_REQUEST else result.chunk_index
         for index in range(begin, begin + result.length):
             codes[result.request_id, index].add("" if result.error is None else result.error.code)
+    refused = {name for (name, _), of_text in codes.items() if not of_text.isdisjoint(PASSING)}
     found: defaultdict[str, tuple[int, int]] = defaultdict(lambda: (0, 0))
     for (name, _), of_text in codes.items():
         always, ever = found[name]
-        found[name] = always + of_text.isdisjoint({"", *PASSING}), ever + (of_text != {""})
+        found[name] = always + of_text.isdisjoint({"", *PASSING}), ever + (of_text != {""} or name in refused)
     return found
 
 
