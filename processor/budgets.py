@@ -25,6 +25,9 @@ from processor.aggregate import DAY_MS, total_of
 from processor.ports import AggregateStore, RecordReader, TopicReader, Undecodable
 
 PERCENTS = (50, 80, 100)
+
+AHEAD_DAYS = 7
+"""So long before a month begins its budgets are published, with the usage of those days: some may be quiet."""
 NO_SUMS = UsageSums()
 
 
@@ -71,7 +74,7 @@ class BudgetBook:
 
     def due(self, totals: Iterable[UsageTotal], now_ms: int) -> list[BudgetState | BudgetKey]:
         """What to publish with these totals, which are about to be saved: states that changed, keys of those to take
-        back. The first time, and a day before a new month, every state is compared."""
+        back. The first time, and some days before a new month, every state is compared."""
         sums = {
             BudgetKey(total.key.payer_id, total.key.bucket): total_of(total.partitions)
             for total in totals
@@ -79,7 +82,7 @@ class BudgetBook:
         }
         oldest = month_of(now_ms - self._horizon_ms)
         keys: Iterable[BudgetKey] = sums
-        if self._compared_in != month_of(now_ms + DAY_MS):
+        if self._compared_in != month_of(now_ms + AHEAD_DAYS * DAY_MS):
             sums = self._unspent(now_ms) | self._stored(now_ms) | sums
             keys = sums.keys() | self._published.keys()
         due: list[BudgetState | BudgetKey] = []
@@ -110,12 +113,12 @@ class BudgetBook:
                 self._published[each.key] = each
             else:
                 self._published.pop(each, None)
-        self._compared_in = month_of(now_ms + DAY_MS)
+        self._compared_in = month_of(now_ms + AHEAD_DAYS * DAY_MS)
 
     def _unspent(self, now_ms: int) -> dict[BudgetKey, UsageSums]:
-        """Who has a budget, spent from or not, now and tomorrow: workers must know of it before the first charge."""
+        """Who has a budget, spent from or not, now and soon: workers must know of it before the first charge."""
         payers = [*self._plan.named, *([EVERYBODY_ELSE] if self._plan.default is not None else [])]
-        months = {month_of(now_ms), month_of(now_ms + DAY_MS)}
+        months = {month_of(now_ms + day * DAY_MS) for day in (0, AHEAD_DAYS)}
         return {BudgetKey(payer_id, month): NO_SUMS for payer_id in payers for month in months}
 
     def _stored(self, now_ms: int) -> dict[BudgetKey, UsageSums]:

@@ -216,6 +216,19 @@ async def test_each_assignment_compares_all_anew() -> None:
                 assert await published(bench) == expected(bench, history)
 
 
+async def test_a_month_that_begins_after_quiet_days_has_its_budget() -> None:
+    """Workers know of the next month's budget some days before it, so that its first burst is bound though nobody
+    spent anything just before."""
+    with a_bench() as bench:
+        bench.budgets = BudgetPlan(named={"p0": a_budget(4)}, default=a_budget(9))
+        append(bench.log, [], [Event(0, 0, 1, 0, 0), Event(0, 1, 0, 5 * DAY_MS, 0)])
+        await bench.run()
+        assert {key for key in await bench.log.budgets() if key.month == "2026-10"} == {
+            BudgetKey("p0", "2026-10"),
+            BudgetKey(EVERYBODY_ELSE, "2026-10"),
+        }
+
+
 async def test_a_month_of_its_own_and_none_for_ever() -> None:
     """A charge of the next month begins a new state, also in a process that keeps running; an old month's goes."""
     with a_bench() as bench:
