@@ -374,7 +374,9 @@ def closed_port() -> str:
         return f"127.0.0.1:{probe.getsockname()[1]}"
 
 
-@pytest.mark.parametrize("command", ["topics check", "usage --json", "results", "produce README.md --tenant acme"])
+@pytest.mark.parametrize(
+    "command", ["topics check", "usage report --json", "results", "produce README.md --tenant acme"]
+)
 async def test_brokers_out_of_reach_end_with_3(command: str) -> None:
     """Scripts can tell an outage from a fault of what they asked for."""
     nowhere = Service(Settings(), {"EMBEDDING_BOOTSTRAP_SERVERS": closed_port()})
@@ -400,6 +402,7 @@ async def test_the_doctor_names_cause_and_fix_of_each_fault() -> None:
     checks = {check["name"]: check for check in map(json.loads, out.splitlines())}
     assert {name: check["state"] for name, check in checks.items()} == {
         "settings": "ok",
+        "budgets": "ok",
         "broker": "error",
         "cache": "error",
         "registry": "error",
