@@ -142,7 +142,7 @@ class KafkaOutbox:
         self._partition_counts: dict[str, int] = {}
         self._lines: dict[tuple[str, int], _Line] = {}
         self._calls: set[_Call] = set()
-        self._failed = False
+        self._failed: str | None = None
         # Whoever waits to learn the partitions of a topic must not be overtaken.
         self._turn = asyncio.Lock()
         self._changed = asyncio.Event()
@@ -198,8 +198,8 @@ class KafkaOutbox:
         self._changed.set()
 
     def _check(self) -> None:
-        if self._failed:
-            raise DeliveryFailed("an earlier delivery failed: nothing more is sent")
+        if self._failed is not None:  # who comes after it may be heard first
+            raise DeliveryFailed(f"an earlier delivery failed, nothing more is sent: {self._failed}")
 
     def _pack(self, messages: Sequence[Destination]) -> Mapping[str, Sequence[Packed]]:
         """Encode, check the size, sort by topic."""
@@ -321,7 +321,7 @@ class KafkaOutbox:
 
     def _fail(self, reason: str) -> DeliveryFailed:
         """For good: every call that is not over fails with the broker's word for it, and never a message."""
-        self._failed = True
+        self._failed = reason
         self._lines.clear()
         for call in list(self._calls):
             call.fail(DeliveryFailed(reason))
