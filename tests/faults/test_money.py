@@ -11,7 +11,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -28,6 +27,7 @@ from processor.invoice import DayBill
 from processor.settings import Settings
 from tests.faults.test_aggregator_kills import attempts
 from tests.support import audit
+from tests.support.ledgers import invoice_of
 from tests.support.stack import Child, until
 from tests.support.traffic import hard_requests
 from tests.support.world import Begin, World, faults_met
@@ -158,7 +158,9 @@ async def test_the_bill_adds_up_through_faults_kills_and_an_empty_cache(
 
         await until(folded, within_s=60, what="the aggregator has folded everything", every_s=0.5)
         books, residuals, copies = await world.finish_and_audit(refused={"overlong": "text_too_long"})
-        report = await run_audit(settings, invoice=invoice_of(books))
+        report = await run_audit(
+            settings, invoice={day: DayBill(tokens=tokens) for day, tokens in invoice_of(books).items()}
+        )
     met, charges = faults_met(books), books.charges()
     tell(f"money, seed {SEED}: {len(met)} of {len(books.bills)} calls failed: {dict(Counter(met))}")
     tell(
@@ -189,14 +191,6 @@ async def aggregator_is_at_end(settings: Settings, name: str) -> bool:
     committed = await reader.committed(topic)
     spans = await reader.spans(topic)
     return all(committed.get(partition, 0) >= span.end for partition, span in spans.items())
-
-
-def invoice_of(books: audit.Books) -> dict[str, DayBill]:
-    """What the provider's own books say of each UTC day."""
-    tokens: Counter[str] = Counter()
-    for bill in books.bills:
-        tokens[f"{datetime.fromtimestamp(bill['at_ms'] / 1000, UTC):%Y-%m-%d}"] += bill["tokens"] * bill["billed"]
-    return {day: DayBill(tokens=amount) for day, amount in tokens.items()}
 
 
 def a_standby(world: World, folder: Path) -> Child:

@@ -21,6 +21,7 @@ from processor.ports import Destination
 from processor.settings import Settings
 from tests.support import audit
 from tests.support.brokers import Broker
+from tests.support.ledgers import invoice_of
 from tests.support.stack import Stack, until
 from tests.support.traffic import hard_requests
 from tests.support.world import World, beginner
@@ -40,14 +41,6 @@ def usage(stack: Stack, *arguments: str, code: int = 0) -> str:
 
 def json_lines(printed: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in printed.splitlines()]
-
-
-def invoice_of(books: audit.Books) -> dict[str, int]:
-    """The provider's own books by UTC day."""
-    days: Counter[str] = Counter()
-    for bill in books.bills:
-        days[f"{datetime.fromtimestamp(bill['at_ms'] / 1000, UTC):%Y-%m-%d}"] += bill["tokens"] * bill["billed"]
-    return dict(days)
 
 
 async def append(settings: Settings, destination: Destination) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from datetime import UTC, datetime
 from typing import Any
 
 from processor.audit import Audit
@@ -10,6 +12,7 @@ from processor.domain import Amounts, CallItem, CallKind, CallOutcome, Part, Req
 from processor.findings import LedgerCheck
 from processor.identity import request_id
 from processor.ports import Destination
+from tests.support import audit
 from tests.support.aggregation import (
     HORIZON_MS,
     TOPICS,
@@ -76,3 +79,11 @@ async def a_ledger(log: MemoryLog, **options: Any) -> tuple[LedgerCheck, dict[st
     classes = {kind.value: line.tokens for kind, line in lines if line.attempts}
     assert sorted((f.kind.value, f.tokens) for f in ledger.findings) == sorted(classes.items())
     return ledger, classes
+
+
+def invoice_of(books: audit.Books) -> dict[str, int]:
+    """The tokens that the provider's own books bill for each UTC day."""
+    tokens: Counter[str] = Counter()
+    for bill in books.bills:
+        tokens[f"{datetime.fromtimestamp(bill['at_ms'] / 1000, UTC):%Y-%m-%d}"] += bill["tokens"] * bill["billed"]
+    return dict(tokens)

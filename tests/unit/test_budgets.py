@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from processor.accounts import EVERYBODY_ELSE, Budget, BudgetKey, BudgetPlan, BudgetState, UsageSums, month_of
 from processor.adapters.sqlite_store import SqliteStore
 from processor.budgets import reached_percent, state_of
+from processor.domain import Record
 from processor.ports import Destination
 from tests.support.aggregation import (
     DAY_MS,
@@ -55,6 +56,16 @@ def expected(bench: Bench, history: History) -> dict[BudgetKey, BudgetState]:
         if (budget := bench.budgets.of(bucket.payer_id)) is not None
         for key in [BudgetKey(bucket.payer_id, bucket.bucket)]
     }
+
+
+async def one_state(bench: Bench) -> tuple[Record, History]:
+    """A payer that has spent its budget: the record of that, and the charges so far."""
+    history: History = []
+    bench.budgets = BudgetPlan(named={"p0": a_budget(4)})
+    append(bench.log, history, [Event(0, 0, 1, 0, 0)])
+    await bench.run()
+    (record,) = bench.log.all_of(TOPICS.budgets)
+    return record, history
 
 
 async def published(bench: Bench) -> dict[BudgetKey, BudgetState]:
@@ -203,11 +214,7 @@ async def test_limits_change_with_the_file_at_a_start() -> None:
 async def test_each_assignment_compares_all_anew() -> None:
     """A process that gets its partitions back puts right what another one, with another file, has published."""
     with a_bench() as bench:
-        history: History = []
-        bench.budgets = BudgetPlan(named={"p0": a_budget(4)})
-        append(bench.log, history, [Event(0, 0, 1, 0, 0)])
-        await bench.run()
-        (record,) = bench.log.all_of(TOPICS.budgets)
+        record, history = await one_state(bench)
         with closing(SqliteStore(bench.path)) as store:
             aggregator = bench.aggregator(store, Steps(None))
             for _ in range(2):
@@ -253,11 +260,7 @@ async def test_a_month_of_its_own_and_none_for_ever() -> None:
 async def test_a_state_that_can_not_be_read_is_replaced() -> None:
     """Bytes of somebody else under a key of ours do not stand for its state."""
     with a_bench() as bench:
-        history: History = []
-        bench.budgets = BudgetPlan(named={"p0": a_budget(4)})
-        append(bench.log, history, [Event(0, 0, 1, 0, 0)])
-        await bench.run()
-        (record,) = bench.log.all_of(TOPICS.budgets)
+        record, history = await one_state(bench)
         bench.log.append_bytes(TOPICS.budgets, record.source.partition, b"no state", key=record.key)
         bench.log.append_bytes(TOPICS.budgets, 0, b"no state", key=b"no key")
         await bench.run()
