@@ -137,6 +137,19 @@ def _reader(build: Callable[[Fields], T]) -> Callable[[bytes, int, Schema], T | 
     return read
 
 
+def _fast_reader(
+    fast: Callable[[bytes, int], T | None], build: Callable[[Fields], T]
+) -> Callable[[bytes, int, Schema], T | Undecodable]:
+    """In the fast way when it is a plain one of the current schema; otherwise as any Avro reader does."""
+    general = _reader(build)
+
+    def read(value: bytes, start: int, writer: Schema) -> T | Undecodable:
+        found = fast(value, start) if writer is current(writer.name) else None
+        return general(value, start, writer) if found is None else found
+
+    return read
+
+
 def _request(fields: Fields) -> Request:
     chunks = [Chunk(chunk["chunk_id"], chunk["text"], chunk["metadata"]) for chunk in fields["chunks"]]
     fields["chunks"] = tuple(chunks)
@@ -224,29 +237,11 @@ def _manifest(fields: Fields) -> DocumentManifest:
     return DocumentManifest(**fields)
 
 
-def _read_result(value: bytes, start: int, writer: Schema) -> ReceivedResult | Undecodable:
-    """In the fast way when it is a plain one of the current schema; otherwise as any Avro reader does."""
-    result = read_result(value, start) if writer is current(writer.name) else None
-    if result is not None:
-        return result
-    fields = _read_fields(value, start, writer)
-    return fields if isinstance(fields, Undecodable) else _received(fields)
-
-
 def _received(fields: Fields) -> ReceivedResult:
     error, vector = fields["error"], np.array(fields["vector"], np.float32)
     fields["error"] = None if error is None else Fault(**error | {"code": _word(ErrorCode, error["code"])})
     fields["vector"] = vector if len(vector) else None
     return ReceivedResult(**fields)
-
-
-def _read_usage(value: bytes, start: int, writer: Schema) -> Usage | Undecodable:
-    """Likewise. Raises ValueError for what is no time or amount."""
-    usage = read_usage(value, start) if writer is current(writer.name) else None
-    if usage is not None:
-        return usage
-    fields = _read_fields(value, start, writer)
-    return fields if isinstance(fields, Undecodable) else _usage(fields)
 
 
 def _word(kind: type[Word], text: str) -> Word:
@@ -256,8 +251,8 @@ def _word(kind: type[Word], text: str) -> Word:
 
 _READERS: Final[Mapping[type, Callable[[bytes, int, Schema], Any]]] = {
     Request: _reader(_request),
-    ReceivedResult: _read_result,
-    Usage: _read_usage,
+    ReceivedResult: _fast_reader(read_result, _received),
+    Usage: _fast_reader(read_usage, _usage),
     ProviderCall: _reader(_call),
     UsageTotal: _reader(_total),
     DocumentManifest: _reader(_manifest),
