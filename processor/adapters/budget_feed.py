@@ -9,6 +9,7 @@ from typing import Any
 
 import structlog
 from aiokafka import AIOKafkaConsumer, TopicPartition
+from aiokafka.cluster import ClusterMetadata
 from aiokafka.errors import KafkaError
 
 from processor.accounts import EVERYBODY_ELSE, BudgetKey, BudgetState, budget_key_of, month_of
@@ -42,6 +43,8 @@ class BudgetFeed:
         self._decoder = decoder
         self._topic = settings.topic(topics.topics()["budgets"].name)
         self._consumer: Any = None
+        self._partitions: set[int] = set()
+        self._changed = False
         self._states: States = {}
 
     def state(self, payer_id: str, charged_at_ms: int) -> BudgetState | None:
@@ -73,8 +76,10 @@ class BudgetFeed:
             try:
                 if self._consumer is None:
                     await self._begin()
-                while True:
+                while not self._changed:
                     await self._take(self._consumer, self._states)
+                log.warning("the last view of the budgets stands", why="the topic was deleted, or has grown")
+                await self.close()
             except (KafkaError, OSError, BrokerUnavailable, RegistryUnavailable, TopicsError) as error:
                 log.warning("the last view of the budgets stands", why=type(error).__name__)
                 await self.close()
@@ -92,14 +97,16 @@ class BudgetFeed:
         if not count:
             raise TopicsError(f"{self._topic}: is missing; run `{topics.CREATE_COMMAND}`")
         places = [TopicPartition(self._topic, partition) for partition in range(count)]
-        # No reset: positions that are not in the log are those of a topic that was made again.
+        # No reset: positions that are not in the log are those of a topic that was made again with fewer records.
         consumer = AIOKafkaConsumer(
             group_id=None, enable_auto_commit=False, auto_offset_reset="none", **connection(self._settings)
         )
         states: States = {}
+        self._changed, self._partitions = False, set(range(count))
         try:
             await consumer.start()
             consumer.assign(places)
+            consumer._client.cluster.add_listener(self._note_changed)  # noqa: SLF001 - nothing public tells it
             for place, offset in (await consumer.beginning_offsets(places)).items():
                 consumer.seek(place, offset)
             ends = await consumer.end_offsets(places)
@@ -117,6 +124,10 @@ class BudgetFeed:
             raise
         self._consumer, self._states = consumer, states
         log.info("budgets read", states=len(states), refused=self.refused)
+
+    def _note_changed(self, cluster: ClusterMetadata) -> None:
+        """Of one made again with as many records, the positions would be in its log and the records passed over."""
+        self._changed |= cluster.partitions_for_topic(self._topic) != self._partitions
 
     async def _take(self, consumer: Any, states: States) -> bool:
         """Take what has come into the view; whether anything has."""

@@ -52,7 +52,7 @@ PRIVATE_NAMES: Mapping[str, Relied] = {
     ),
     "aiokafka:AIOKafkaConsumer": Relied(
         ("_client", "_coordinator", "_fetcher", "_group_instance_id", "_subscription"),
-        "thread: the way to what is below",
+        "thread: the way to what is below; budget_feed",
     ),
     "aiokafka:AIOKafkaProducer": Relied(("client",), "outbox: who leads a partition; kafka.unhurried"),
     "aiokafka.client": Relied(("ConnectionGroup",), "thread.leave_a_join"),
@@ -61,8 +61,13 @@ PRIVATE_NAMES: Mapping[str, Relied] = {
         "thread.leave_a_join: what waits for the group is ended; outbox: who leads a partition; kafka.unhurried: how "
         "often it is asked",
     ),
-    "aiokafka.cluster": Relied(("ClusterMetadata",), "assignor.SingleOwnerAssignor, thread.ConsumerThread"),
-    "aiokafka.cluster:ClusterMetadata": Relied(("leader_for_partition",), "outbox: one request in flight a broker"),
+    "aiokafka.cluster": Relied(
+        ("ClusterMetadata",), "assignor.SingleOwnerAssignor, thread.ConsumerThread, budget_feed"
+    ),
+    "aiokafka.cluster:ClusterMetadata": Relied(
+        ("add_listener", "leader_for_partition", "partitions_for_topic", "topics"),
+        "outbox: one request in flight a broker; thread.ConsumerThread and budget_feed: a topic that was deleted",
+    ),
     "aiokafka.consumer": Relied(("fetcher",), "tolerant: where the parser is exchanged"),
     "aiokafka.consumer.fetcher": Relied(("MemoryRecords",), "tolerant.read_any_header_name"),
     "aiokafka.consumer.fetcher:Fetcher": Relied(("error_future",), "thread.ConsumerThread.check"),

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from aiokafka import AIOKafkaProducer
-from aiokafka.admin import AIOKafkaAdminClient
+from aiokafka.admin import AIOKafkaAdminClient, NewPartitions
 
 from processor.accounts import EVERYBODY_ELSE, Budget, BudgetKey, BudgetState
 from processor.adapters.avro import Codec
@@ -71,10 +71,11 @@ class Topic:
         encoded = [self.codec.encode(Destination("budgets", message)) for message in messages]
         await self.write(*((each.key or b"", each.value) for each in encoded))
 
-    async def write(self, *records: tuple[bytes, bytes | None]) -> None:
+    async def write(self, *records: tuple[bytes, bytes | None], partition: int | None = None) -> None:
         async with AIOKafkaProducer(bootstrap_servers=self.settings.bootstrap_servers) as producer:
             for key, value in records:
-                await producer.send_and_wait(self.name, value, key=key, partition=partition_of(key, PARTITIONS))
+                place = partition_of(key, PARTITIONS) if partition is None else partition
+                await producer.send_and_wait(self.name, value, key=key, partition=place)
 
     @asynccontextmanager
     async def followed(self) -> AsyncIterator[BudgetFeed]:
@@ -170,17 +171,37 @@ async def test_without_the_topic_or_its_broker_it_does_not_start(kafka: Broker, 
         await BudgetFeed(nowhere.settings, Codec()).start()
 
 
-async def test_a_topic_made_again_is_read_anew(kafka: Broker, unique: str) -> None:
-    """What stood in the old one refuses nobody any more."""
+@pytest.mark.parametrize("more", [0, 5])
+async def test_a_topic_made_again_is_read_anew(kafka: Broker, unique: str, more: int) -> None:
+    """What stood in the old one refuses nobody any more, were there fewer records in it or as many."""
     topic = Topic(kafka.bootstrap_servers, unique)
     await topic.make()
-    await topic.publish(spent("old"))
+    await topic.publish(*[spent("old")] * (1 + more))
     async with topic.followed() as feed:
         assert refuses(feed, "old")
         await topic.remake()
         await topic.publish(spent("new"))
         await comes(feed, "new", True)
         await comes(feed, "old", False)
+
+
+async def test_a_topic_that_has_grown_is_read_whole(kafka: Broker, unique: str) -> None:
+    """States in its new partitions bind as well, as soon as a worker's metadata tells of them."""
+    topic = Topic(kafka.bootstrap_servers, unique)
+    await topic.make()
+    async with topic.followed() as feed:
+        admin = AIOKafkaAdminClient(bootstrap_servers=topic.settings.bootstrap_servers)
+        await admin.start()
+        try:
+            await admin.create_partitions({topic.name: NewPartitions(PARTITIONS + 1)})
+        finally:
+            await admin.close()
+        await topic.write(
+            (b'["acme","2026-09"]', topic.codec.encode(Destination("budgets", spent("acme"))).value),
+            partition=PARTITIONS,
+        )
+        await feed._consumer._client.force_metadata_update()
+        await comes(feed, "acme", True)
 
 
 async def test_the_last_view_stands_while_the_broker_is_away(kafka: Broker, unique: str) -> None:
