@@ -87,6 +87,8 @@ class Batcher:
         if fold is not None:
             fold.works.append(work)
             work.fold = fold
+            if fold.payer == work.item.request_id:  # sent again, or left by a lease before: it is what the call is for
+                work.job.begun = True
             if not fold.in_window:
                 queue = self._queues[function.name]
                 queue.texts += 1

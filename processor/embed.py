@@ -40,7 +40,7 @@ from processor.errors import (
 from processor.limits import Gate, Permit
 from processor.packing import Packer
 from processor.ports import Clock, Destination, EmbeddingProvider, Events, Outbox, ProviderAnswer
-from processor.work import Call, Fold, Policy, Work
+from processor.work import Call, Fold, Outcome, Policy, Work
 
 REJECTED = Fault(ErrorCode.PROVIDER_REJECTS, "chunks.text", "chunks.text: the provider refuses this text")
 MODEL_REFUSED = Fault(ErrorCode.PROVIDER_MODEL_ERROR, "model", "model: the provider refuses it; see the worker's log")
@@ -126,10 +126,13 @@ class Embedded(NamedTuple):
 
 async def embed(call: Call, on: Deployment, permit: Permit, route: Route, packer: Packer) -> Embedded:
     """Step 5 for a call: one attempt. What is to be tried again is back in the packer when this returns."""
+    _refuse(call)
     leaders = [(fold, fold.leader()) for fold in call.folds]
     wanted = [(fold, leader) for fold, leader in leaders if leader is not None]
     done = [fold for fold, leader in leaders if leader is None]
     call.folds = [fold for fold, _ in wanted]
+    for fold, leader in wanted:
+        fold.payer, leader.job.begun = leader.item.request_id, True
     if not wanted:
         permit.cancelled()
         packer.give_back([*call.rest, *call.spared], route.clock.monotonic())
@@ -144,6 +147,14 @@ async def embed(call: Call, on: Deployment, permit: Permit, route: Route, packer
     for receipt in receipts:
         await receipt
     return Embedded(done + _again(call, error, route, packer), [])
+
+
+def _refuse(call: Call) -> None:
+    """End the works that joined the call since it was formed, and whose requests were refused since: they lead none."""
+    for fold in call.folds:
+        for work in fold.live_works():
+            if work.job.refused is not None:
+                work.outcome = Outcome(fault=work.job.refused)
 
 
 def _again(call: Call, error: ProviderError, route: Route, packer: Packer) -> list[Fold]:

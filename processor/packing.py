@@ -19,7 +19,7 @@ from processor.domain import CacheLevel, CallEstimator, EmbeddingFunction, Error
 from processor.fairness import Text, Turns
 from processor.ports import Clock, TokenCounter
 from processor.spending import Spending
-from processor.work import Call, Fold, Outcome, Policy, Work
+from processor.work import Call, Fold, Job, Outcome, Policy
 
 SLICE_CHARACTERS, TURN_S = 4_096, 0.002
 """Texts are counted a slice at a time: 0.1 ms of byte pairs, 1.2 ms of word pieces. Everybody else gets a turn once
@@ -213,7 +213,7 @@ class _Pool:
     def _in_turn(self, now_ms: int, ended: list[Text]) -> Iterator[Text]:
         """Texts in fair order, each taken out; those that end instead are set aside."""
         while (text := self._front.popleft() if self._front else self._turns.pop()) is not None:
-            if _goes_out(text, now_ms, self._spending):
+            if _goes_out(text.fold, now_ms, self._spending):
                 yield text
             else:
                 ended.append(text)
@@ -227,7 +227,7 @@ class _Pool:
         ours = [next_text, *(self._front.popleft() for _ in range(min(LOOK_AHEAD, len(self._front))))]
         borrowed: list[Text] = []
         for text in self._turns.borrow(LOOK_AHEAD + 1 - len(ours)):
-            (borrowed if _goes_out(text, now_ms, self._spending) else ended).append(text)
+            (borrowed if _goes_out(text.fold, now_ms, self._spending) else ended).append(text)
         others = ours + borrowed
         call = _largest_first(begun, others, limits)
         if _load(call).share(limits) < FULL:
@@ -278,33 +278,33 @@ def _is_unwanted(text: Text) -> bool:
     return not text.fold.wanted
 
 
-def _goes_out(text: Text, now_ms: int, spending: Spending | None) -> bool:
+def _goes_out(fold: Fold, now_ms: int, spending: Spending | None) -> bool:
     """Whether anybody still wants it, once works past their request's deadline or their payer's budget have ended.
 
-    That is decided before the first call of a fold, and of deadlines before the first of a request; from then on what
-    may be paid for is delivered, late or not.
+    That is decided before the first call of a request; from then on all that may be paid for is delivered, late or not.
     """
-    wanted, decides = False, text.due > float("-inf")
-    for work in text.fold.works:
+    wanted = False
+    for work in fold.works:
         if work.outcome is None and work.ticket.live:
-            fault = _over(work, now_ms, spending) if decides else None
+            fault = _over(work.job, now_ms, spending)
             if fault is not None:
                 work.outcome = Outcome(CacheLevel.MISS, fault=fault)
             else:
                 wanted = True
     if wanted and spending is not None:
-        spending.allow(text.fold)
+        spending.allow(fold)
     return wanted
 
 
-def _over(work: Work, now_ms: int, spending: Spending | None) -> Fault | None:
-    job = work.job
+def _over(job: Job, now_ms: int, spending: Spending | None) -> Fault | None:
     deadline_ms = job.request.deadline_ms
-    if job.in_time is None and deadline_ms is not None and deadline_ms < now_ms:
-        job.in_time = False
-    if job.in_time is False:
-        return PAST_DEADLINE
-    return None if spending is None else spending.over(work)
+    if job.begun or job.refused is not None:
+        return job.refused
+    if deadline_ms is not None and deadline_ms < now_ms:
+        job.refused = PAST_DEADLINE
+    elif spending is not None:
+        job.refused = spending.over(job)
+    return job.refused
 
 
 # Packer
@@ -367,6 +367,8 @@ class Packer:
         ended: list[Fold] = []
         while self._retries and self._retries[0][0] <= now + ROUNDING_S:
             call = heapq.heappop(self._retries)[2]
+            for fold in call.folds:
+                _goes_out(fold, now_ms, self._spending)
             ended += self._prune(call)
             if call.folds:
                 return call, ended
@@ -380,7 +382,7 @@ class Packer:
         for fold in folds:
             fold.in_call = True
             for work in fold.works:
-                work.job.in_time = work.job.in_time is not False
+                work.job.begun = True
         return (Call(pool.function, folds) if folds else None), ended + also_ended
 
     def due_at(self, now: float, patience_s: float) -> float | None:

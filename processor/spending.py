@@ -1,4 +1,4 @@
-"""Step 4: whether a payer's budget allows one more text. What this worker has in work counts, before it is charged."""
+"""Step 4: whether a payer's budget allows one more request. What is in work here counts before it is charged."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from processor.accounts import Budget, BudgetKey, BudgetState, month_of
 from processor.domain import ErrorCode, Fault
 from processor.ports import Budgets, Clock
 from processor.usage import cost_of
-from processor.work import Fold, Job, Work
+from processor.work import Fold, Job
 
 LAG_S = 5.0
 """Longer than a usage event takes to show in its payer's state while the aggregator runs. Events that change none
@@ -38,7 +38,7 @@ class Spending:
     """The texts that were allowed and that no state tells of yet, by who pays for them.
 
     They are counted by the requests in work, each from its first text that was allowed until it is finished; then
-    until the payer's next state, `LAG_S` at most. So nothing drifts. A text that was allowed once stays so.
+    until the payer's next state, `LAG_S` at most. So nothing drifts. A request that was allowed once stays so.
     """
 
     def __init__(self, budgets: Budgets, clock: Clock) -> None:
@@ -49,11 +49,10 @@ class Spending:
         self._sums: dict[BudgetKey, Amount] = {}
         self._told: dict[BudgetKey, Told] = {}
 
-    def over(self, work: Work) -> Fault | None:
-        """Why the work's text is not paid for; None: it is, or it was allowed before."""
-        if work.fold in self._allowed:
+    def over(self, job: Job) -> Fault | None:
+        """Why no text of the request is paid for; None: they are, or were allowed before."""
+        if job in self._jobs:
             return None
-        job = work.job
         state = self._budgets.state(job.request.payer_id, job.source.append_ms)
         if state is None or not state.budget.hard:
             return None
@@ -68,15 +67,19 @@ class Spending:
         return None
 
     def allow(self, fold: Fold) -> None:
-        """The text goes out: from now on it counts for its leader's payer, if that has a budget to keep."""
+        """The text goes out: its leader's request will, and all that is known to be missing of that counts from now on
+        for its payer, if that has a budget to keep."""
         if fold in self._allowed or (leader := fold.leader()) is None:
             return
         job = leader.job
         state = self._budgets.state(job.request.payer_id, job.source.append_ms)
-        if state is not None and state.budget.hard:
-            self._allowed[fold] = job
-            self._jobs.setdefault(job, []).append(fold)
-            self._add(job, fold, 1)
+        if state is None or not state.budget.hard:
+            return
+        for missing in [fold] if job in self._jobs else _missing(job):
+            if missing not in self._allowed:
+                self._allowed[missing] = job
+                self._jobs.setdefault(job, []).append(missing)
+                self._add(job, missing, 1)
 
     def finished(self, jobs: Iterable[Job]) -> None:
         """Their usage events are out: the aggregator has yet to tell."""
@@ -127,6 +130,12 @@ class Spending:
         cost_nanos += sign * (cost_of(fold.tokens, job) or 0)
         if tokens:
             self._sums[_key(job)] = Amount(tokens, cost_nanos)
+
+
+def _missing(job: Job) -> list[Fold]:
+    """The misses that have been measured, and that the request leads."""
+    folds = {work.fold for work in job.works if work.fold is not None and work.fold.tokens}
+    return [fold for fold in folds if (leader := fold.leader()) is not None and leader.job is job]
 
 
 def _key(job: Job) -> BudgetKey:

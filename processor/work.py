@@ -131,8 +131,8 @@ class Job(Ticket):
     """An accepted request in work. `plan` is None when the request was refused as a whole.
 
     `price` is that of its model when the record was appended, None when there was none. `placed` of its works are
-    queued, or have their outcome. `in_time` is what its deadline decided for the first of its misses, whether
-    that went into a call; None before. The others follow, so that nobody has half a request.
+    queued, or have their outcome. Deadline and budget decide once, so that nobody has half a request and pays for that:
+    it has `begun` once a text of it is in a call, or was paid for before; or `refused` says why none is paid for.
     """
 
     request: Request
@@ -141,7 +141,8 @@ class Job(Ticket):
     price: Price | None = None
     works: list[Work] = field(default_factory=list, repr=False)
     placed: int = 0
-    in_time: bool | None = None
+    begun: bool = False
+    refused: Fault | None = None
 
     def close(self) -> None:
         for work in self.works:
@@ -224,7 +225,7 @@ class Fold:
 
     For a miss: `sent` is the text that goes out (prefix applied, cut if need be), `tokens` its local count, `estimated`
     what the provider's own estimator makes of it, `sent_bytes` its UTF-8 bytes, `cut_tokens` how many were cut off.
-    `in_call` from when a call is made of it until that is over for good.
+    `in_call` from when a call is made of it until that is over for good; `payer` is the request that leads it there.
     """
 
     key: bytes = field(repr=False)
@@ -243,6 +244,7 @@ class Fold:
     sent_bytes: int = 0
     cut_tokens: int = 0
     in_call: bool = False
+    payer: str = ""
 
     @property
     def text(self) -> str:

@@ -161,6 +161,39 @@ def test_no_call_holds_a_text_over_budget(texts: list[tuple[str, int]]) -> None:
     assert len(packer) == 0
 
 
+async def test_a_budget_that_is_spent_meanwhile_does_not_cut_a_request() -> None:
+    """Once a text of it has gone out, its others follow: half a charge would be all of it when it is sent again."""
+    view = View(payer=a_state(0, 10))
+    async with Bench(budgets=view, max_concurrent_calls=1) as bench:
+        bench.provider.gate = asyncio.Event()
+        await bench.publish(of("payer", [f"text-{number}" for number in range(12)], "begun"))  # a call takes 8
+        await bench.publish(of("payer", ["another"], "next"))
+        while not bench.provider.asked:
+            await bench.step()
+        view.states["payer"] = SPENT
+        bench.provider.gate.set()
+        await bench.run_until_idle()
+        assert [len(texts) for texts in bench.provider.asked] == [8, 4]
+        assert outcomes(bench) == {"begun": ["ok"] * 12, "next": ["budget_exceeded"]}
+
+
+@pytest.mark.parametrize("late", [False, True])
+async def test_a_request_that_was_paid_in_part_before_a_crash_is_done_whole(late: bool) -> None:
+    """Whatever deadline and budget say by now: its charge names all that it gets, and nothing of it is left to send."""
+    cache = MemoryCache()
+    texts = [f"text-{number}" for number in range(12)]
+    request = of("payer", texts, "c", deadline_ms=NOW_MS + 1_000 if late else None)
+    async with Bench(cache=cache) as bench:
+        await bench.handle(request)
+        for key in list(cache.entries)[8:]:  # as if the worker had ended before its second call was answered
+            del cache.entries[key]
+    async with Bench(cache=cache, budgets=View() if late else spent("payer")) as bench:
+        bench.clock.now_s += 2.0
+        await bench.handle(request)
+        assert outcomes(bench) == {"c": ["ok"] * 12}
+        assert [(usage.billed.texts, usage.failed_texts) for usage in bench.outbox.usage] == [(12, 0)]
+
+
 async def test_a_raised_budget_lets_texts_through_again() -> None:
     """The view is asked for each text: what comes after the release is embedded."""
     view = spent("poor")
@@ -178,7 +211,7 @@ async def test_a_raised_budget_lets_texts_through_again() -> None:
     by_cost=st.booleans(),
 )
 async def test_what_is_in_work_counts_before_it_is_charged(left: int, sizes: list[list[int]], by_cost: bool) -> None:
-    """While the view stands still, texts go out as long as any of the budget is left, and none after that."""
+    """While the view stands still, requests go out whole as long as any of the budget is left, and none after that."""
     limits = (None, 100 + left) if by_cost else (100 + left, None)
     async with Bench(budgets=View(payer=a_state(100, *limits))) as bench:
         bench.provider.gate = asyncio.Event()
@@ -190,7 +223,8 @@ async def test_what_is_in_work_counts_before_it_is_charged(left: int, sizes: lis
         await bench.run_until_idle()
         paid = sum(usage.billed.tokens for usage in bench.outbox.usage)
         refused = sum(usage.failed_texts for usage in bench.outbox.usage)
-        assert paid < left + 6
+        assert paid < left + max(map(sum, sizes))
+        assert all(len(set(each)) == 1 for each in outcomes(bench).values()), "nobody has half a request"
         assert (paid >= left) if refused else (paid == sum(sum(each) for each in sizes))
 
 
@@ -206,6 +240,20 @@ def test_a_text_never_counts_against_itself(sizes: list[int]) -> None:
         assert over == []
         sent += len(call.folds) if call is not None else 0
     assert sent == len(sizes)
+
+
+def test_a_request_that_is_let_through_counts_whole() -> None:
+    """All that is known to be missing of it, with its first text: else as many would go out as there are tenants."""
+    spending = Spending(View(acme=a_state(0, 10)), VirtualClock())
+    one, another = (a_fold("text", 3) for _ in range(2))
+    for _ in range(3):
+        fold = a_fold("text", 3)
+        fold.works[0].ticket = one.works[0].job
+        one.works[0].job.works.append(fold.works[0])
+    one.works[0].job.works.append(one.works[0])
+    spending.allow(one)
+    assert spending.over(one.works[0].job) is None, "it never counts against itself"
+    assert spending.over(another.works[0].job) is not None
 
 
 async def test_what_was_charged_counts_until_the_view_tells_of_it() -> None:

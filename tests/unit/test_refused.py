@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
+from dataclasses import replace
 from uuid import UUID, uuid5
 
 import pytest
 
 from processor.accounts import Budget, BudgetKey, BudgetState, UsageSums
 from processor.domain import Request
+from processor.embed import embed
+from processor.errors import ProviderTransient
+from processor.packing import PAST_DEADLINE
 from processor.ports import Destination
 from tests.support.aggregation import a_bench
 from tests.support.builders import NOW_MS, a_request
-from tests.support.steps import Bench, MemoryCache, MemoryOutbox
+from tests.support.folds import a_fold, taken
+from tests.support.steps import Bench, FakeLease, MemoryCache, MemoryOutbox
 
 TEXTS = ["one two three", "four five"]
 
@@ -157,3 +162,73 @@ async def test_what_was_looked_at_and_had_no_room_in_a_call_is_not_in_time_for_t
         late = [result for result in bench.outbox.results if result.request.correlation_id == "late"]
     assert [len(texts) for texts in bench.provider.asked] == [8]
     assert [result.status for result in late] == ["error"]
+
+
+async def test_a_request_that_is_read_again_while_its_call_is_out_is_done_whole() -> None:
+    """A call made under the lease before bills it: whatever deadline and budget say by now, the rest follows."""
+    limit = Limit()
+    limit.max_tokens = 100
+    request = a_request([f"text-{number}" for number in range(12)])  # a call takes 8
+    async with Bench(budgets=limit, max_concurrent_calls=2) as bench:
+        others = bench.provider.gate = asyncio.Event()
+        await bench.publish(a_request(["other"], correlation_id="other"))
+        await bench.step()
+        answered = bench.provider.gate = asyncio.Event()
+        lost = FakeLease()
+        await bench.publish(request, lease=lost)
+        await bench.step()
+        assert [len(texts) for texts in bench.provider.asked] == [1, 8]
+        lost.revoked = True
+        await bench.worker.on_revoke([lost], 0.0)
+        limit.max_tokens = 0
+        await bench.publish(replace(request, deadline_ms=NOW_MS - 1), lease=FakeLease(generation=2))
+        others.set()
+        await bench.step()
+        assert [len(texts) for texts in bench.provider.asked] == [1, 8, 4], "what is left goes beside it"
+        answered.set()
+        await bench.run_until_idle()
+        assert {result.status for result in bench.outbox.results} == {"ok"}
+        assert [(usage.billed.texts, usage.failed_texts) for usage in bench.outbox.usage] == [(1, 0), (12, 0)]
+        assert sum(bench.provider.bills.values()) == sum(bench.attributed().values())
+
+
+@pytest.mark.parametrize("texts", [["own", "shared"], ["shared"]])
+@pytest.mark.parametrize("others_leave", [False, True])
+async def test_a_refused_request_leads_no_call_that_it_joined(texts: list[str], others_leave: bool) -> None:
+    """It is refused whole: a text that it shares with a call that is tried again is paid for by others, or nobody."""
+    async with Bench(retry_initial_s=10.0) as bench:
+        bench.provider.script = [ProviderTransient("try_again")]
+        lost = FakeLease(partition=1)
+        await bench.publish(a_request(["shared"], correlation_id="first"), lease=lost)
+        while not bench.provider.asked:
+            await bench.step()
+        late = a_request(texts, correlation_id="late", deadline_ms=NOW_MS - 1)
+        await bench.publish(late)
+        if others_leave:
+            lost.revoked = True
+            await bench.worker.on_revoke([lost], 0.0)
+        await bench.run_until_idle()
+        said = [result for result in bench.outbox.results if result.request.correlation_id == "late"]
+        assert {result.status for result in said} == {"error"}
+        assert len(said) == len(texts)
+        assert bench.provider.asked == [["shared"]] * (1 if others_leave else 2)
+        assert sum(bench.provider.bills.values()) == sum(bench.attributed().values())
+
+
+@pytest.mark.parametrize("refused", [False, True])
+async def test_whoever_leads_when_a_call_begins_was_not_refused_and_has_begun(refused: bool) -> None:
+    """Between the making of a call and its intent its leader may be lost, and another request have joined."""
+    async with Bench() as bench:
+        lost, packer = FakeLease(), bench.worker.pipeline.packer
+        fold = a_fold("shared", lease=lost)
+        packer.add([fold], 0.0, NOW_MS)
+        call, on = taken(packer), bench.route.choose(1)
+        assert on is not None
+        joined = a_fold("shared").works[0]
+        joined.fold, joined.job.refused = fold, PAST_DEADLINE if refused else None
+        fold.works.append(joined)
+        lost.revoked = True
+        done, _ = await embed(call, on, on.begin(call), bench.route, packer)
+        assert done == [fold]
+        assert bench.provider.asked == ([] if refused else [["shared"]])
+        assert (joined.outcome is not None, joined.job.begun) == (refused, not refused)
