@@ -37,7 +37,7 @@ from tests.support.bills import Recount, produce_bills, some_bills
 from tests.support.brokers import Broker, Servers, ends_of
 from tests.support.load import FILL_BATCH_BYTES, cpu_s, resident_mb
 from tests.support.money_cases import outcomes
-from tests.support.overshoot import measure_overshoot
+from tests.support.overshoot import Overshoot, measure_overshoot
 from tests.support.provider_server import ProviderProcess
 from tests.support.stack import Child, Stack, until
 
@@ -242,16 +242,24 @@ async def trickle(log: Log) -> None:
 
 async def overshoot(broker: Broker, folder: Path, say: Say) -> dict[str, Any]:
     """One payer's backlog of many times its budget: what is charged beyond it, and the budget's delay in seconds."""
-    (own := folder / "budget").mkdir()
-    with ProviderProcess("--base-ms", str(CALL_MS), "--per-text-ms", "0") as provider:
-        found = await measure_overshoot(broker, provider, own, texts=BACKLOG_TEXTS, budget_tokens=BUDGET_TOKENS)
-    say(f"{found}")
+
+    async def of(workers: int) -> Overshoot:
+        (own := folder / f"budget-{workers}").mkdir()
+        with ProviderProcess("--base-ms", str(CALL_MS), "--per-text-ms", "0") as provider:
+            found = await measure_overshoot(
+                broker, provider, own, texts=BACKLOG_TEXTS, budget_tokens=BUDGET_TOKENS, workers=workers
+            )
+        say(f"{workers} workers: {found}")
+        return found
+
+    found, of_three = await of(1), await of(3)
     return {
         "budget_tokens": found.budget_tokens,
         "budget_overshoot_tokens": found.tokens,
         "budget_overshoot_in_flight_tokens": found.in_flight_tokens,
         "budget_overshoot_lag_tokens": found.lag_tokens,
         "budget_overshoot_s": round(found.seconds, 2),
+        "budget_overshoot_three_workers_tokens": of_three.tokens,
     }
 
 

@@ -135,11 +135,16 @@ async def test_a_hard_budget_refuses_a_soft_one_tells_and_both_follow_the_log(bu
     assert {state.key.payer_id: state.reached_percent for state in after} == {"hard": 0, "soft": 0}
 
 
-@pytest.mark.parametrize("read_ahead_bytes", [128 * 2**20, 2**20], ids=["in one burst", "a little at a time"])
+@pytest.mark.parametrize(
+    "workers, read_ahead_bytes",
+    [(1, 128 * 2**20), (1, 2**20), (3, 2**20)],
+    ids=["in one burst", "a little at a time", "three workers"],
+)
 async def test_a_backlog_of_many_budgets_hardly_overshoots(
-    kafka: Broker, tmp_path: Path, tell: Callable[[str], None], read_ahead_bytes: int
+    kafka: Broker, tmp_path: Path, tell: Callable[[str], None], workers: int, read_ahead_bytes: int
 ) -> None:
-    """What is in work counts before it is charged: only what ends within the aggregator's lag may be spent again."""
+    """What is in work counts before it is charged: only others, and what ends within the aggregator's lag, may spend
+    again what is left."""
     with ProviderProcess("--base-ms", "50", "--per-text-ms", "1") as provider:
         found = await measure_overshoot(
             kafka,
@@ -147,11 +152,12 @@ async def test_a_backlog_of_many_budgets_hardly_overshoots(
             tmp_path,
             texts=6_000,
             budget_tokens=50_000,
+            workers=workers,
             EMBEDDING_READ_AHEAD_BYTES=str(read_ahead_bytes),
         )
         billed = provider.admin("ledger")["billed_tokens"]
-    tell(f"{found}, beyond the budget {found.tokens}")
+    tell(f"{workers} workers: {found}, beyond the budget {found.tokens}")
     assert found.charged_tokens == billed
-    assert 0 <= found.tokens < found.budget_tokens
+    assert 0 <= found.tokens < workers * found.budget_tokens
     assert found.refused_texts > 0
     assert found.seconds < 5

@@ -1,4 +1,4 @@
-"""How far a hard budget is overshot: one payer's backlog of many budgets, a worker, an aggregator, a provider."""
+"""How far a hard budget is overshot: one payer's backlog of many budgets, workers, an aggregator, a provider."""
 
 from __future__ import annotations
 
@@ -44,9 +44,16 @@ class Overshoot:
 
 
 async def measure_overshoot(
-    broker: Broker, provider: ProviderProcess, folder: Path, *, texts: int, budget_tokens: int, **environment: str
+    broker: Broker,
+    provider: ProviderProcess,
+    folder: Path,
+    *,
+    texts: int,
+    budget_tokens: int,
+    workers: int = 1,
+    **environment: str,
 ) -> Overshoot:
-    """All texts are misses of 600 bytes in the mean; they lie in the log before the worker starts."""
+    """All texts are misses of 600 bytes in the mean; they lie in the log before the workers start."""
     budgets = folder / "budgets.yaml"
     budgets.write_text(f"budgets: {{{PAYER}: {{tokens: {budget_tokens}}}}}\n", encoding="utf-8")
     environment = {
@@ -63,12 +70,14 @@ async def measure_overshoot(
             await fill(producer, settings.topic("embedding-requests"), requests, partitions=PARTITIONS)
         aggregator = stack.spawn("aggregator")
         await until(aggregator.ready, within_s=60, what="the aggregator is ready")
-        worker = stack.spawn("worker")
-        await until(worker.ready, within_s=60, what="the worker is ready")
+        started = [stack.spawn("worker") for _ in range(workers)]
+        for worker in started:
+            await until(worker.ready, within_s=60, what="the worker is ready")
         reader = KafkaReader(settings, group_id=settings.aggregator_group_id)
 
         async def all_charged() -> bool:
-            worker.check()
+            for worker in started:
+                worker.check()
             spans = await reader.spans(settings.topic("token-usage"))
             return sum(span.end - span.begin for span in spans.values()) >= len(requests)
 
@@ -79,7 +88,8 @@ async def measure_overshoot(
             async for record, call in read_topic(settings, "calls", ProviderCall)
             if call.kind is CallKind.INTENT
         }
-        assert worker.stop() == 0, worker.tail()
+        for worker in started:
+            assert worker.stop() == 0, worker.tail()
         assert aggregator.stop() == 0, aggregator.tail()
     charged, spent_ms = 0, None
     for append_ms, usage in charges:  # of one payer, so of one partition, in its order
