@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from decimal import Decimal
 
 NANOS = 10**9
 MILLION = 10**6
 DAY_MS, EPOCH_DAY = 86_400_000, date(1970, 1, 1).toordinal()
+FLOAT_NOISE = Decimal("1e-12")
+"""Of an amount: by more than so much a sum of floating-point numbers is not off. It hides no token."""
 CLOCKS_APART_MS = 60_000
 """How far a provider's clock may stand from the brokers': a call so near to midnight may be billed on either day."""
 
@@ -27,12 +29,12 @@ class DayBill:
 
     @classmethod
     def of(cls, tokens: int | None, amount: Decimal | None) -> DayBill:
-        """A row as it is printed: its amount may be off by half a unit of its last digit."""
+        """A row as it is printed: its amount may be off by half a unit of its last digit, half a dollar at most."""
         if amount is None:
             return cls(tokens)
         exponent = amount.as_tuple().exponent
         assert isinstance(exponent, int), "the amount is finite"
-        return cls(tokens, amount, Decimal((0, (5,), exponent - 1)))
+        return cls(tokens, amount, max(Decimal((0, (5,), min(exponent, 0) - 1)), amount * FLOAT_NOISE))
 
     def __add__(self, other: DayBill) -> DayBill:
         tokens = [each.tokens for each in (self, other) if each.tokens is not None]
@@ -118,7 +120,7 @@ class Bills:
     def check(self, invoice: Mapping[str, DayBill]) -> Iterator[InvoiceLine]:
         """A line for each day from the first to the last one of the invoice, and for all together.
 
-        A day between that the invoice leaves out is one of nothing.
+        A day between that the invoice leaves out is one of nothing. What a day does not say has no total.
         """
         if not invoice:
             return
@@ -129,6 +131,10 @@ class Bills:
             None if whole.amount is None else Decimal(0),
             max(bill.rounding for bill in days.values()),
         )
+        if any(bill.tokens is None for bill in days.values()):
+            whole = replace(whole, tokens=None)
+        if any(bill.amount is None for bill in days.values()):
+            whole = replace(whole, amount=None)
         first, last = min(days), max(days)
         for day in range(first, last + 1):
             yield self._line(date.fromordinal(day).isoformat(), days.get(day, nothing), day, day)

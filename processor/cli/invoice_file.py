@@ -14,6 +14,8 @@ from processor.invoice import DayBill
 
 LONGEST = timedelta(days=1_000)
 """Every day between the first and the last is told."""
+GREATEST, FINEST = 15, -60
+"""Powers of ten: an amount beyond is a slip, and more than sums can hold."""
 
 
 class InvoiceFault(ValueError):
@@ -87,6 +89,11 @@ def _amount(number: int, row: Mapping[Any, Any]) -> Decimal | None:
         amount = Decimal(str(given).strip())
     except InvalidOperation:
         amount = Decimal("NaN")
-    if isinstance(given, bool) or not amount.is_finite() or amount < 0:
+    if isinstance(given, bool) or not _is_amount(amount):
         raise InvoiceFault(f"row {number}: amount: must be dollars such as 1.25")
     return amount
+
+
+def _is_amount(amount: Decimal) -> bool:
+    exponent = amount.as_tuple().exponent
+    return isinstance(exponent, int) and exponent >= FINEST and amount.adjusted() <= GREATEST and amount >= 0

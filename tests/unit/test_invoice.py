@@ -48,6 +48,29 @@ def test_an_amount_stands_for_what_is_rounded_to_it(amount: str, inside: bool) -
     assert (line.inside, total.inside) == (inside, inside)
 
 
+@pytest.mark.parametrize(
+    "amount, inside",
+    [("0.0022000000000000001", True), ("0.0021999999999999999", True), ("0.00219999999999", False), ("1e5", False)],
+)
+def test_no_amount_is_vaguer_than_half_a_dollar_or_finer_than_a_float(amount: str, inside: bool) -> None:
+    """Programs sum dollars in floating point, and write 100,000 of them as 1e5."""
+    bills = Bills(None, known_from_ms=0)
+    bills.take("openai", NOON, NOON, 110, 110, PRICE)
+    bills.take("openai", NOON + DAY_MS, NOON + DAY_MS, 3_000_000, 3_000_000, PRICE)
+    day = DAY if amount != "1e5" else NEXT_DAY
+    (line, _) = bills.check({day: DayBill.of(None, Decimal(amount))})
+    assert line.inside is inside
+
+
+def test_a_day_of_tokens_and_one_of_money_have_no_total() -> None:
+    """What one of them does not say is not nothing: only days that are left out are."""
+    bills = some_bills()
+    bills.take("openai", NOON + DAY_MS, NOON + DAY_MS, 5, 5, PRICE)
+    *days, total = bills.check({DAY: DayBill(110), NEXT_DAY: DayBill.of(None, Decimal("0.0001"))})
+    assert [line.inside for line in days] == [True, True]
+    assert (total.billed, total.inside) == (DayBill(rounding=total.billed.rounding), True)
+
+
 def test_roundings_of_many_days_add_up() -> None:
     """A total of rounded amounts may be off by as much as all of them."""
     bills = Bills(None, known_from_ms=0)
@@ -146,6 +169,8 @@ def test_csv_and_json_say_the_same(tmp_path: Path) -> None:
         ("date,amount\n2024-10-04,$5\n", "row 1: amount"),
         ("date,amount\n2024-10-04,NaN\n", "row 1: amount"),
         ("date,amount\n2024-10-04,-1\n", "row 1: amount"),
+        ("date,amount\n2024-10-04,1e9999999\n", "row 1: amount"),
+        ("date,amount\n2024-10-04,1e-9999999\n", "row 1: amount"),
         ("date,tokens,amount\n2024-10-04,,\n", "row 1: tokens or amount"),
         ('{"date": "2024-10-04"}', "must be a list"),
         ("[1]", "row 1: date"),
