@@ -36,6 +36,9 @@ Key = bytes | str
 CLOSED = -1
 """In place of an attempt's attributed tokens once its receipt was judged."""
 
+NEVER = 2**63 - 1
+"""Milliseconds: whatever is published of a period that begins then is a difference."""
+
 
 class Extent(NamedTuple):
     """The retained log of a partition: offsets `begin` up to, not including, `end`; append time of its first record."""
@@ -412,9 +415,12 @@ def _intent(call: ProviderCall, append_ms: int) -> Intent:
 
 @lru_cache(maxsize=4_096)
 def period_begins_ms(period: str) -> int:
-    """The beginning of a UTC day "2026-11-21" or month "2026-11"."""
+    """The beginning of a UTC day "2026-11-21" or month "2026-11"; NEVER for what no charge can count in."""
     day = period if len(period) == len("2026-11-21") else f"{period}-01"
-    return int(datetime.fromisoformat(day).replace(tzinfo=UTC).timestamp() * 1000)
+    try:
+        return int(datetime.fromisoformat(day).replace(tzinfo=UTC).timestamp() * 1000)
+    except ValueError:
+        return NEVER
 
 
 def packed(name: str) -> Key:

@@ -53,11 +53,11 @@ async def read_partition_totals(
 
 def is_bucket(text: str) -> bool:
     """Whether it is a day such as 2026-11-21 or a month such as 2026-11."""
+    day = text if len(text) == len("2026-11-21") else f"{text}-01"
     try:
-        date.fromisoformat(text if len(text) == len("2026-11-21") else f"{text}-01")
+        return date.fromisoformat(day).isoformat() == day  # 2026-W47-1 is one too
     except ValueError:
         return False
-    return len(text) in {len("2026-11"), len("2026-11-21")}
 
 
 def add(parts: Iterable[UsageSums]) -> UsageSums:

@@ -149,6 +149,16 @@ async def test_a_total_of_no_charge_is_a_difference() -> None:
         }
 
 
+@pytest.mark.parametrize("bucket", ["foo", "2026-13", "", "0000-00-00"])
+async def test_a_total_of_no_day_or_month_is_a_difference(bucket: str) -> None:
+    """Whoever wrote it into the topic: the audit tells, and goes on."""
+    with a_bench() as bench:
+        log = await folded_log(bench)
+        (_, total), *_ = await log.contents("totals", UsageTotal)
+        log.append(Destination("totals", replace(total, key=total.key._replace(bucket=bucket))))
+        assert {each.key.bucket for each in (await audited(log)).totals().differences} == {bucket}
+
+
 async def test_charges_that_the_aggregator_has_not_folded_are_no_difference() -> None:
     """They are counted as waiting; once it says it has folded them they are."""
     with a_bench() as bench:

@@ -82,6 +82,7 @@ def test_a_month_stands_for_all_its_days(by: By, first: str | None, last: str | 
     [
         ("payer", "2026-13", None, "--from"),
         ("payer", None, "20261101", "--to"),
+        ("payer", "2026-W47-1", None, "--from"),
         ("payer", "2026-11-02", "2026-11-01", "--to"),
         ("payer", "2026-11-02", "2026-10", "--to"),
         ("month", "2026-11-01", None, "--from"),
