@@ -127,12 +127,10 @@ class Embedded(NamedTuple):
 async def embed(call: Call, on: Deployment, permit: Permit, route: Route, packer: Packer) -> Embedded:
     """Step 5 for a call: one attempt. What is to be tried again is back in the packer when this returns."""
     _refuse(call)
-    leaders = [(fold, fold.leader()) for fold in call.folds]
+    leaders = [(fold, fold.begin()) for fold in call.folds]
     wanted = [(fold, leader) for fold, leader in leaders if leader is not None]
     done = [fold for fold, leader in leaders if leader is None]
     call.folds = [fold for fold, _ in wanted]
-    for fold, leader in wanted:
-        fold.payer, leader.job.begun = leader.item.request_id, True
     if not wanted:
         permit.cancelled()
         packer.give_back([*call.rest, *call.spared], route.clock.monotonic())

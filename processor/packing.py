@@ -381,8 +381,7 @@ class Packer:
             self._pools[pool.function.name] = pool
         for fold in folds:
             fold.in_call = True
-            for work in fold.works:
-                work.job.begun = True
+            fold.begin()
         return (Call(pool.function, folds) if folds else None), ended + also_ended
 
     def due_at(self, now: float, patience_s: float) -> float | None:

@@ -157,18 +157,19 @@ class Pipeline:
         `release` frees the window's slot before its outcomes wait for their turn.
         """
         ports, started = self.ports, self.ports.clock.monotonic()
-        known: list[Fold] = []
+        known: list[Parcel] = []
         try:
             misses = await look_up(window.folds, ports.cache, self._keys)  # 3. a cache that is gone is gone without
-            known += [fold for fold in window.folds if fold.entry is not None]
+            # First of all: who has paid for some of it gets all, and a call may be made while the misses are measured.
+            known += self._settle([fold for fold in window.folds if fold.entry is not None])
             for some in _portions(misses):
                 await measure(some, ports.counter, ports.clock)  # 4. counted exactly, and cut if need be
-                known += [fold for fold in some if fold.fault is not None]  # of the others a call tells, maybe soon
+                known += self._settle([fold for fold in some if fold.fault is not None])  # a call tells of the others
                 self.packer.add([fold for fold in some if fold.fault is None], started, ports.clock.now_ms())
         finally:
             release()
         self._observe_window(window, ports.clock.monotonic() - started)
-        await self.deliver(self._settle(known))  # 7 and 8
+        await self.deliver(known)  # 7 and 8
 
     async def carry(self, call: Call, on: Deployment, permit: Permit) -> None:
         """Steps 5 to 8 for a call: once its outcomes are acknowledged, their offsets may be committed."""
@@ -284,7 +285,9 @@ class Pipeline:
         if found is None:
             self.batcher.add(work, key, function, now)
         else:
-            work.outcome = Outcome(found.level, found.entry, found.entry.bills(work.item))
+            billed = found.entry.bills(work.item)
+            work.outcome = Outcome(found.level, found.entry, billed)
+            work.job.begun = work.job.begun or billed
             known.append(work)
             self._found_at_once += 1
 

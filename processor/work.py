@@ -272,6 +272,16 @@ class Fold:
         """The first live work, or None when every request that wanted this text is gone."""
         return min(self.live_works(), key=lambda work: work.order, default=None)
 
+    def begin(self) -> Work | None:
+        """It goes out for its leader: that request and each copy of it have begun, no other that shares the text."""
+        leader = self.leader()
+        if leader is not None:
+            self.payer = leader.item.request_id
+            for work in self.works:
+                if work.item.request_id == self.payer:
+                    work.job.begun = True
+        return leader
+
 
 @dataclass(slots=True, eq=False)
 class Window:

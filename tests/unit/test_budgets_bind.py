@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain
 from typing import Any
@@ -13,14 +14,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from processor.accounts import Budget, BudgetKey, BudgetState
-from processor.domain import ErrorCode, Request, Status
+from processor.domain import CacheLevel, ErrorCode, ModelSpec, Request, Status
 from processor.errors import CallTooLarge, InputRejected, ProviderError, ProviderTransient
 from processor.packing import Packer
+from processor.ports import Found, TokenCounts
 from processor.spending import LAG_S, Spending, exceeded
 from processor.work import Fold, Policy
 from tests.support.builders import NOW_MS, a_request
 from tests.support.folds import a_fold, tenants
-from tests.support.steps import Bench, FakeLease, MemoryCache, VirtualClock
+from tests.support.steps import Bench, FakeLease, MemoryCache, VirtualClock, WordCounter
 
 
 class View:
@@ -177,10 +179,47 @@ async def test_a_budget_that_is_spent_meanwhile_does_not_cut_a_request() -> None
         assert outcomes(bench) == {"begun": ["ok"] * 12, "next": ["budget_exceeded"]}
 
 
+async def test_a_request_that_only_shares_a_text_with_a_call_has_not_begun() -> None:
+    """One text that all of them have, and a window of its own each: else they would all go out beside the first."""
+    async with Bench(budgets=View(payer=a_state(0, 4)), max_concurrent_calls=1, window_max_texts=8) as bench:
+        requests = [
+            of("payer", ["same", *(f"{number}-{index}" for index in range(7))], str(number)) for number in range(6)
+        ]
+        await bench.handle(*requests)
+        assert sum(usage.billed.tokens for usage in bench.outbox.usage) == 8
+        assert [usage.billed.texts for usage in bench.outbox.usage if usage.billed.texts] == [8]
+
+
+async def test_copies_of_a_request_begin_together() -> None:
+    """Each is charged whatever is paid for either: one that was refused the rest would be charged for a part."""
+    view = View(payer=a_state(0, 100))
+    async with Bench(budgets=view, max_concurrent_calls=1) as bench:
+        bench.provider.gate = asyncio.Event()
+        request = of("payer", [f"text-{number}" for number in range(12)], "twice")  # a call takes 8
+        await bench.publish(request, request)
+        while not bench.provider.asked:
+            await bench.step()
+        view.states["payer"] = SPENT
+        bench.provider.gate.set()
+        await bench.run_until_idle()
+        assert [(usage.billed.texts, usage.failed_texts) for usage in bench.outbox.usage] == [(12, 0)] * 2
+
+
+class Remembered(MemoryCache):
+    """The process has not ended since: every hit is `l1`."""
+
+    def peek(self, key: bytes, dimensions: int) -> Found | None:
+        entry = self.entries.get(key)
+        return None if entry is None else Found(entry, CacheLevel.L1)
+
+
+@pytest.mark.parametrize("cached", [MemoryCache, Remembered])
 @pytest.mark.parametrize("late", [False, True])
-async def test_a_request_that_was_paid_in_part_before_a_crash_is_done_whole(late: bool) -> None:
+async def test_a_request_that_was_paid_in_part_before_a_crash_is_done_whole(
+    late: bool, cached: type[MemoryCache]
+) -> None:
     """Whatever deadline and budget say by now: its charge names all that it gets, and nothing of it is left to send."""
-    cache = MemoryCache()
+    cache = cached()
     texts = [f"text-{number}" for number in range(12)]
     request = of("payer", texts, "c", deadline_ms=NOW_MS + 1_000 if late else None)
     async with Bench(cache=cache) as bench:
@@ -192,6 +231,26 @@ async def test_a_request_that_was_paid_in_part_before_a_crash_is_done_whole(late
         await bench.handle(request)
         assert outcomes(bench) == {"c": ["ok"] * 12}
         assert [(usage.billed.texts, usage.failed_texts) for usage in bench.outbox.usage] == [(12, 0)]
+
+
+async def test_what_was_paid_is_known_before_the_rest_of_a_window_is_measured() -> None:
+    """A call that is made meanwhile decides of the request: it must not refuse what its owner has paid for in part."""
+
+    class Slow(WordCounter):
+        def count(self, texts: Sequence[str], model: ModelSpec) -> TokenCounts:
+            bench.clock.now_s += 0.01  # everybody else gets a turn
+            bench.worker._work.set()
+            return super().count(texts, model)
+
+    cache = MemoryCache()
+    request = of("payer", [f"text-{number}" for number in range(12)], "c")
+    async with Bench(cache=cache) as bench:
+        await bench.handle(request)
+        for key in list(cache.entries)[:8]:
+            del cache.entries[key]
+    async with Bench(cache=cache, budgets=spent("payer"), counter=Slow()) as bench:
+        await bench.handle(request, a_request([f"other-{number}" for number in range(300)], tenant_id="other"))
+        assert set(outcomes(bench)["c"]) == {"ok"}
 
 
 async def test_a_raised_budget_lets_texts_through_again() -> None:
