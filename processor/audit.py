@@ -26,15 +26,14 @@ from processor.aggregate import (
     sums_as_tuple,
     sums_of,
 )
-from processor.answers import split
 from processor.domain import CallKind, CallOutcome, ProviderCall, Source, TokenType, Usage
 from processor.findings import Breach, Difference, Finding, LedgerCheck, Residual, TotalsCheck, UsageCheck
 from processor.invoice import Bills
+from processor.shares import Intent, Key, beside_shares, intent_of, packed, shares_of, unpacked
 from processor.usage import cost_nanos
 
-Key = bytes | str
-CLOSED = -1
-"""In place of an attempt's attributed tokens once its receipt was judged."""
+NONE, CLOSED = array("q"), array("q")
+"""In place of what charges name of an attempt, once its receipt was judged."""
 
 NEVER = 2**63 - 1
 """Milliseconds: whatever is published of a period that begins then is a difference."""
@@ -75,22 +74,16 @@ class FirstCopies:
         last_ms[key] = append_ms
         return True
 
+    def elsewhere(self, partition: int, key: Key, append_ms: int) -> bool:
+        """Whether a copy so near stands in another partition, where no reader takes it for one."""
+        return any(
+            key in last_ms and abs(append_ms - last_ms[key]) <= self._apart_ms
+            for other, last_ms in self._last_ms.items()
+            if other != partition
+        )
+
     def __contains__(self, key: Key) -> bool:
         return any(key in keys for keys in self._last_ms.values())
-
-
-class Intent(NamedTuple):
-    """An attempt that has no receipt yet. `owners[i]` is the place in `requests` of the item with `local_tokens[i]`."""
-
-    attempt_id: str
-    at_ms: int
-    confirm_by_ms: int
-    estimated_tokens: int
-    price: int | None
-    provider: str
-    requests: tuple[Key, ...]
-    owners: array[int]
-    local_tokens: array[int]
 
 
 class Audit:
@@ -128,7 +121,8 @@ class Audit:
         """Charged late and never on time."""
         self._sums: defaultdict[int, dict[Sequence[BucketKey], list[int]]] = defaultdict(dict)
         """Usage partition -> buckets that get the same charges -> their sums."""
-        self._attributed: dict[Key, int] = {}
+        self._named: dict[Key, array[int]] = {}
+        """What charges name of an attempt: hash of the request, tokens, hash, tokens and so on. 16 bytes a part."""
         self._old: set[Key] = set()
         """Attempts of charges so old that the intent may have expired."""
         self._open: dict[Key, Intent] = {}
@@ -160,6 +154,8 @@ class Audit:
             self._refused.add(packed(usage.request_id))
         if ours:
             self._check_charge(usage, append_ms)
+            if self._first.elsewhere(partition, key, append_ms):
+                self._breach_of(Breach.CHARGED_TWICE, usage, usage.billed.tokens, append_ms)
         if late:
             check.late.add(usage.billed.tokens, usage.price_nanos_per_million)
             if not charged_on_time:
@@ -169,7 +165,10 @@ class Audit:
         if ours:
             for attempt_id, tokens in usage.parts:
                 attempt = packed(attempt_id)
-                self._attributed[attempt] = self._attributed.get(attempt, 0) + tokens
+                named = self._named.get(attempt)
+                if named is None:
+                    named = self._named[attempt] = array("q")
+                named.extend((hash(key), tokens))
                 if self._calls_from_ms and append_ms < self._calls_from_ms + self._horizon_ms:
                     self._old.add(attempt)
         self._count(partition, offset, usage)
@@ -182,7 +181,7 @@ class Audit:
         if any(each.cost_nanos != cost_nanos(each.tokens, price) for each in (billed, usage.saved)):
             found.append((Breach.COST_DIFFERS, billed.tokens))
         for kind, tokens in found:
-            self._breach(kind, tokens, price, append_ms, provider=usage.provider, request_id=usage.request_id)
+            self._breach_of(kind, usage, tokens, append_ms)
 
     def _count(self, partition: int, offset: int, usage: Usage) -> None:
         """Into each bucket that must hold it: folded by everybody's word, or by the bucket's own."""
@@ -261,19 +260,19 @@ class Audit:
     def take_call(self, source: Source, call: ProviderCall) -> None:
         """The first intent and the first receipt of an attempt stand."""
         key = packed(call.attempt_id)
-        attributed = self._attributed.get(key, 0)
-        if attributed == CLOSED:
+        named = self._named.get(key, NONE)
+        if named is CLOSED:
             return
         if call.kind is CallKind.INTENT and key not in self._open:
-            self._open[key] = _intent(call, source.append_ms)
+            self._open[key] = intent_of(call, source.append_ms)
         if call.kind is not CallKind.RECEIPT:
             return
-        self._attributed[key] = CLOSED
-        self._close(self._open.pop(key, None), call, source, attributed)
+        self._named[key] = CLOSED
+        self._close(self._open.pop(key, None), call, source, named)
 
-    def _close(self, intent: Intent | None, receipt: ProviderCall, source: Source, attributed: int) -> None:
+    def _close(self, intent: Intent | None, receipt: ProviderCall, source: Source, named: array[int]) -> None:
         """U6 where a receipt exists: bill = attributed + residual, per attempt."""
-        ledger, billed = self.ledger, receipt.billed_tokens or 0
+        ledger, billed, attributed = self.ledger, receipt.billed_tokens or 0, sum(named[1::2])
         price, began_ms = receipt.price_nanos_per_million, source.append_ms - receipt.time_taken_ms
         if intent is not None:
             price, began_ms = price if intent.price is None else intent.price, intent.at_ms
@@ -290,6 +289,10 @@ class Audit:
         begun_unseen = source.append_ms < log.complete_from_ms(self._now_ms)
         if intent is None and not begun_unseen:
             found(Breach.UNMATCHED, billed)
+        if intent is not None and named:
+            paid = [] if receipt.outcome in (CallOutcome.INVALID, CallOutcome.FAILED) else shares_of(intent, billed)
+            if odd := beside_shares(intent, named, paid):
+                found(Breach.SHARE_DIFFERS, odd)
         residual = billed - attributed
         if receipt.outcome is CallOutcome.INVALID or intent is None or residual < 0:
             if residual:
@@ -315,8 +318,7 @@ class Audit:
         late = [request in self._late for request in intent.requests]
         if all(charged) and not any(late):
             return 0, 0
-        shares = split(billed, intent.local_tokens)
-        owned = list(zip(intent.owners, shares, strict=True))
+        owned = shares_of(intent, billed)
         return (
             sum(share for owner, share in owned if not charged[owner]),
             sum(share for owner, share in owned if late[owner]),
@@ -339,10 +341,13 @@ class Audit:
         assert not self._finished
         self._finished = True
         for key, intent in self._open.items():
-            attributed = self._attributed.pop(key, 0)
+            named = self._named.pop(key, NONE)
+            attributed = sum(named[1::2])
             price, beyond = intent.price, max(intent.estimated_tokens - attributed, 0)
             if attributed:
                 self.ledger.recovered.add(attributed, price)
+                if odd := beside_shares(intent, named, None):
+                    self._add(Breach.SHARE_DIFFERS, odd, price, intent.at_ms, intent.provider, intent.attempt_id)
             waits = intent.confirm_by_ms >= self._now_ms
             kind = Residual.IN_FLIGHT if waits else Residual.UNCONFIRMED
             self._add(kind, beyond, price, intent.at_ms, intent.provider, intent.attempt_id)
@@ -358,9 +363,10 @@ class Audit:
                     recovered_attempts=int(attributed > 0),
                     recovered_tokens=attributed,
                 )
-        for key, tokens in self._attributed.items():
-            if tokens == CLOSED:
+        for key, named in self._named.items():
+            if named is CLOSED:
                 continue
+            tokens = sum(named[1::2])
             self.as_folded["unmatched_tokens"] += tokens
             if key not in self._old:
                 self._breach(Breach.UNMATCHED, tokens, None, 0, attempt_id=unpacked(key))
@@ -378,6 +384,10 @@ class Audit:
         cost = cost_nanos(tokens, price)
         self.ledger.findings.append(Finding(kind, attempt_id, "", tokens, cost, at_ms, provider))
 
+    def _breach_of(self, kind: Breach, usage: Usage, tokens: int, append_ms: int) -> None:
+        price, provider = usage.price_nanos_per_million, usage.provider
+        self._breach(kind, tokens, price, append_ms, provider=provider, request_id=usage.request_id)
+
     def _breach(
         self,
         kind: Breach,
@@ -394,25 +404,6 @@ class Audit:
         self.ledger.findings.append(Finding(kind, attempt_id, request_id, tokens, cost, at_ms, provider))
 
 
-def _intent(call: ProviderCall, append_ms: int) -> Intent:
-    places: dict[str, int] = {}
-    owners, local_tokens = array("I"), array("q")
-    for request_id, _, _, tokens in call.items:
-        owners.append(places.setdefault(request_id, len(places)))
-        local_tokens.append(tokens)
-    return Intent(
-        call.attempt_id,
-        append_ms,
-        append_ms if call.confirm_by_ms is None else call.confirm_by_ms,
-        call.estimated_tokens,
-        call.price_nanos_per_million,
-        call.provider,
-        tuple(map(packed, places)),
-        owners,
-        local_tokens,
-    )
-
-
 @lru_cache(maxsize=4_096)
 def period_begins_ms(period: str) -> int:
     """The beginning of a UTC day "2026-11-21" or month "2026-11"; NEVER for what no charge can count in."""
@@ -421,23 +412,3 @@ def period_begins_ms(period: str) -> int:
         return int(datetime.fromisoformat(day).replace(tzinfo=UTC).timestamp() * 1000)
     except ValueError:
         return NEVER
-
-
-def packed(name: str) -> Key:
-    """A UUID in its usual spelling as its 16 bytes; any other text as it is."""
-    if len(name) == 36 and name[8] == name[13] == name[18] == name[23] == "-":
-        digits = name.replace("-", "")
-        try:
-            raw = bytes.fromhex(digits)
-        except ValueError:
-            return name
-        if raw.hex() == digits:
-            return raw
-    return name
-
-
-def unpacked(key: Key) -> str:
-    if isinstance(key, str):
-        return key
-    digits = key.hex()
-    return "-".join((digits[:8], digits[8:12], digits[12:16], digits[16:20], digits[20:]))

@@ -28,6 +28,8 @@ class Breach(StrEnum):
     """What no run of the protocol can end in. Each makes an audit fail."""
 
     OVER_ATTRIBUTED = "over_attributed"
+    SHARE_DIFFERS = "share_differs"
+    CHARGED_TWICE = "charged_twice"
     UNMATCHED = "unmatched"
     PARTS_DIFFER = "parts_differ"
     COST_DIFFERS = "cost_differs"
