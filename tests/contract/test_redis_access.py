@@ -19,6 +19,7 @@ from processor.adapters.purge_watch import AGAIN_S, EVERY_S, PurgeWatch
 from processor.adapters.redis_cache import L1_PURGED_WITHIN_S, RedisCache
 from processor.adapters.redis_client import RedisAccess
 from processor.adapters.redis_quota import RedisQuota
+from processor.cli.cache import purge, tags_of
 from processor.domain import Entry, Item, TokenSource
 from processor.errors import CacheUnavailable, SettingsError
 from processor.ports import QuotaAsk
@@ -81,6 +82,28 @@ async def test_a_purge_erases_a_tenants_entries_and_nobody_elses(access: RedisAc
     assert set(await cache.purged()) == {tag}
     assert await cache.purge(tag) == 0
     await cache.close()
+
+
+@pytest.mark.usefixtures("no_grace")
+async def test_a_purge_leaves_nothing_that_a_change_of_secrets_brings_back(
+    redis_url: str, unique: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever looks a text up while its tenant is purged keeps no entry of the former secret under the present one."""
+    settings = load(_env_file=None, redis_url=redis_url, cache_secret="new", cache_secret_former="old")
+    new, old = (tag + b"%024d" % 1 for tag in tags_of(settings, unique))
+    worker = RedisCache.from_settings(settings)
+    await worker.put_many({old: Entry(np.ones(D, np.float32), 1, Item("r", 0), "a", TokenSource.PROVIDER)})
+    erase = RedisCache.purge
+
+    async def looked_up_after(self: RedisCache, tag: bytes) -> int:
+        erased = await erase(self, tag)
+        await worker.get_many([new], D, {new: old})
+        return erased
+
+    monkeypatch.setattr(RedisCache, "purge", looked_up_after)
+    assert (await purge(settings, unique)).entries == 1
+    assert await worker.get_many([new], D, {new: old}) == {}
+    await worker.close()
 
 
 @pytest.mark.usefixtures("no_grace")
