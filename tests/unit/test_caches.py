@@ -129,6 +129,23 @@ def test_who_comes_back_soon_is_believed() -> None:
     queues.removed(back)
 
 
+async def test_what_is_remembered_of_keys_shrinks_with_the_cache() -> None:
+    """With lfu the keys of what was let go are no more than what is kept: of large vectors after small ones, few."""
+    queues = S3Fifo()
+    cache = MemoryCache(max_bytes=2000 * SIZE, ttl_s=60, eviction=queues)
+    for number in range(2000):
+        await cache.put_many({b"kept%d" % number: an_entry()})
+        for _ in range(3):
+            cache.peek(b"kept%d" % number, D)
+    for number in range(3000):
+        await cache.put_many({b"small%d" % number: an_entry()})
+    assert len(queues._gone) > 1000
+    large = Entry(np.ones(100 * SIZE // 4, np.float32), 1, Item("r", 0), "a", TokenSource.PROVIDER)
+    for number in range(2000):
+        await cache.put_many({b"large%d" % number: large})
+    assert len(queues._gone) <= len(cache) < 300
+
+
 @pytest.mark.parametrize("eviction", [Lru, S3Fifo])
 async def test_lives_are_spread(eviction: type[Lru | S3Fifo]) -> None:
     """What was stored together expires over the jitter, none of it after the TTL."""
