@@ -107,7 +107,7 @@ class RedisAccess:
             raise SettingsError(f"{name}: must be a PEM file, of a certificate with its key") from None
 
 
-NO_REDIS = (ValueError, TypeError, LookupError)
+NO_REDIS = (ValueError, TypeError, LookupError, RecursionError)
 """What the client raises when an answer is none of Redis."""
 
 

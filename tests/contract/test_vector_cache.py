@@ -325,6 +325,7 @@ NONSENSE = [
     b"*3\r\n$-1\r\n$-1\r\n$-1\r\n",
     b"-MOVED\r\n",
     b"-ASK 1\r\n",
+    b"*1\r\n" * 2000 + b":1\r\n",
 ]
 
 
