@@ -105,10 +105,10 @@ def texts_of_key(key: bytes | None, count: int) -> list[str] | None:
     """What a key of ours is made of: a JSON array of `count` texts. None for anything else, whoever wrote it."""
     try:
         texts = json.loads(key or b"")
-    except (ValueError, RecursionError):
+        "".join(texts).encode()  # half of a surrogate pair could be escaped in it, and never be written again
+    except (ValueError, TypeError, RecursionError):
         return None
-    ours = isinstance(texts, list) and len(texts) == count and all(isinstance(text, str) for text in texts)
-    return texts if ours else None
+    return texts if isinstance(texts, list) and len(texts) == count else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -287,6 +287,10 @@ class Price:
     version: str
 
 
+MAX_PRICE = 10**12
+"""A thousand dollars per 1,000,000 tokens, in nano-dollars: what a call or a request costs stays far within 64 bits."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpec:
     """One model of the catalogue.

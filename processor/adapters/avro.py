@@ -49,6 +49,9 @@ MAX_CORRELATION_BYTES = 1_024
 DLQ_SPARE_BYTES = 16_384
 """Room for what surrounds a dead letter's bytes: our headers and the record batch."""
 
+LATE_SPARE_BYTES = 16_384
+"""Room for the key of a usage event that is sent once more, since it is late."""
+
 HEADER_SPARE_BYTES = 10
 """The two lengths of a header, at most: a record may be made of a hundred thousand empty ones."""
 
@@ -172,7 +175,7 @@ class Codec:
         """The same without waiting; None when the id's schema must be fetched first."""
         if value is None:
             return Undecodable(DlqClass.UNDECODABLE, "null_value")
-        if len(value) > self._max_record_bytes:
+        if len(value) > self._max_record_bytes - (LATE_SPARE_BYTES if kind is Usage else 0):
             return Undecodable(DlqClass.TOO_LARGE, "over_max_record_bytes")
         if value.startswith(SINGLE_OBJECT_MARK) and len(value) >= SINGLE_OBJECT_HEADER_BYTES:
             writer = self._released.get(value[len(SINGLE_OBJECT_MARK) : SINGLE_OBJECT_HEADER_BYTES])

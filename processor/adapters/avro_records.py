@@ -16,9 +16,10 @@ from fastavro import schemaless_reader, schemaless_writer
 
 from processor.accounts import BucketKey, Budget, BudgetKey, BudgetState, TaskProgress, UsageSums, UsageTotal
 from processor.adapters.avro_results import read_result
-from processor.adapters.avro_usage import MAX_AMOUNT, YEAR_10000_MS, checked, read_usage
+from processor.adapters.avro_usage import YEAR_10000_MS, check_names, checked, read_usage
 from processor.adapters.schemas import Schema, current
 from processor.domain import (
+    MAX_PRICE,
     Amounts,
     CallItem,
     CallKind,
@@ -41,6 +42,9 @@ from processor.domain import (
     Usage,
 )
 from processor.ports import Undecodable
+
+MAX_CALL_TOKENS: Final = 2**31 - 1
+"""Of one provider call: two million dollars at the greatest price."""
 
 T = TypeVar("T")
 Word = TypeVar("Word", bound=StrEnum)
@@ -179,6 +183,7 @@ def _usage(fields: Fields) -> Usage:
         event_key=None if fields["idempotency_key"] == fields["request_id"] else fields["idempotency_key"],
         **{name: fields[name] for name in _USAGE_PLAIN},
     )
+    check_names(usage)
     return checked(usage)
 
 
@@ -204,10 +209,13 @@ def _call(fields: Fields) -> ProviderCall:
 
 
 def _check_call(call: ProviderCall) -> None:
-    """ValueError for what no sum of the ledger or no calendar can hold: one record would end each start."""
+    """ValueError for what no sum of the ledger or no calendar can hold: one record would end each start.
+
+    Tokens and price are bounded each by itself: an attempt may have them from two records.
+    """
     tokens = [call.estimated_tokens, call.billed_tokens or 0, *(item.local_tokens for item in call.items)]
     price = call.price_nanos_per_million or 0
-    if min(*tokens, price) < 0 or max(tokens) > MAX_AMOUNT or max(tokens) * price > MAX_AMOUNT * 10**6:
+    if min(*tokens, price) < 0 or max(tokens) > MAX_CALL_TOKENS or price > MAX_PRICE:
         raise ValueError("no such amount")
     if not 0 <= call.at_ms < YEAR_10000_MS:
         raise ValueError("no such time")

@@ -22,6 +22,9 @@ MAX_AMOUNT: Final = 10**15
 
 YEAR_10000_MS: Final = 253_402_300_800_000
 
+MAX_NAME_CHARS: Final = 1_024
+"""Of what becomes part of a key: ours are no longer, and key and value of a total must fit into a record."""
+
 UUID_TEXT: Final = 2 * 36
 """The length byte of a UUID in its usual spelling."""
 
@@ -52,6 +55,14 @@ def checked(usage: Usage) -> Usage:
     if not 0 <= usage.charged_at_ms < YEAR_10000_MS:
         raise ValueError("no such time")
     return usage
+
+
+def check_names(usage: Usage) -> None:
+    """ValueError for a name that is too long to be totalled by: the total would be a record that nobody can send."""
+    request = usage.request
+    names = (usage.payer_id, usage.model, usage.operation, request.agent_id, request.collection)
+    if max(len(name or "") for name in (*names, request.tenant_id, request.task_id)) > MAX_NAME_CHARS:
+        raise ValueError("no such name")
 
 
 def read_usage(value: bytes, start: int) -> Usage | None:
@@ -117,6 +128,8 @@ def _read(value: bytes, at: int) -> Usage | None:
     usage.saved, at = _amounts(value, at)
     usage.parts, at = _parts(value, at)
     usage.price_nanos_per_million, usage.price_version = _PRICES.get(value[at:]) or _price(value, at)
+    if len(value) > MAX_NAME_CHARS:
+        check_names(usage)
     return checked(cast(Usage, usage))
 
 

@@ -14,7 +14,7 @@ from processor.adapters import local_files
 from processor.adapters.local_files import LocalFiles
 from processor.adapters.tokens import BPE, WORDPIECE
 from processor.adapters.yaml_files import read_yaml
-from processor.domain import CallEstimator, InputType, ModelSpec, Price
+from processor.domain import MAX_PRICE, CallEstimator, InputType, ModelSpec, Price
 from processor.errors import SettingsError
 from processor.settings import Settings
 
@@ -39,7 +39,7 @@ class _Strict(BaseModel):
 class _PriceEntry(_Strict):
     from_: date = Field(alias="from")
     version: str
-    nanos_per_million: int = Field(ge=0)
+    nanos_per_million: int = Field(ge=0, le=MAX_PRICE)
 
     def price(self) -> Price:
         midnight = datetime(self.from_.year, self.from_.month, self.from_.day, tzinfo=UTC)

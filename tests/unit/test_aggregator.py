@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from processor.accounts import LedgerSummary, TaskKey, TaskProgress, UsageTotal
+from processor.adapters.avro_records import MAX_CALL_TOKENS
 from processor.adapters.sqlite_store import SqliteStore
 from processor.aggregator import Aggregator
-from processor.domain import Amounts, CallKind, CallOutcome, Part, Source, TokenType, Usage
+from processor.domain import MAX_PRICE, Amounts, CallKind, CallOutcome, Part, Source, TokenType, Usage
 from processor.ports import Destination, Run
 from tests.support.aggregation import (
     DAY_MS,
@@ -323,6 +324,22 @@ async def test_each_residual_has_its_class(order: tuple[str, str]) -> None:
         "recovered_tokens": 16,
     }
     assert late.residual_tokens == 11 + 5 + 14
+
+
+async def test_no_price_and_bill_of_two_records_end_the_aggregator() -> None:
+    """An attempt has its price from one record and its bill from another: each must be one that any sum can hold."""
+    greatest: dict[str, Any] = {"price_nanos_per_million": MAX_PRICE, "estimated_tokens": 0}
+    bill: dict[str, Any] = {"kind": CallKind.RECEIPT, "billed_tokens": MAX_CALL_TOKENS, "price_nanos_per_million": None}
+    with a_bench() as bench:
+        for attempt, price, tokens in [("a", 0, 0), ("b", 1, 0), ("c", 0, 1)]:
+            intent = greatest | {"price_nanos_per_million": MAX_PRICE + price, "attempt_id": attempt}
+            bench.log.append(Destination("calls", a_call(**intent)))
+            receipt = bill | {"billed_tokens": MAX_CALL_TOKENS + tokens, "attempt_id": attempt}
+            bench.log.append(Destination("calls", a_call(**receipt)))
+        summary = await bench.run()
+        assert summary is not None
+        assert summary.sums.uncharged_cost_nanos == MAX_CALL_TOKENS * MAX_PRICE // 10**6
+        assert len(bench.log.all_of(TOPIC_OF["dlq"])) == 2
 
 
 async def test_an_attempt_that_charged_more_than_its_bill_raises_the_alarm() -> None:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
+from aiokafka.record.default_records import DefaultRecordBatchBuilder
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from processor.adapters import avro_records
-from processor.adapters.avro_usage import MAX_AMOUNT, YEAR_10000_MS, read_usage
+from processor.adapters.avro import LATE_SPARE_BYTES, Codec
+from processor.adapters.avro_usage import MAX_AMOUNT, MAX_NAME_CHARS, YEAR_10000_MS, read_usage
 from processor.adapters.schemas import SINGLE_OBJECT_HEADER_BYTES, current
 from processor.domain import Amounts, DlqClass, Part, Usage
-from processor.ports import Undecodable
+from processor.ports import Destination, Undecodable
 from tests.support.avro_data import encode, left_when_cut, left_when_damaged, values_of
 from tests.support.builders import a_request, a_usage
 from tests.support.codec import read, value_of
@@ -115,3 +118,34 @@ def test_no_time_and_no_amount_are_no_usage(overrides: dict[str, Any]) -> None:
         parts=(Part("attempt-1", MAX_AMOUNT),),
     )
     assert read(Usage, value_of("usage", sound)).billed == sound.billed
+
+
+@pytest.mark.parametrize("name", ["payer_id", "model", "operation", "agent_id", "collection", "tenant_id", "task_id"])
+def test_no_name_makes_a_total_too_large(name: str) -> None:
+    """A name is in key and value of a total or of a task's progress: too long, its event is undecodable for all."""
+
+    def named(length: int) -> Usage:
+        text = "\x01" * length
+        if name in ("payer_id", "model", "operation"):
+            return a_usage(**{name: text})
+        return a_usage(a_request(**{name: text}), payer_id="p")
+
+    for usage in (named(MAX_NAME_CHARS + 1), replace(named(MAX_NAME_CHARS + 1), event_key="another")):
+        assert read(Usage, value_of("usage", usage)) == Undecodable(DlqClass.UNDECODABLE, "malformed")
+        assert generally(value_of("usage", usage)) is None
+    assert read(Usage, value_of("usage", named(MAX_NAME_CHARS))).request_id == named(MAX_NAME_CHARS).request_id
+
+
+def test_what_is_read_can_be_sent_again_as_late() -> None:
+    """The largest event that is read, under the longest payer as the key, fits into a record."""
+    codec = Codec(max_record_bytes=100_000)
+
+    def filled(count: int) -> Usage:
+        return a_usage(a_request(metadata={"filling": "x" * count}), payer_id="\N{GRINNING FACE}" * MAX_NAME_CHARS)
+
+    spare = 100_000 - LATE_SPARE_BYTES - len(value_of("usage", filled(20_000)))
+    for more, said in ((spare, Usage), (spare + 1, Undecodable)):
+        value = value_of("usage", filled(20_000 + more))
+        assert type(codec.read_now(Usage, value)) is said
+        key, value, _ = codec.encode(Destination("late", filled(20_000 + more)))
+        assert DefaultRecordBatchBuilder.estimate_size_in_bytes(key, value, []) <= 100_000

@@ -294,13 +294,22 @@ async def test_nobody_spends_what_everybody_else_has(before: BudgetPlan) -> None
         assert {state.reached_percent for state in states} == {0}
 
 
-@pytest.mark.parametrize("key", [b"[[], 1]", b"[1, 2, 3, []]", b"[" * 100_000, b"{}", b"\xff", None])
+@pytest.mark.parametrize(
+    "key",
+    [
+        *(b"[[], 1]", b"[1, 2, 3, []]", b"[" * 100_000, b"{}", b"\xff", None, b'"ab"', b'"abcd"'),
+        *(b'["\\ud800", "2026-09"]', b'["\\ud800", "2026-09", "all", ""]'),
+    ],
+)
 async def test_no_key_of_others_ends_the_aggregator(key: bytes | None) -> None:
     """What anybody wrote to the budgets or the totals stays there for ever: it must not end each start."""
     with a_bench() as bench:
         bench.budgets = BudgetPlan(named={"p0": a_budget(24)})
         for topic in (TOPICS.budgets, TOPICS.totals):
             bench.log.append_bytes(topic, 0, None, key=key)
+        state = state_of(BudgetKey("p0", "2026-09"), a_budget(24), UsageSums(), NOW_MS)
+        _, value, _ = bench.log.codec.encode(Destination("budgets", state))
+        bench.log.append_bytes(TOPICS.budgets, 1, value, key=key)
         append(bench.log, [], [Event(0, 0, 1, 0, 0)])
         await bench.run()
         assert len(await published(bench)) == 1

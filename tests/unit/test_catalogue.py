@@ -239,6 +239,10 @@ def test_a_directory_of_ones_own_is_a_model_once_it_is_listed(tmp_path: Path) ->
             "models: {text-embedding-3-small: {prices: [{from: soon, version: a, nanos_per_million: 1}]}}",
             r"prices\.0\.from: ",
         ),
+        (
+            "models: {BAAI/bge-m3: {prices: [{from: 2026-01-01, version: a, nanos_per_million: 1000000000001}]}}",
+            r"prices\.0\.nanos_per_million: Input should be less than or equal to 1000000000000",
+        ),
         ("models: {text-embedding-3-small: {prefixes: {other: x}}}", r"prefixes\.other"),
         (
             "models: {nomic-embed-text: {dimensions: [256, 768]}}",
