@@ -15,7 +15,8 @@ from dataclasses import dataclass, replace
 from processor.accounts import LedgerSummary, UsageTotal
 from processor.domain import Chunk, ProviderCall, Request, Usage
 from processor.errors import DeliveryFailed
-from tests.support import aggregation, audit
+from processor.findings import Breach
+from tests.support import aggregation, audit, ledgers
 from tests.support.builders import a_request
 from tests.support.far_ends import (
     BUDGETED,
@@ -59,6 +60,8 @@ class Ended:
     committed_early: Sequence[tuple[int, int]]
     """Partitions and offsets (law 2)."""
     happened: Mapping[str, int]
+    unexplained: Sequence[object]
+    """What `usage audit` finds of the same log (law: nothing)."""
 
 
 class World:
@@ -236,7 +239,9 @@ class World:
             for _ in range(self.luck.dice.choice([0, 0, 1, 2])):
                 await bench.run(crash_at=self.luck.dice.randint(0, 30), run_length=self.luck.dice.randint(1, 9))
             ledger = await bench.run(run_length=self.luck.dice.randint(1, 50))
+            audited = await ledgers.audited(output, now_ms=max(output.now_ms, self.clock.now_ms()))
         assert ledger is not None
+        breaches = [finding for finding in audited.ledger.findings if isinstance(finding.kind, Breach)]
         emission = self.ends.emission
         books = audit.Books(
             requests=[pair for sent in self.ends.requests.partitions for pair in sent],
@@ -248,7 +253,9 @@ class World:
             key_of=emission.key_of,
             shared_cache=self.luck.hazards.shared_cache,
         )
-        return Ended(books, ledger, self.group.committed_early, self.luck.happened)
+        return Ended(
+            books, ledger, self.group.committed_early, self.luck.happened, breaches + audited.totals().differences
+        )
 
 
 def check(ended: Ended) -> audit.Residuals:
@@ -273,6 +280,7 @@ def check(ended: Ended) -> audit.Residuals:
             price = PRICES[usage.charged_at_ms >= PRICES[1].effective_ms]
             assert (usage.price_version, usage.price_nanos_per_million) == (price.version, price.nanos_per_million)
     assert not ended.committed_early, f"committed before the outcomes: {ended.committed_early}"
+    assert not ended.unexplained, f"the audit calls what is right unexplained: {ended.unexplained}"
     return residuals
 
 
