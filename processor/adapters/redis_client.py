@@ -29,6 +29,10 @@ from processor.settings import PREFIX, Settings
 
 Client = Redis | RedisCluster
 
+NODE_SHARE = 0.7
+"""Of a trip's time, for one node of a Cluster: the client must see that a node is silent before the trip is over. It
+asks the others for who has the slots now only then; a node that was lost and replaced was waited for until a restart."""
+
 
 @dataclass(frozen=True, slots=True)
 class RedisAccess:
@@ -60,12 +64,13 @@ class RedisAccess:
     def open(self, *, timeout_s: float, retries: int, decode_responses: bool = False) -> Client:
         """Nothing is sent yet. SettingsError when the URL is none, or a certificate or key can't be used."""
         self._check_files()
+        of_node_s = NODE_SHARE * timeout_s if self.cluster else timeout_s
         options: dict[str, Any] = {
             "username": self.username,
             "password": self.password,
             "protocol": 2,
-            "socket_timeout": timeout_s,
-            "socket_connect_timeout": timeout_s,
+            "socket_timeout": of_node_s,
+            "socket_connect_timeout": of_node_s,
             "retry": Retry(NoBackoff(), retries),
             "decode_responses": decode_responses,
         }

@@ -7,10 +7,13 @@ import os
 import re
 import signal
 from collections.abc import Iterator
+from contextlib import ExitStack, suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from redis import Redis
 from redis.asyncio.cluster import ClusterNode
 
 from processor.adapters import redis_cache
@@ -22,7 +25,7 @@ from processor.adapters.redis_quota import RedisQuota
 from processor.cli.cache import purge, tags_of
 from processor.domain import Entry, Item, TokenSource
 from processor.errors import CacheUnavailable, SettingsError
-from processor.ports import QuotaAsk
+from processor.ports import Found, QuotaAsk
 from processor.settings import load
 from tests.support.redis_variants import Cluster, Guarded, guarded_server, own_cluster
 from tests.support.steps import VirtualClock
@@ -228,6 +231,32 @@ async def test_a_frozen_node_costs_the_budget_and_mixes_up_no_answers(cluster: C
             assert loop.time() < deadline, "never found again"
     await cache.close()
     assert {key: hit.entry.tokens for key, hit in found.items()} == {key: each.tokens for key, each in second.items()}
+
+
+async def test_a_lost_node_is_waited_for_only_until_its_slots_have_another(unique: str) -> None:
+    """A node that falls silent, and whose slots are then another's, is asked no more: nobody restarts a worker."""
+    with own_cluster() as nodes, ExitStack() as stack:
+        cache = RedisCache(RedisAccess(nodes.url, cluster=True), timeout_s=0.3, ttl_s=TTL_S, prefix=unique.encode())
+        stored = entries(b"tenant-1", 100)
+        await cache.put_many(stored)
+        lost, *left = (stack.enter_context(Redis.from_url(nodes.urls[number])) for number in (1, 0, 2))
+        port = lost.connection_pool.connection_kwargs["port"]
+        slots: Any = left[0].execute_command("CLUSTER SLOTS")
+        ((begin, end),) = ((first, last) for first, last, (_, owner, *_) in slots if owner == port)
+        os.kill(nodes.nodes[1].pid, signal.SIGSTOP)
+        stack.callback(os.kill, nodes.nodes[1].pid, signal.SIGCONT)
+        with pytest.raises(CacheUnavailable):
+            await cache.get_many(list(stored), D)
+        for each in left:
+            each.execute_command("CLUSTER DELSLOTSRANGE", begin, end)
+        left[0].execute_command("CLUSTER ADDSLOTSRANGE", begin, end)
+        found, deadline = dict[bytes, Found](), asyncio.get_running_loop().time() + 15
+        while not found:
+            assert asyncio.get_running_loop().time() < deadline, "never found again"
+            with suppress(CacheUnavailable):
+                found = dict(await cache.get_many(list(stored), D))
+        await cache.close()
+        assert 0 < len(found) < 100, "what the lost node had is lost"
 
 
 async def test_a_quota_is_shared_in_a_cluster(cluster: Cluster, unique: str) -> None:
