@@ -183,7 +183,8 @@ class Aggregator:
         """Fold a run in slices. A run whose lease is over is dropped: it is folded by its new owner.
 
         A lease that is late without being revoked is waited for: nobody would deliver again what is dropped of it, and
-        the next run would be folded past it.
+        the next run would be folded past it. StoreTaken when another group's aggregator has claimed the store: nothing
+        could be saved any more.
         """
         async with self._lock:
             for start in range(0, len(run.records), SLICE):
@@ -193,6 +194,8 @@ class Aggregator:
                             return
                         await self._clock.sleep(LEASE_POLL_S)
                 except StoreTaken:
+                    if run.lease.held():
+                        raise
                     return
             self._prune()
 

@@ -336,7 +336,10 @@ class SqliteStore:
             try:
                 # A frozen process that wakes up after another has taken the store over must not write into it.
                 if self._db.execute("SELECT token FROM owner").fetchone() != (self._token,):
-                    raise StoreTaken("the aggregator's store belongs to another process now")
+                    raise StoreTaken(
+                        f"EMBEDDING_AGGREGATOR_STORE: another process has claimed {self._path}: aggregators of two "
+                        "groups need a file each"
+                    )
                 yield
             except BaseException:
                 if self._db.in_transaction:  # some errors have ended it already

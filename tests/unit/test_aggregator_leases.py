@@ -4,27 +4,36 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from contextlib import closing
+from contextlib import closing, nullcontext
 
 import pytest
 
 from processor.adapters.sqlite_store import SqliteStore
+from processor.errors import StoreTaken
 from processor.ports import Run
-from tests.support.aggregation import TOPICS, Event, History, Steps, a_bench, append, recomputed
+from tests.support.aggregation import TOPICS, CrashingStore, Event, History, Steps, a_bench, append, recomputed
 from tests.support.steps import FakeLease
 
 
-async def test_a_claimed_store_refuses_its_former_owner() -> None:
-    """A process that froze and wakes up after another took the store over saves nothing into it."""
-    with a_bench() as bench, closing(SqliteStore(bench.path)) as frozen, closing(SqliteStore(bench.path)) as successor:
+@pytest.mark.parametrize("frozen", [True, False])
+async def test_a_claimed_store_refuses_its_former_owner(frozen: bool) -> None:
+    """A process that froze and wakes up after another took the store over saves nothing into it; one that still has its
+    partitions shares the file with another group and ends, since it would stand still."""
+    with a_bench() as bench, closing(SqliteStore(bench.path)) as successor:
         log, history = bench.log, History()
         append(log, history, [Event(0, 0, 1, 0, 0)])
         partition = history[0][0].partition
-        aggregator = bench.aggregator(frozen, Steps(None))
-        await aggregator.positions([(TOPICS.usage, partition)])
-        successor.claim()
         lease = FakeLease(TOPICS.usage, partition)
-        await aggregator.on_run(Run(lease, log.after(TOPICS.usage, partition, 0)))
+
+        def wakes_up() -> None:
+            lease.revoked = frozen
+
+        with closing(CrashingStore(bench.path, wakes_up)) as store:
+            aggregator = bench.aggregator(store, Steps(None))
+            await aggregator.positions([(TOPICS.usage, partition)])
+            successor.claim()
+            with nullcontext() if frozen else pytest.raises(StoreTaken, match="a file each"):
+                await aggregator.on_run(Run(lease, log.after(TOPICS.usage, partition, 0)))
 
         assert lease.finished == []
         assert successor.cursor(TOPICS.usage, partition) is None
