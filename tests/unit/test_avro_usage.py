@@ -125,10 +125,10 @@ def test_no_name_makes_a_total_too_large(name: str) -> None:
     """A name is in key and value of a total or of a task's progress: too long, its event is undecodable for all."""
 
     def named(length: int) -> Usage:
-        text = "\x01" * length
+        overrides: dict[str, Any] = {name: "\x01" * length}
         if name in ("payer_id", "model", "operation"):
-            return a_usage(**{name: text})
-        return a_usage(a_request(**{name: text}), payer_id="p")
+            return a_usage(**overrides)
+        return a_usage(a_request(**overrides), payer_id="p")
 
     for usage in (named(MAX_NAME_CHARS + 1), replace(named(MAX_NAME_CHARS + 1), event_key="another")):
         assert read(Usage, value_of("usage", usage)) == Undecodable(DlqClass.UNDECODABLE, "malformed")
@@ -147,5 +147,5 @@ def test_what_is_read_can_be_sent_again_as_late() -> None:
     for more, said in ((spare, Usage), (spare + 1, Undecodable)):
         value = value_of("usage", filled(20_000 + more))
         assert type(codec.read_now(Usage, value)) is said
-        key, value, _ = codec.encode(Destination("late", filled(20_000 + more)))
-        assert DefaultRecordBatchBuilder.estimate_size_in_bytes(key, value, []) <= 100_000
+        sent = codec.encode(Destination("late", filled(20_000 + more)))
+        assert DefaultRecordBatchBuilder.estimate_size_in_bytes(sent.key, sent.value, []) <= 100_000
