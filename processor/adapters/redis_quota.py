@@ -19,13 +19,14 @@ local now = tonumber(spoken[1]) + tonumber(spoken[2]) / 1000000
 local pace, wait_s, kept_s = tonumber(ARGV[1]), tonumber(ARGV[2]), ARGV[3]
 local known = redis.call('HMGET', KEYS[1], 'at', 'wait_until',
     'requests', 'requests_per_minute', 'requests_heard', 'tokens', 'tokens_per_minute', 'tokens_heard')
-local passed_s = math.max(0, now - tonumber(known[1] or now))
-local wait_until = math.max(tonumber(known[2] or 0), now + wait_s)
+local at = tonumber(known[1] or now)
+local passed_s, set_back_s = math.max(0, now - at), math.max(0, at - now)
+local wait_until = math.max(tonumber(known[2] or 0) - set_back_s, now + wait_s)
 local kept, answer = {'at', string.format('%.6f', now), 'wait_until', string.format('%.6f', wait_until)}, {}
 for i, name in ipairs({'requests', 'tokens'}) do
     local wanted, said, said_ago_s = tonumber(ARGV[3 * i + 1]), tonumber(ARGV[3 * i + 2]), tonumber(ARGV[3 * i + 3])
     local level = tonumber(known[3 * i] or 0)
-    local rate, heard = tonumber(known[3 * i + 1] or 0), tonumber(known[3 * i + 2] or 0)
+    local rate, heard = tonumber(known[3 * i + 1] or 0), tonumber(known[3 * i + 2] or 0) - set_back_s
     local said_at = 0
     if said_ago_s >= 0 then said_at = now - said_ago_s end
     if said > 0 and said_at >= heard then
@@ -48,7 +49,8 @@ redis.call('HSET', KEYS[1], unpack(kept))
 redis.call('EXPIRE', KEYS[1], kept_s)
 return answer
 """
-"""A bucket holds half a second's worth, and one at least, and starts empty. The server's clock is the only one."""
+"""A bucket holds half a second's worth, and one at least, and starts empty. The server's clock is the only one; when it
+is set back, or another server with another clock takes over, a wait and what was heard are as far from now as before."""
 
 
 class RedisQuota:

@@ -172,6 +172,25 @@ async def test_many_at_once_never_get_more_than_flows_in(redis_url: str, unique:
         await quota.close()
 
 
+async def test_a_clock_that_is_set_back_holds_nobody_up(redis_url: str, unique: str) -> None:
+    """A wait of half a minute does not become one of an hour, and a newer limit is not taken for an older one."""
+    quota = RedisQuota(RedisAccess(redis_url), timeout_s=5, pace=1.0, prefix=unique)
+    async with Redis.from_url(redis_url) as client:
+
+        async def pass_s(seconds: float) -> None:
+            for name in ("at", "wait_until", "tokens_heard"):
+                await client.hincrbyfloat(f"{unique}a", name, -seconds)
+
+        case = Case(quota, pass_s)
+        await case.tokens(per_minute=60_000, heard_s=0, wait_s=30)
+        await case.pass_s(-3600)
+        assert (await case.tokens()).granted == 0
+        assert (await case.tokens(per_minute=6_000, heard_s=0)).per_minute == 6_000
+        await case.pass_s(31)
+        assert (await case.tokens()).granted == pytest.approx(50)
+    await quota.close()
+
+
 @pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGSTOP])
 async def test_a_redis_that_does_not_answer_is_said_to_be_unavailable(unique: str, stop: signal.Signals) -> None:
     """Dead or hanging, it costs its time budget and no more, and works again when it is back."""
