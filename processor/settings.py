@@ -24,7 +24,7 @@ from pydantic import (
 )
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from processor.domain import Lane, Truncate
+from processor.domain import Lane, TokenType, Truncate
 from processor.errors import SettingsError
 
 PREFIX = "EMBEDDING_"
@@ -332,8 +332,8 @@ class Settings(BaseSettings):
 
     usage_token_types: Annotated[tuple[str, ...], NoDecode] = Field(
         ("embedding",),
-        description="Token types of usage events that are totalled, separated by commas, * for all; those of other "
-        "services that share the topic are passed over.",
+        description="Token types of usage events that are totalled, embedding among them, separated by commas, * for "
+        "all; those of other services that share the topic are passed over.",
     )
     budgets_file: Path | None = Field(
         None, description="YAML file of monthly limits of tokens or money by payer; none: no budgets."
@@ -370,6 +370,13 @@ class Settings(BaseSettings):
     @classmethod
     def _split(cls, value: Any) -> Any:
         return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+    @field_validator("usage_token_types")
+    @classmethod
+    def _ours_are_totalled(cls, types: tuple[str, ...]) -> tuple[str, ...]:
+        if not {TokenType.EMBEDDING, "*"} & set(types):
+            raise ValueError("must name embedding, or be *: without our own charges all that was billed is a residual")
+        return types
 
     @field_validator("default_dimensions_by_model", "tenant_weights", mode="before")
     @classmethod

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,15 @@ def test_who_paid_is_forgotten_before_a_charge_is() -> None:
     with pytest.raises(SettingsError, match="EMBEDDING_CACHE_TTL_S"):
         load(horizon_days=36, cache_ttl_s=18 * DAY_S + 1)
     assert load(horizon_days=36, cache_ttl_s=18 * DAY_S).cache_ttl_s == 18 * DAY_S
+
+
+@pytest.mark.parametrize(
+    "types, taken", [("", False), ("input,output", False), ("input, embedding", True), ("*", True)]
+)
+def test_our_own_charges_are_always_totalled(types: str, taken: bool) -> None:
+    """Else no budget would bind, and the ledger would call all that was billed a residual."""
+    with nullcontext() if taken else pytest.raises(SettingsError, match="EMBEDDING_USAGE_TOKEN_TYPES: must name"):
+        assert load(usage_token_types=types).usage_token_types == tuple(types.split(", "))
 
 
 def test_no_secret_is_in_a_repr() -> None:
