@@ -241,7 +241,8 @@ class World:
             ledger = await bench.run(run_length=self.luck.dice.randint(1, 50))
             audited = await ledgers.audited(output, now_ms=max(output.now_ms, self.clock.now_ms()))
         assert ledger is not None
-        breaches = [finding for finding in audited.ledger.findings if isinstance(finding.kind, Breach)]
+        unexplained: list[object] = [each for each in audited.ledger.findings if isinstance(each.kind, Breach)]
+        unexplained += audited.totals().differences
         emission = self.ends.emission
         books = audit.Books(
             requests=[pair for sent in self.ends.requests.partitions for pair in sent],
@@ -253,9 +254,7 @@ class World:
             key_of=emission.key_of,
             shared_cache=self.luck.hazards.shared_cache,
         )
-        return Ended(
-            books, ledger, self.group.committed_early, self.luck.happened, breaches + audited.totals().differences
-        )
+        return Ended(books, ledger, self.group.committed_early, self.luck.happened, unexplained)
 
 
 def check(ended: Ended) -> audit.Residuals:
