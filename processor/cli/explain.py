@@ -15,23 +15,39 @@ from processor.adapters.topics import topics
 from processor.aggregate import DAY_MS
 from processor.audit import FirstCopies
 from processor.cli.console import money
-from processor.domain import CallKind, ProviderCall, ReceivedResult, Record, Request, Source, Usage
+from processor.domain import (
+    ACTION_ALIASES,
+    EMBEDDING_ACTIONS,
+    CallKind,
+    ProviderCall,
+    ReceivedResult,
+    Record,
+    Request,
+    Source,
+    Usage,
+)
 from processor.identity import request_id
 from processor.ports import RecordReader, TopicReader, Undecodable
 from processor.settings import Settings
 
 SOURCES = ("requests", "queries")
 SCANNED = (*SOURCES, "results", "usage", "calls", "dlq")
+LAST_MS = 253_402_300_799_000
+"""The end of the year 9999."""
 DLQ_HEADERS = ("error_class", "error_code", "source_topic", "source_partition", "source_offset", "failed_at_ms")
 
 
 @dataclass(slots=True, kw_only=True)
 class Charge:
-    """A first copy of the usage event. `copies` counts those after it; `in_totals`: the aggregator has folded it."""
+    """A first copy of the usage event. `copies` counts those after it; `in_totals`: the aggregator has folded it.
+
+    `totalled`: its token type is; those of other services may not be.
+    """
 
     source: Source
     usage: Usage
     late: bool
+    totalled: bool
     in_totals: bool
     copies: int = 0
 
@@ -54,6 +70,8 @@ class Charge:
             "charged_at_ms": usage.charged_at_ms,
             "parts": [part._asdict() for part in usage.parts],
             "refusal": usage.is_refusal,
+            "token_type": usage.token_type,
+            "totalled": self.totalled,
             "late": self.late,
             "in_totals": self.in_totals,
             "copies": self.copies,
@@ -228,7 +246,9 @@ class Scan:
                 continue
             late = source.append_ms - usage.charged_at_ms > horizon_ms
             folded = source.offset < committed.get(source.partition, 0)
-            newest[key] = Charge(source=source, usage=usage, late=late, in_totals=folded and not late)
+            totalled = bool({usage.token_type, "*"} & set(self._settings.usage_token_types))
+            in_totals = folded and totalled and not late
+            newest[key] = Charge(source=source, usage=usage, late=late, totalled=totalled, in_totals=in_totals)
             life.charges.append(newest[key])
 
     async def _calls(self) -> None:
@@ -250,9 +270,9 @@ class Scan:
                 of_life = [item for item in call.items if item.request_id == life.request_id]
                 if of_life:
                     self._take_intent(life, call, len(of_life), sum(item.local_tokens for item in of_life))
-                if call.kind is CallKind.RECEIPT and (attempt := life.attempts.get(call.attempt_id)):
-                    attempt.outcome = attempt.outcome or str(call.outcome)
-                    attempt.billed_tokens = call.billed_tokens
+                attempt = life.attempts.get(call.attempt_id)
+                if call.kind is CallKind.RECEIPT and attempt is not None and attempt.outcome is None:
+                    attempt.outcome, attempt.billed_tokens = str(call.outcome), call.billed_tokens
                     attempt.http_status, attempt.time_taken_ms = call.http_status, call.time_taken_ms
         for life, part in charged:
             if part.attempt_id in life.attempts:
@@ -319,7 +339,8 @@ def sentences(explanation: Explanation) -> Iterator[str]:
         for charge in life.charges:
             yield from _charge_sentences(charge)
         if not life.charges:
-            yield "  charge      none yet"
+            embeds = ACTION_ALIASES.get(life.action) in EMBEDDING_ACTIONS
+            yield f"  charge      none{' yet' if embeds else ': the action embeds nothing'}"
         for attempt in life.attempts.values():
             yield f"  attempt     {_attempt_sentence(attempt)}"
     for letter in explanation.dead_letters:
@@ -334,6 +355,8 @@ def _charge_sentences(charge: Charge) -> Iterator[str]:
     price = usage.price_nanos_per_million
     priced = "unpriced" if price is None else f"{money(price)} per 1,000,000, price list {usage.price_version}"
     state = "late: in no total" if charge.late else "in the totals" if charge.in_totals else "not in the totals yet"
+    if not charge.totalled:
+        state = f"in no total: {usage.token_type} tokens are another service's"
     kind = "refusal" if usage.is_refusal else "charge"
     yield f"  {kind:<12}{_where(charge.source)}, {state}; {charge.copies} copies after it"
     yield (
@@ -369,4 +392,6 @@ def _where(source: Source) -> str:
 
 
 def _time(ms: int) -> str:
-    return datetime.fromtimestamp(ms / 1000, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+    """A dead letter has the time that its writer said, which may be none of a calendar."""
+    at = datetime.fromtimestamp(min(max(ms, 0), LAST_MS) / 1000, UTC)
+    return at.isoformat(timespec="milliseconds").replace("+00:00", "Z")

@@ -109,9 +109,11 @@ def explain_request(
     from processor.cli.explain import explain, sentences
 
     try:
-        since_ms = None if since is None else int(datetime.strptime(f"{since}Z", "%Y-%m-%d%z").timestamp() * 1000)
+        since_ms = None if since is None else _begins_ms(since)
     except ValueError:
         raise typer.BadParameter("must be a day such as 2026-11-21", param_hint="--since") from None
+    if not correlation_id or any("\ud800" <= each <= "\udfff" for each in correlation_id):
+        raise typer.BadParameter("must be a text, and not empty", param_hint="CORRELATION_ID")
     told = run(explain(load(), correlation_id, tenant_id=tenant, since_ms=since_ms), debug=Options.debug)
     if as_json:
         for life in told.lives:
@@ -124,6 +126,11 @@ def explain_request(
     if not told:
         err.print("no topic holds a request of this correlation id")
     fail_if(not told)
+
+
+def _begins_ms(day: str) -> int:
+    """Kafka knows no time before 1970."""
+    return max(int(datetime.strptime(f"{day}Z", "%Y-%m-%d%z").timestamp() * 1000), 0)
 
 
 @app.command()

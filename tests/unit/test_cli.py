@@ -98,6 +98,8 @@ def test_every_command_explains_itself(command: str) -> None:
         ["usage", "audit", "--invoice", "no-such-file"],
         ["usage", "audit", "--store", "no-such-file"],
         ["usage", "explain", "id", "--since", "soon"],
+        ["usage", "explain", ""],
+        ["usage", "explain", "\udcff"],
         ["worker", "--lane", "fast"],
         ["cache", "purge"],
         ["cache", "warm"],

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
 from processor.cli.explain import Explanation, Scan, sentences
 from processor.domain import (
+    Action,
     Amounts,
     CacheLevel,
     CallItem,
+    CallOutcome,
     DeadLetter,
     DlqClass,
     ErrorCode,
@@ -124,6 +128,43 @@ async def test_usage_of_other_services_under_the_same_name_is_told_apart() -> No
         charge(log, a_request(), token_type=TokenType.INPUT, event_key=key)
     (life,) = (await told(log)).lives
     assert [each.copies for each in life.charges] == [1, 0]
+
+
+async def test_usage_that_is_not_totalled_is_said_to_be_in_no_total() -> None:
+    """However far the aggregator has come."""
+    log = MemoryLog()
+    charge(log, a_request(), token_type=TokenType.INPUT)
+    log.commits |= {(TOPICS.usage, partition): 1 for partition in range(2)}
+    explanation = await told(log)
+    assert [charge.in_totals for life in explanation.lives for charge in life.charges] == [False]
+    assert "in no total: input tokens" in "".join(sentences(explanation))
+
+
+async def test_only_actions_that_embed_wait_for_a_charge() -> None:
+    """A delete never has one."""
+    for action, says in ((Action.DELETE, "the action embeds nothing"), ("embedding.generate", "none yet")):
+        log = MemoryLog()
+        send(log, a_request(action=action))
+        assert says in "".join(sentences(await told(log)))
+
+
+async def test_the_first_receipt_of_a_call_is_told() -> None:
+    """Its outcome and its bill, not those of two."""
+    log = MemoryLog()
+    send(log, a_request())
+    call(log, "a", (a_request(), 3))
+    receive(log, "a", 3)
+    receive(log, "a", 9, CallOutcome.INVALID)
+    (life,) = (await told(log)).lives
+    assert [(each.outcome, each.billed_tokens) for each in life.attempts.values()] == [("ok", 3)]
+
+
+@pytest.mark.parametrize("at_ms", [-1, 2**62])
+async def test_a_dead_letter_of_any_time_is_told(at_ms: int) -> None:
+    """Its topic has the time of whoever wrote it."""
+    log = MemoryLog()
+    log.append_bytes("embedding-requests-dlq", 0, b"\x00corr-1", append_ms=at_ms)
+    assert "dead letter" in "".join(sentences(await told(log)))
 
 
 async def test_a_refusal_is_told_apart_from_the_charge() -> None:
