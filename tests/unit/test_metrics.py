@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from prometheus_client import generate_latest
 
-from processor.app import watch_gate
+from processor.app import AggregatorProcess, watch_gate
 from processor.errors import ProviderPaused, ProviderThrottled
 from processor.limits import Gate, LimitPolicy
 from processor.metrics import METRICS, Metrics
+from processor.settings import load
 from tests.support.steps import VirtualClock
 
 SOURCES = Path(__file__).resolve().parents[2] / "processor"
@@ -75,3 +77,17 @@ def test_each_deployment_tells_what_its_gate_does() -> None:
     permits[1].failed(ProviderPaused("key_refused", http_status=401))
     assert told("first")["paused"] == 1
     assert told("second") == idle
+
+
+def test_a_scrape_looks_at_the_ledger_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All its sums are of one moment, and the loop is not held up once for each of them."""
+    process = AggregatorProcess(load(aggregator_store=tmp_path / "store.sqlite"))
+    looks = []
+    summary = process.aggregator.ledger_summary()
+    summary = replace(summary, sums=summary.sums._replace(billed_tokens=5, waste_cost_nanos=7))
+    monkeypatch.setattr(process.aggregator, "ledger_summary", lambda: looks.append(1) or summary)
+    shown = generate_latest(process.metrics.registry).decode()
+    process.store.close()
+    assert 'embedding_ledger_tokens{class="billed"} 5.0' in shown
+    assert 'embedding_ledger_cost_nanos{class="waste"} 7.0' in shown
+    assert len(looks) == 1
