@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from prometheus_client import generate_latest
 
+from processor.accounts import LedgerSummary
 from processor.app import AggregatorProcess, watch_gate
 from processor.errors import ProviderPaused, ProviderThrottled
 from processor.limits import Gate, LimitPolicy
@@ -82,10 +83,14 @@ def test_each_deployment_tells_what_its_gate_does() -> None:
 def test_a_scrape_looks_at_the_ledger_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All its sums are of one moment, and the loop is not held up once for each of them."""
     process = AggregatorProcess(load(aggregator_store=tmp_path / "store.sqlite"))
-    looks = []
+    looks: list[LedgerSummary] = []
     summary = process.aggregator.ledger_summary()
-    summary = replace(summary, sums=summary.sums._replace(billed_tokens=5, waste_cost_nanos=7))
-    monkeypatch.setattr(process.aggregator, "ledger_summary", lambda: looks.append(1) or summary)
+
+    def look() -> LedgerSummary:
+        looks.append(replace(summary, sums=summary.sums._replace(billed_tokens=5, waste_cost_nanos=7)))
+        return looks[-1]
+
+    monkeypatch.setattr(process.aggregator, "ledger_summary", look)
     shown = generate_latest(process.metrics.registry).decode()
     process.store.close()
     assert 'embedding_ledger_tokens{class="billed"} 5.0' in shown
