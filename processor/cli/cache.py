@@ -31,6 +31,8 @@ async def open_cache(settings: Settings) -> AsyncIterator[RedisCache]:
 
 def tags_of(settings: Settings, tenant_id: str) -> list[bytes]:
     """What the tenant's keys begin with, one for each secret. RequestRefused when keys don't say whose they are."""
+    if not tenant_id or any("\ud800" <= each <= "\udfff" for each in tenant_id):  # of bytes that are no UTF-8
+        raise RequestRefused("--tenant: must name a tenant, in UTF-8")
     if settings.cache_scope == "shared":
         raise RequestRefused(
             f"--tenant: with {PREFIX}CACHE_SCOPE=shared an entry is everybody's, and no tenant's can be told apart; "

@@ -194,7 +194,7 @@ class Join:
         if asked is None or not 0 <= position < len(asked.keys):
             return "no_request"
         function = asked.function
-        if result.vector_space != function.space_name or result.vector.shape != (function.dimensions,):
+        if result.vector_space != function.space_name or not _is_finite(result.vector, function):
             return "other_function"
         if asked.own:
             return "own"
@@ -354,7 +354,8 @@ def _entry(line: Line, checker: Checker, counter: TokenCounter) -> tuple[Embeddi
     counted = counter.count([function.prefix + line.text], function.model)
     if fault := too_long(counted.counts[0], function):
         raise RequestRefused(fault.message)
-    vector = np.array(line.vector, np.float32)
+    with np.errstate(over="ignore"):  # what float32 does not hold is inf there, and refused
+        vector = np.array(line.vector, np.float32)
     if not _is_sound(vector, function):
         normalised = ", of length 1" if function.space.normalised else ""
         raise RequestRefused(f"vector: must be {function.dimensions} finite numbers, not all 0{normalised}")
@@ -362,8 +363,13 @@ def _entry(line: Line, checker: Checker, counter: TokenCounter) -> tuple[Embeddi
     return function, Entry(vector, tokens, NOBODY, "", source)
 
 
+def _is_finite(vector: Vector, function: EmbeddingFunction) -> bool:
+    """Whether it has the function's dimensions, all numbers, not all 0: others may write to a topic too."""
+    return vector.shape == (function.dimensions,) and bool(np.isfinite(vector).all()) and bool(vector.any())
+
+
 def _is_sound(vector: Vector, function: EmbeddingFunction) -> bool:
     """Whether it can be a vector of the function."""
-    if vector.shape != (function.dimensions,) or not np.isfinite(vector).all() or not vector.any():
+    if not _is_finite(vector, function):
         return False
     return not function.space.normalised or abs(float(np.linalg.norm(vector)) - 1) <= LENGTH_TOLERANCE

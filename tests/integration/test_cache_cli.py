@@ -271,6 +271,8 @@ async def test_what_can_not_be_done_says_why(settings: Settings, tmp_path: Path)
     for code, attempt, told in (
         (1, purge(shared, "acme"), "EMBEDDING_CACHE_SCOPE=shared"),
         (1, read_stats(shared, "acme"), "EMBEDDING_CACHE_SCOPE=shared"),
+        (1, purge(settings, ""), "--tenant: must name a tenant"),
+        (1, purge(settings, "\udcff"), "--tenant: must name a tenant, in UTF-8"),
         (3, purge(gone, "acme"), "redis: ConnectionError"),
         (3, read_stats(gone, None), "redis: ConnectionError"),
         (1, read_stats(unnamed, None), "EMBEDDING_REDIS_URL: is missing"),

@@ -117,6 +117,16 @@ async def test_what_can_not_be_trusted_is_left_out_and_says_why() -> None:
     assert isinstance(join(said, a_usage(said)).entry_of(await received(said, cut_tokens=9)), Offered)
 
 
+@pytest.mark.parametrize("spoilt", [np.nan, np.inf, 0.0])
+async def test_a_result_without_a_finite_vector_is_no_entry(spoilt: float) -> None:
+    """Law 6: whoever wrote it to the topic, it is not put where a worker takes it for one that was paid for."""
+    request = asked(["one"])
+    vector = np.full(8, 0.0, np.float32)
+    vector[3] = spoilt
+    result = replace(await received(request), vector=vector)
+    assert join(request, a_usage(request)).entry_of(result) == "other_function"
+
+
 async def test_other_tenants_and_errors_are_nobodys_business() -> None:
     """They are no entries, and are not counted as skipped."""
     request = asked(["one"])
@@ -206,6 +216,7 @@ def test_a_line_becomes_an_entry_that_nobody_pays_for(tmp_path: Path) -> None:
         (a_line(vector=[1.0]), "vector: must be 8 finite numbers, not all 0, of length 1"),
         (a_line(vector=[0.0] * 8), "vector: must be 8 finite numbers"),
         (a_line(vector=[2.0] * 8), "vector: must be 8 finite numbers"),
+        (a_line(vector=[1e39] * 8), "vector: must be 8 finite numbers"),
         (a_line(vector=["a"] * 8), "vector.0: Input should be a valid number"),
         (a_line(tokens=0), "tokens: Input should be greater than"),
         (a_line(tokens=2**31), "tokens: Input should be less than"),
