@@ -30,8 +30,8 @@ from processor.settings import PREFIX, Settings
 Client = Redis | RedisCluster
 
 NODE_SHARE = 0.7
-"""Of a trip's time, for one node of a Cluster: the client must see that a node is silent before the trip is over. It
-asks the others for who has the slots now only then; a node that was lost and replaced was waited for until a restart."""
+"""Of a trip's time, for one node of a Cluster: the client must see that a node is silent before the trip is over. Only
+then it asks the others who has the slots now; else a node that was replaced would be waited for until a restart."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -49,8 +49,8 @@ redis.call('HSET', KEYS[1], unpack(kept))
 redis.call('EXPIRE', KEYS[1], kept_s)
 return answer
 """
-"""A bucket holds half a second's worth, and one at least, and starts empty. The server's clock is the only one; when it
-is set back, or another server with another clock takes over, a wait and what was heard are as far from now as before."""
+"""A bucket holds half a second's worth, and one at least, and starts empty. The server's clock is the only one; when
+it is set back, or another server takes over, a wait and what was heard are as far from now as before."""
 
 
 class RedisQuota:
