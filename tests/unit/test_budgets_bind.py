@@ -193,16 +193,21 @@ async def test_a_request_that_only_shares_a_text_with_a_call_has_not_begun() -> 
 async def test_copies_of_a_request_begin_together() -> None:
     """Each is charged whatever is paid for either: one that was refused the rest would be charged for a part."""
     view = View(payer=a_state(0, 100))
-    async with Bench(budgets=view, max_concurrent_calls=1) as bench:
-        bench.provider.gate = asyncio.Event()
+    async with Bench(budgets=view, max_concurrent_calls=2) as bench:
+        others = bench.provider.gate = asyncio.Event()
+        await bench.publish(of("other", ["other"], "other"))
+        await bench.step()
+        answered = bench.provider.gate = asyncio.Event()
         request = of("payer", [f"text-{number}" for number in range(12)], "twice")  # a call takes 8
         await bench.publish(request, request)
-        while not bench.provider.asked:
-            await bench.step()
+        await bench.step()
         view.states["payer"] = SPENT
-        bench.provider.gate.set()
+        others.set()
+        await bench.step()
+        assert [len(texts) for texts in bench.provider.asked] == [1, 8, 4], "what is left goes beside it"
+        answered.set()
         await bench.run_until_idle()
-        assert [(usage.billed.texts, usage.failed_texts) for usage in bench.outbox.usage] == [(12, 0)] * 2
+        assert [(usage.billed.texts, usage.failed_texts) for usage in bench.outbox.usage[1:]] == [(12, 0)] * 2
 
 
 class Remembered(MemoryCache):

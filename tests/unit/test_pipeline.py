@@ -20,9 +20,7 @@ from processor.domain import (
     Status,
     Tombstone,
 )
-from processor.errors import (
-    ProviderTransient,
-)
+from processor.errors import InputRejected, ProviderTransient
 from processor.ports import Destination, Events, Run
 from tests.support.builders import NOW_MS, a_request
 from tests.support.steps import Bench, FakeLease, MemoryCache, vector_of
@@ -63,6 +61,23 @@ async def test_no_offset_is_finished_before_the_receipt_is_acknowledged() -> Non
         await bench.step()
         assert len(bench.outbox.results) == 1
         assert bench.lease.finished == []
+        bench.outbox.posts_acknowledged.set()
+        await bench.run_until_idle()
+        assert bench.lease.finished == [0]
+
+
+@pytest.mark.parametrize("status", [500, 400])
+async def test_no_call_is_tried_again_before_its_receipt_is_acknowledged(status: int) -> None:
+    """Else its offset could be committed while the ledger may still lose that attempt; nor are its errors sent."""
+    async with Bench() as bench:
+        bench.outbox.posts_acknowledged = asyncio.Event()
+        failed = ProviderTransient if status == 500 else InputRejected
+        bench.provider.script = [failed("failed", http_status=status)]
+        await bench.publish(a_request(["text"]))
+        for _ in range(5):
+            await bench.step()
+        assert len(bench.provider.asked) == 1
+        assert bench.outbox.results == []
         bench.outbox.posts_acknowledged.set()
         await bench.run_until_idle()
         assert bench.lease.finished == [0]

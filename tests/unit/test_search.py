@@ -65,6 +65,15 @@ async def test_every_refused_text_fails_and_nobody_else(culprits: set[int], nois
         assert sum(bench.attributed().values()) == sum(bench.provider.bills.values())
 
 
+async def test_a_search_that_finds_nobody_leaves_nobody_behind() -> None:
+    """A provider that refuses a call and half of it, and then neither: the half that was spared is embedded too."""
+    async with Bench() as bench:
+        bench.provider.script = [InputRejected("refused", http_status=400) for _ in range(2)]
+        await bench.handle(a_request([f"t{i}" for i in range(8)]))
+        assert outcomes(bench) == ["ok"] * 8
+        assert bench.lease.finished == [0]
+
+
 async def test_a_text_that_always_fails_is_found_and_random_faults_convict_nobody() -> None:
     """A 500 for one text, while every fifth call fails by chance: only that text is rejected."""
     calls = 0
