@@ -108,14 +108,24 @@ class Bills:
         self._provider = provider
         self._known_from_ms = known_from_ms
         self._spans: dict[tuple[int, int], Interval] = {}
+        self.providers: set[str] = set()
+        """Everybody that the ledger names."""
 
     def take(
         self, provider: str, begun_ms: int, ended_ms: int, low_tokens: int, high_tokens: int, price: int | None
     ) -> None:
         """A call that began and ended then, whose bill lies between these."""
+        self.providers.add(provider)
         if self._provider in (None, provider) and high_tokens:
             span = _day_of(begun_ms - CLOCKS_APART_MS), _day_of(ended_ms + CLOCKS_APART_MS)
             self._spans.setdefault(span, Interval()).add(low_tokens, high_tokens, price)
+
+    @property
+    def stranger(self) -> str:
+        """What is odd about the provider that was asked for: no call is its. Nothing, else."""
+        if self._provider is None or self._provider in self.providers:
+            return ""
+        return f"no call is of {self._provider}: the ledger names {', '.join(sorted(self.providers)) or 'nobody'}"
 
     def check(self, invoice: Mapping[str, DayBill]) -> Iterator[InvoiceLine]:
         """A line for each day from the first to the last one of the invoice, and for all together.

@@ -69,6 +69,7 @@ class AuditReport:
     ledger_differences: Sequence[LedgerDifference] | None = None
     store_note: str = ""
     invoice: Sequence[InvoiceLine] = ()
+    invoice_note: str = ""
     seconds: float = 0.0
 
     @property
@@ -101,6 +102,7 @@ class AuditReport:
                 "breaches": {kind.value: asdict(line) for kind, line in ledger.breaches.items()},
             },
             "store": self.store_note or ("differs" if self.ledger_differences else "agrees"),
+            "invoice_note": self.invoice_note,
             "invoice_lines": len(self.invoice),
             "invoice_outside": sum(not line.inside for line in self.invoice),
         }
@@ -119,6 +121,8 @@ async def run_audit(
     that of the settings where there is such a file. Raises BrokerUnavailable, TopicsError, StoreError.
     """
     begun_at, now_ms = time.monotonic(), time.time_ns() // 1_000_000
+    if store is not None:
+        _check_store(store)
     codec = Codec.from_settings(settings)
     try:
         books, unread, ends = await read_books(
@@ -141,6 +145,7 @@ async def run_audit(
         ledger_differences=differences,
         store_note=note,
         invoice=list(books.bills.check(invoice or {})),
+        invoice_note=books.bills.stranger,
         seconds=time.monotonic() - begun_at,
     )
 
@@ -224,6 +229,14 @@ async def _messages(
             ends[topic, last.partition] = last.offset + 1
 
 
+def _check_store(path: Path) -> None:
+    """Before an hour of reading. Its own fault would have the file deleted, and it may be anything."""
+    try:
+        SqliteStore(path, read_only=True).close()
+    except StoreError:
+        raise StoreError(f"--store: {path} is no aggregator's store, or not one of this version") from None
+
+
 def compare_store(
     settings: Settings, path: Path | None, books: Audit, ends: Mapping[tuple[str, int], int], now_ms: int
 ) -> tuple[list[LedgerDifference] | None, str]:
@@ -293,7 +306,9 @@ def print_audit(report: AuditReport, console: Console) -> None:
         console.print(visible(finding), markup=False, highlight=False)
     if report.invoice:
         console.print(_invoice_table(report.invoice))
-    verdict = "clean: everything is explained" if report.clean else "NOT CLEAN: see the differences and breaches above"
+    if report.invoice_note:
+        console.print(visible(report.invoice_note), markup=False, highlight=False)
+    verdict = "clean: everything is explained" if report.clean else "NOT CLEAN: see what differs above"
     console.print(f"{verdict} ({report.seconds:.1f} s)", markup=False, highlight=False)
 
 

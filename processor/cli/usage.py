@@ -78,6 +78,8 @@ def audit(
     """
     from processor.cli.audit import audit_lines, print_audit, run_audit
 
+    if provider is not None and invoice is None:
+        raise typer.BadParameter("needs --invoice: it says whose that is", param_hint="--provider")
     try:
         bills = None if invoice is None else read_invoice(invoice)
     except InvoiceFault as fault:

@@ -97,6 +97,7 @@ def test_every_command_explains_itself(command: str) -> None:
         ["usage", "audit", "--invoice", "README.md"],
         ["usage", "audit", "--invoice", "no-such-file"],
         ["usage", "audit", "--store", "no-such-file"],
+        ["usage", "audit", "--provider", "openai"],
         ["usage", "explain", "id", "--since", "soon"],
         ["usage", "explain", ""],
         ["usage", "explain", "\udcff"],
@@ -113,6 +114,14 @@ def test_wrong_usage_ends_with_2(arguments: list[str]) -> None:
     assert done.returncode == 2
     assert done.stderr
     assert done.stdout == ""
+
+
+def test_a_file_that_is_no_store_is_told_before_an_hour_of_reading() -> None:
+    """And nobody is asked to delete it, as the aggregator's own would be."""
+    done = cli("usage", "audit", "--store", "README.md")
+    assert done.returncode == 1
+    assert "--store: README.md" in done.stderr
+    assert "delete" not in done.stderr
 
 
 def test_wrong_settings_are_one_readable_error() -> None:

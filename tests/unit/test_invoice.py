@@ -119,6 +119,13 @@ def test_an_invoice_may_be_of_one_deployment() -> None:
     assert next(iter(some_bills("openai").check({DAY: DayBill(110)}))).inside
 
 
+@pytest.mark.parametrize("provider, told", [(None, ""), ("openai", ""), ("opnai", "openai")])
+def test_a_provider_without_any_call_is_told(provider: str | None, told: str) -> None:
+    """Nothing of its invoice can be right, and it may be a slip."""
+    assert told in some_bills(provider).stranger
+    assert bool(some_bills(provider).stranger) == bool(told)
+
+
 def test_days_that_the_log_of_calls_has_lost_are_not_judged() -> None:
     """Neither are sums that hold one."""
     lines = list(some_bills(known_from_ms=NOON).check({DAY: DayBill(999), NEXT_DAY: DayBill(0)}))
