@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient
-from aiokafka.errors import CommitFailedError, KafkaError
+from aiokafka.errors import CommitFailedError, GroupIdNotFound, KafkaError, for_code
 from aiokafka.structs import OffsetAndMetadata
 
 from processor.adapters.kafka import connection, unavailable
@@ -26,12 +27,20 @@ async def refuse_while_active(settings: Settings) -> None:
         admin = AIOKafkaAdminClient(**connection(settings))
         try:
             await admin.start()
-            answers = await admin.describe_consumer_groups([group_id])
+            members = members_of(await admin.describe_consumer_groups([group_id]))
         finally:
             await admin.close()
-    members = sum(len(group[MEMBERS]) for answer in answers for group in answer.groups)
     if members:
         raise _active(settings, f"has members ({members})")
+
+
+def members_of(answers: Iterable[Any]) -> int:
+    """How many members the described groups have. KafkaError when a broker did not say: it names none then."""
+    groups = [group for answer in answers for group in answer.groups]
+    for code, *_ in groups:
+        if code not in (0, GroupIdNotFound.errno):
+            raise for_code(code)
+    return sum(len(group[MEMBERS]) for group in groups)
 
 
 async def commit_offsets(settings: Settings, offsets: Mapping[tuple[str, int], int]) -> None:
