@@ -103,17 +103,18 @@ def sums_of(usage: Usage) -> tuple[int, ...]:
     )
 
 
-def seen_only_until(cursor: Cursor | None, offset: int, append_ms: int, *, horizon_ms: int, now_ms: int) -> int | None:
-    """Up to which append time records only fill `seen`, given the first record that a fold is about to take.
+def seen_only_until(cursor: Cursor | None, begin: int, append_ms: int, *, horizon_ms: int, now_ms: int) -> int | None:
+    """Up to which append time records only fill `seen`, given the log's begin and when its first record was appended.
 
-    A fold without a cursor begins with the log. Unless that begins at offset 0, the first copies of what is in its
-    first two horizons may have expired; those charges are in the published totals already. No further than the
-    spare days: what expired was older than two horizons and those days, so a copy younger than them has its first
-    copy in the log. Without this bound a log whose first record is young (a quiet partition) would lose charges.
+    A fold without a cursor begins with the log. Unless that begins at offset 0 (which may be no record: others write
+    in transactions), the first copies of what is in its first two horizons may have expired; those charges are in the
+    published totals already. No further than the spare days: what expired was older than two horizons and those days,
+    so a copy younger than them has its first copy in the log. Without this bound a log whose first record is young (a
+    quiet partition) would lose charges.
     """
     if cursor is not None:
         return cursor.seen_only_until_ms
-    return None if offset == 0 else min(append_ms + 2 * horizon_ms, now_ms - SPARE_RETENTION_MS)
+    return None if begin == 0 else min(append_ms + 2 * horizon_ms, now_ms - SPARE_RETENTION_MS)
 
 
 @dataclass(frozen=True, slots=True)

@@ -238,7 +238,11 @@ class Aggregator:
             first = fresh[0].source
             now_ms = self._clock.now_ms()
             until_ms = seen_only_until(
-                cursor, first.offset, first.append_ms, horizon_ms=self._horizon_ms, now_ms=now_ms
+                cursor,
+                min(place.begin, first.offset),
+                first.append_ms,
+                horizon_ms=self._horizon_ms,
+                now_ms=now_ms,
             )
             before = self._usage_state(lease.partition, copies)
             fold = fold_usage(

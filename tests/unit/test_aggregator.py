@@ -183,6 +183,19 @@ async def test_a_charge_in_a_quiet_partition_is_counted_after_a_rebuild() -> Non
         assert await log.totals() == recomputed(history)
 
 
+async def test_a_log_whose_first_offset_is_no_record_has_lost_none() -> None:
+    """Other services may write in transactions: an aborted one at offset 0 is not a head that has expired."""
+    with a_bench() as bench:
+        log, history = bench.log, History()
+        for partition in range(PARTITIONS):
+            log.ends[TOPICS.usage, partition] = 1
+        append(log, history, [Event(0, 0, 1, 0, 0)])
+        log.now_ms += 31 * DAY_MS
+        await bench.run()
+
+        assert await log.totals() == recomputed(history)
+
+
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
 @pytest.mark.parametrize("run_length", [1, 2, 100])
 async def test_order_of_partitions_and_length_of_runs_do_not_matter(order: tuple[int, int], run_length: int) -> None:
