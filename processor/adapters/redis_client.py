@@ -115,6 +115,9 @@ class RedisAccess:
 NO_REDIS = (ValueError, TypeError, LookupError, RecursionError)
 """What the client raises when an answer is none of Redis."""
 
+CLOSED = (AttributeError, RuntimeError)
+"""And when its connection was closed under it: a trip that finds a node of a Cluster gone closes those of all others."""
+
 
 @asynccontextmanager
 async def trip(timeout_s: float, unavailable: type[CacheUnavailable | QuotaUnavailable]) -> AsyncIterator[None]:
@@ -122,7 +125,7 @@ async def trip(timeout_s: float, unavailable: type[CacheUnavailable | QuotaUnava
     try:
         async with asyncio.timeout(timeout_s):
             yield
-    except (RedisError, RedisClusterException, OSError, TimeoutError, *NO_REDIS) as error:
+    except (RedisError, RedisClusterException, OSError, TimeoutError, *NO_REDIS, *CLOSED) as error:
         raise unavailable(f"redis: {_why(error)}") from None
 
 

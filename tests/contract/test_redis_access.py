@@ -233,6 +233,22 @@ async def test_a_frozen_node_costs_the_budget_and_mixes_up_no_answers(cluster: C
     assert {key: hit.entry.tokens for key, hit in found.items()} == {key: each.tokens for key, each in second.items()}
 
 
+async def test_a_trip_whose_connections_another_closes_ends_no_worker(cluster: Cluster, unique: str) -> None:
+    """Who finds a node of a Cluster gone closes the connections of all others, whatever they are about to send."""
+    cache = RedisCache(RedisAccess(cluster.url, cluster=True), timeout_s=1, ttl_s=TTL_S, prefix=unique.encode())
+    client: Any = cache._redis
+    ended = list[object]()
+    for turns in range(15):
+        await client.initialize()
+        trips = [asyncio.create_task(cache.get_many([b"%d" % number for number in range(64)], D)) for _ in range(3)]
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        await client.aclose()
+        ended += await asyncio.gather(*trips, return_exceptions=True)
+    await cache.close()
+    assert {type(each) for each in ended} <= {dict, CacheUnavailable}
+
+
 async def test_a_lost_node_is_waited_for_only_until_its_slots_have_another(unique: str) -> None:
     """A node that falls silent, and whose slots are then another's, is asked no more: nobody restarts a worker."""
     with own_cluster() as nodes, ExitStack() as stack:
