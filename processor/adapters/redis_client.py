@@ -116,7 +116,7 @@ NO_REDIS = (ValueError, TypeError, LookupError, RecursionError)
 """What the client raises when an answer is none of Redis."""
 
 CLOSED = (AttributeError, RuntimeError)
-"""And when its connection was closed under it: a trip that finds a node of a Cluster gone closes those of all others."""
+"""And when its connection was closed under it: a trip that finds a node of a Cluster gone closes those of all."""
 
 
 @asynccontextmanager
@@ -147,6 +147,8 @@ def _why(error: BaseException) -> str:
         cause = cause.__cause__ or cause.__context__
     if isinstance(error, NO_REDIS):
         return f"{type(error).__name__}: what answers is no Redis, correct {PREFIX}REDIS_URL"
+    if isinstance(error, CLOSED):
+        return "connection closed, another trip found a node gone"
     if isinstance(error, ConnectionError | redis.exceptions.ConnectionError | RedisClusterException):
         settings = f"{PREFIX}REDIS_URL"
         if isinstance(error, RedisClusterException):  # also when what answers is no Cluster
