@@ -124,7 +124,8 @@ class Aggregator:
         self._waiting: dict[int, list[tuple[Lease, int]]] = {}
         self._closing: set[Lease] = set()
         self._pruned_at = clock.monotonic()
-        self._prune_part = 0
+        # Not always the first: a process that lives for less than a round would never come to the last ones.
+        self._prune_part = int(clock.now_ms() / 1000 / PRUNE_EVERY_S) % PRUNE_PARTS
 
     def ledger_summary(self) -> LedgerSummary:
         """The ledger now: billed, attributed, and each class of residual."""

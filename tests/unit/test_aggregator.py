@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Sequence
 from contextlib import closing
 from typing import Any, NamedTuple
@@ -474,8 +475,8 @@ async def test_token_types_that_are_named_are_totalled(token_types: frozenset[st
 # --- upkeep ----------------------------------------------------------------------------------------------
 
 
-async def pruned(bench: Bench, store: SqliteStore) -> tuple[Aggregator, LedgerSummary]:
-    """The aggregator once all is folded and every part was pruned, and its ledger before that."""
+async def pruned(bench: Bench, store: SqliteStore, *, minutes: int = 256) -> tuple[Aggregator, LedgerSummary]:
+    """The aggregator once all is folded and a part was pruned each minute, by default all; its ledger before that."""
     aggregator = bench.aggregator(store, Steps(None))
     places = [(topic, partition) for topic in (TOPICS.usage, TOPICS.calls) for partition in range(PARTITIONS)]
     await aggregator.positions(places)
@@ -483,7 +484,7 @@ async def pruned(bench: Bench, store: SqliteStore) -> tuple[Aggregator, LedgerSu
         if records := bench.log.after(topic, partition, 0):
             await aggregator.on_run(Run(FakeLease(topic, partition), records))
     summary = aggregator.ledger_summary()
-    for _ in range(256):
+    for _ in range(minutes):
         bench.clock.now_s += 61
         await aggregator.on_run(Run(FakeLease(TOPICS.usage, 0), []))
     return aggregator, summary
@@ -509,6 +510,18 @@ async def test_a_partition_whose_records_have_all_expired_holds_up_no_pruning() 
             if not log.after(TOPICS.usage, partition, 0):
                 log.begins[TOPICS.usage, partition] = log.ends[TOPICS.usage, partition] = 5
         await pruned(bench, store)
+        assert store.open_attempts() == []
+
+
+async def test_a_process_that_never_lives_long_forgets_all_that_is_old() -> None:
+    """Started again every hour, it comes to every part of the keys within a day."""
+    with a_bench() as bench, closing(SqliteStore(bench.path)) as store:
+        for number in range(20):
+            a_bill(bench.log, str(uuid.uuid5(uuid.NAMESPACE_OID, str(number))), outcome=None)
+        append(bench.log, [], [Event(0, 0, 1, 72 * DAY_MS, 0)])
+        bench.clock.now_s = 72 * DAY_MS / 1000
+        for _ in range(24):
+            await pruned(bench, store, minutes=60)
         assert store.open_attempts() == []
 
 
