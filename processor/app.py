@@ -81,6 +81,7 @@ def folded_topics(settings: Settings) -> FoldedTopics:
         documents=names["documents"],
         totals=names["totals"],
         budgets=names["budgets"],
+        late=names["late"],
     )
 
 

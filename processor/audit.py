@@ -9,12 +9,13 @@ from __future__ import annotations
 from array import array
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import lru_cache
 from operator import add
 from typing import NamedTuple
 
-from processor.accounts import BucketKey
+from processor.accounts import EVERYBODY_ELSE, BucketKey, BudgetKey, BudgetState, UsageSums
 from processor.aggregate import (
     DAY_MS,
     NO_SUMS,
@@ -25,13 +26,27 @@ from processor.aggregate import (
     seen_only_until,
     sums_as_tuple,
     sums_of,
+    total_of,
 )
+from processor.budgets import state_of
 from processor.domain import CallKind, CallOutcome, ProviderCall, Source, TokenType, Usage
-from processor.findings import Breach, Difference, Finding, LedgerCheck, Residual, TotalsCheck, UsageCheck
+from processor.findings import (
+    Breach,
+    BudgetDifference,
+    BudgetsCheck,
+    Difference,
+    Finding,
+    LedgerCheck,
+    Residual,
+    TotalsCheck,
+    UsageCheck,
+)
 from processor.invoice import Bills
 from processor.shares import Intent, Key, beside_shares, intent_of, packed, shares_of, unpacked
 from processor.usage import cost_nanos
 
+BUDGETED = ("billed_tokens", "billed_cost_nanos", "unpriced_tokens")
+"""Sums of a payer's month that its budget state repeats."""
 NONE, CLOSED = array("q"), array("q")
 """In place of what charges name of an attempt, once its receipt was judged."""
 
@@ -87,16 +102,18 @@ class FirstCopies:
 
 
 class Audit:
-    """Takes the retained usage events, then the calls, each partition in offset order; then the checks can be read.
+    """Takes the retained usage events, then what was quarantined of them, then the calls, each partition in offset
+    order; then the checks can be read.
 
-    `published` and `folded_to` (usage partition -> the aggregator's committed offset) must have been read before the
-    extents of the logs. `token_types`: those that are totalled, None for all.
+    `folded_to` (usage partition -> the aggregator's committed offset), `budgets` and `published` must have been read
+    in this order, and before the extents of the logs. `token_types`: those that are totalled, None for all.
     """
 
     def __init__(
         self,
         *,
         published: Mapping[BucketKey, PartitionTotals],
+        budgets: Mapping[BudgetKey, BudgetState],
         folded_to: Mapping[int, int],
         usage_log: Mapping[int, Extent],
         calls_log: Mapping[int, Extent],
@@ -106,6 +123,7 @@ class Audit:
         provider: str | None = None,
     ) -> None:
         self._published = published
+        self._budgets = budgets
         self._folded_to = folded_to
         self._usage_log = usage_log
         self._calls_log = calls_log
@@ -119,6 +137,8 @@ class Audit:
         """Requests with a refusal, whose key is another. Refused is settled, whether a charge comes later or not."""
         self._late: set[Key] = set()
         """Charged late and never on time."""
+        self._to_quarantine: dict[Key, Usage] = {}
+        """Late charges that the aggregator has folded, without those that stand on the topic for them."""
         self._sums: defaultdict[int, dict[Sequence[BucketKey], list[int]]] = defaultdict(dict)
         """Usage partition -> buckets that get the same charges -> their sums."""
         self._named: dict[Key, array[int]] = {}
@@ -160,6 +180,8 @@ class Audit:
             check.late.add(usage.billed.tokens, usage.price_nanos_per_million)
             if not charged_on_time:
                 self._late.add(key)
+            if offset < self._folded_to.get(partition, 0) and self._is_first(partition, append_ms):
+                self._to_quarantine[key] = usage
             return
         self._late.discard(key)
         if ours:
@@ -172,6 +194,18 @@ class Audit:
                 if self._calls_from_ms and append_ms < self._calls_from_ms + self._horizon_ms:
                     self._old.add(attempt)
         self._count(partition, offset, usage)
+
+    def _is_first(self, partition: int, append_ms: int) -> bool:
+        """Whether the first copy of what was appended then is in the log."""
+        until_ms = self._seen_only_until(self._usage_log.get(partition, Extent(0, 0)))
+        return until_ms is None or append_ms > until_ms
+
+    def forget_quarantine(self) -> None:
+        """Its topic has lost records: what stood there can't be told."""
+        self._to_quarantine.clear()
+
+    def take_quarantined(self, usage: Usage) -> None:
+        self._to_quarantine.pop(packed(usage.idempotency_key), None)
 
     def _check_charge(self, usage: Usage, append_ms: int) -> None:
         """What a charge says of itself: its parts are its tokens, and its costs those of the price that it names."""
@@ -246,9 +280,28 @@ class Audit:
         """
         begins_ms = period_begins_ms(period)
         complete = begins_ms >= log.complete_from_ms(self._now_ms)
-        first_ms = self._now_ms if log.first_ms is None else log.first_ms
-        until_ms = seen_only_until(None, log.begin, first_ms, horizon_ms=self._horizon_ms, now_ms=self._now_ms)
+        until_ms = self._seen_only_until(log)
         return complete and (until_ms is None or begins_ms >= until_ms + DAY_MS), complete
+
+    def _seen_only_until(self, log: Extent) -> int | None:
+        first_ms = self._now_ms if log.first_ms is None else log.first_ms
+        return seen_only_until(None, log.begin, first_ms, horizon_ms=self._horizon_ms, now_ms=self._now_ms)
+
+    def budgets(self) -> BudgetsCheck:
+        """Each published state, against its limits and, where nothing waits to be folded, against the totals."""
+        compared = all(self._folded_to.get(partition, 0) >= log.end for partition, log in self._usage_log.items())
+        check = BudgetsCheck(len(self._budgets), compared)
+        for key, state in sorted(self._budgets.items()):
+            sums = UsageSums()
+            if not compared:
+                sums = replace(sums, **{name: getattr(state, name) for name in BUDGETED})
+            elif key.payer_id != EVERYBODY_ELSE:
+                sums = total_of(self._published.get(BucketKey(*key, "all", ""), {}))
+            right = state_of(key, state.budget, sums, state.updated_at_ms)
+            for name in (*BUDGETED, "reached_percent"):
+                if (theirs := getattr(state, name)) != (ours := getattr(right, name)):
+                    check.differences.append(BudgetDifference(key, name, theirs, ours))
+        return check
 
     @property
     def has_lost_records(self) -> bool:
@@ -370,6 +423,8 @@ class Audit:
             self.as_folded["unmatched_tokens"] += tokens
             if key not in self._old:
                 self._breach(Breach.UNMATCHED, tokens, None, 0, attempt_id=unpacked(key))
+        for usage in self._to_quarantine.values():
+            self._breach_of(Breach.LATE_MISSING, usage, usage.billed.tokens, usage.charged_at_ms)
         self.ledger.findings.sort(key=lambda finding: (finding.kind, finding.at_ms))
 
     # --- findings -----------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from enum import StrEnum
 from typing import NamedTuple
 
-from processor.accounts import BucketKey
+from processor.accounts import BucketKey, BudgetKey
 from processor.usage import cost_nanos
 
 
@@ -31,6 +31,7 @@ class Breach(StrEnum):
     SHARE_DIFFERS = "share_differs"
     CHARGED_TWICE = "charged_twice"
     UNMATCHED = "unmatched"
+    LATE_MISSING = "late_missing"
     PARTS_DIFFER = "parts_differ"
     COST_DIFFERS = "cost_differs"
 
@@ -74,6 +75,15 @@ class Difference(NamedTuple):
     recomputed: int
 
 
+class BudgetDifference(NamedTuple):
+    """A published budget state that is not what the published totals come to."""
+
+    key: BudgetKey
+    name: str
+    published: int
+    recomputed: int
+
+
 @dataclass(slots=True)
 class TotalsCheck:
     """Of the published buckets. `equal` are all that agree; of these `proven` ones can have no other value.
@@ -99,6 +109,15 @@ class UsageCheck:
     late: Line = field(default_factory=Line)
     others: int = 0
     not_folded: int = 0
+
+
+@dataclass(slots=True)
+class BudgetsCheck:
+    """Of the published states. `compared`: everything was folded, so that their amounts must be those of the totals."""
+
+    states: int = 0
+    compared: bool = True
+    differences: list[BudgetDifference] = field(default_factory=list)
 
 
 @dataclass(slots=True)

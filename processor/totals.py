@@ -22,13 +22,14 @@ FORGET_TOTALS = "run `embedding-processor usage rebuild --forget-totals`"
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FoldedTopics:
     """Full names of what the aggregator reads: three as a group member, the totals when it has to catch up, and at an
-    assignment the budgets."""
+    assignment the budgets. `late` is read by the audit alone."""
 
     usage: str
     calls: str
     documents: str
     totals: str
     budgets: str
+    late: str
 
 
 async def merge_totals(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import aclosing, closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -21,11 +21,12 @@ from processor.adapters.sqlite_store import SqliteStore
 from processor.aggregate import DAY_MS, summarise
 from processor.app import folded_topics
 from processor.audit import Audit, Extent
+from processor.budgets import read_budgets
 from processor.cli.console import money, visible
 from processor.cli.totals import read_partition_totals
 from processor.domain import ProviderCall, Source, Usage
 from processor.errors import StoreError, TopicsError
-from processor.findings import Breach, LedgerCheck, Line, TotalsCheck, UsageCheck, sentences
+from processor.findings import Breach, BudgetsCheck, LedgerCheck, Line, TotalsCheck, UsageCheck, sentences
 from processor.invoice import DayBill, InvoiceLine
 from processor.ports import RecordReader, TopicReader, Undecodable
 from processor.settings import Settings
@@ -65,6 +66,7 @@ class AuditReport:
     usage: UsageCheck
     totals: TotalsCheck
     ledger: LedgerCheck
+    budgets: BudgetsCheck = field(default_factory=BudgetsCheck)
     undecodable: Sequence[Source] = ()
     ledger_differences: Sequence[LedgerDifference] | None = None
     store_note: str = ""
@@ -77,6 +79,7 @@ class AuditReport:
         """Whether everything is explained: totals and ledgers agree, nothing is breached, the invoice may be right."""
         return (
             not self.totals.differences
+            and not self.budgets.differences
             and not any(line.attempts for line in self.ledger.breaches.values())
             and self.ledger.balanced
             and not self.ledger_differences
@@ -92,6 +95,7 @@ class AuditReport:
             "usage": asdict(self.usage),
             "undecodable": len(self.undecodable),
             "totals": asdict(self.totals) | {"differences": len(self.totals.differences)},
+            "budgets": asdict(self.budgets) | {"differences": len(self.budgets.differences)},
             "ledger": {
                 "billed": asdict(ledger.billed),
                 "attributed": asdict(ledger.attributed),
@@ -141,6 +145,7 @@ async def run_audit(
         usage=books.usage,
         totals=books.totals(),
         ledger=books.ledger,
+        budgets=books.budgets(),
         undecodable=unread,
         ledger_differences=differences,
         store_note=note,
@@ -162,16 +167,18 @@ async def read_books(
 ) -> tuple[Audit, list[Source], dict[tuple[str, int], int]]:
     """The finished audit, the places of records that nobody could read, and (topic, partition) -> end of reading.
 
-    In this order: what is committed has been published, what is published stands in the log, and what a charge names
-    has its intent. Records that expire meanwhile would look like differences: then all is read once more. Raises
-    TopicsError when they always do.
+    In this order: what is committed has been published, budgets first, what is published stands in the log, and what a
+    charge names has its intent. Records that expire meanwhile would look like differences: then all is read once more.
+    Raises TopicsError when they always do.
     """
     for _ in range(TRIES):
         folded_to = await reader.committed(topics.usage)
+        budgets = await read_budgets(topics.budgets, reader, decoder)
         published = await read_partition_totals(reader, decoder, topics.totals)
         logs = {topic: await _extents(reader, topic) for topic in (topics.usage, topics.calls)}
         audit = Audit(
             published=published,
+            budgets=budgets,
             folded_to=folded_to,
             usage_log=logs[topics.usage],
             calls_log=logs[topics.calls],
@@ -184,6 +191,10 @@ async def read_books(
         ends: dict[tuple[str, int], int] = {}
         async for source, usage in _messages(reader, decoder, topics.usage, Usage, unread, ends):
             audit.take_usage(source, usage)
+        if any(span.begin > 0 for span in (await reader.spans(topics.late)).values()):
+            audit.forget_quarantine()
+        async for _, usage in _messages(reader, decoder, topics.late, Usage, [], {}):
+            audit.take_quarantined(usage)
         async for source, call in _messages(reader, decoder, topics.calls, ProviderCall, unread, ends):
             audit.take_call(source, call)
         audit.finish()
@@ -274,6 +285,9 @@ def audit_lines(report: AuditReport) -> Iterator[dict[str, Any]]:
     """Each difference, finding and day of the invoice as JSON has it."""
     for each in report.totals.differences:
         yield {"found": "difference", **each.key._asdict(), **{k: v for k, v in each._asdict().items() if k != "key"}}
+    for budget_difference in report.budgets.differences:
+        fields = budget_difference._asdict()
+        yield {"found": "budget_difference", **fields.pop("key")._asdict(), **fields}
     for ledger_difference in report.ledger_differences or ():
         yield {"found": "ledger_difference", **ledger_difference._asdict()}
     for finding in report.ledger.findings:
@@ -328,6 +342,12 @@ def _sentences(report: AuditReport) -> Iterator[str]:
             f"DIFFERENCE {'/'.join(filter(None, key))}, usage partition {partition}: {name} is {published:,}, "
             f"the log says {recomputed:,}"
         )
+    budgets = report.budgets
+    waiting = "" if budgets.compared else "; their amounts are not compared while charges wait to be folded"
+    yield f"budgets: {budgets.states:,} states, {len(budgets.differences):,} differences{waiting}"
+    for (payer_id, month), name, published, recomputed in budgets.differences:
+        payer = payer_id or "everybody else"
+        yield f"DIFFERENCE budget of {payer}, {month}: {name} is {published:,}, the totals say {recomputed:,}"
     if report.ledger_differences is not None:
         yield f"the aggregator's own ledger: {len(report.ledger_differences)} differences"
     else:

@@ -47,6 +47,7 @@ TOPICS = FoldedTopics(
     documents="embedding-documents",
     totals="token-usage-totals",
     budgets="usage-budgets",
+    late="token-usage-late",
 )
 TOPIC_OF = {
     "usage": TOPICS.usage,
@@ -55,7 +56,7 @@ TOPIC_OF = {
     "totals": TOPICS.totals,
     "budgets": TOPICS.budgets,
     "progress": "task-progress",
-    "late": "token-usage-late",
+    "late": TOPICS.late,
     "dlq": "embedding-requests-dlq",
     "sink": "embedding-vectors",
 }
