@@ -426,6 +426,14 @@ def check_nothing_paid_twice(books: Books, residuals: Residuals) -> None:
             assert (one.texts, one.tokens, one.characters) == (other.texts, other.tokens, other.characters)
 
 
+def check_decided_once(books: Books) -> None:
+    """Where every record is read once: deadline and budget refuse all that a request would pay for, or nothing."""
+    refused = {result.source_version for _, result in books.results if result.error and result.error.code in PASSING}
+    charges = [charge.usage for charge in books.charges() if charge.usage.billed.texts]
+    halves = [usage.request_id for usage in charges if usage.source.version in refused]
+    assert not halves, f"{len(halves)} requests paid for a part and were refused the rest"
+
+
 def check_totals(books: Books) -> None:
     """Law 5: published totals are those of a recomputation with a set, first copy wins; no bucket is invented."""
     expected: defaultdict[BucketKey, Counter[str]] = defaultdict(Counter)

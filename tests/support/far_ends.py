@@ -59,8 +59,10 @@ class PricedCatalogue(TinyCatalogue):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hazards:
-    """What may go wrong. Crashes, redelivery, a provider that fails, bills for nothing or loses its answer: always."""
+    """What may go wrong. A provider that fails, bills for nothing or loses its answer: always."""
 
+    crashes: bool = True
+    """And so redelivery: of the leases that are lost, and of what a broker does not acknowledge."""
     zombies: bool = True
     cache_loss: bool = True
     deadlines: bool = True

@@ -49,6 +49,8 @@ WILD = Hazards()
 SHARED = Hazards(shared_cache=True)
 CALM = Hazards(zombies=False, cache_loss=False, deadlines=False, budgets=False, months=False, tenants_roam=False)
 """U7: the cache kept, no zombies, no two workers on one key."""
+STEADY = Hazards(crashes=False, zombies=False, cache_loss=False, months=False, tenants_roam=False)
+"""Every record is read once, by who reads all of its tenant's."""
 
 
 @dataclass(slots=True, repr=False)  # whoever prints a task would print it
@@ -117,7 +119,7 @@ class World:
             "time": 20,
             "commit": 5,
             "late": 1,
-            "crash": 2,
+            "crash": 2 if hazards.crashes else 0,
             "move": 2 if hazards.tenants_roam else 0,
             "steal": 2 if hazards.zombies else 0,
             "forget": 2 if hazards.cache_loss else 0,

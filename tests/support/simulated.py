@@ -143,7 +143,7 @@ class ProcessOutbox:
                         raise LeaseLost("a lease is gone")
                     self._hand_over(some)
                     await ends.luck.pause()
-            if ends.luck.hazardous(0.003):
+            if ends.luck.hazards.crashes and ends.luck.hazardous(0.003):
                 raise DeliveryFailed("not acknowledged in time")
             if not process.dead:
                 for message in emitted:

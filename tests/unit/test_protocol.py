@@ -18,13 +18,14 @@ from processor.accounts import BucketKey, UsageSums, UsageTotal
 from processor.domain import Usage
 from tests.support import audit
 from tests.support.far_ends import Emission, Hazards
-from tests.support.schedules import CALM, SHARED, WILD, Ended, World, check
+from tests.support.schedules import CALM, SHARED, STEADY, WILD, Ended, World, check
 
 SCHEDULES = int(os.environ.get("PROTOCOL_SCHEDULES", "300"))
 FIRST = int(os.environ.get("PROTOCOL_SEED", "1"))
 SEEDS = range(FIRST, FIRST + SCHEDULES)
 CALM_SEEDS = SEEDS[: max(1, SCHEDULES // 3)]
 SHARED_SEEDS = SEEDS[: max(1, SCHEDULES // 6)]
+STEADY_SEEDS = SEEDS[: max(1, SCHEDULES // 3)]
 CONTROL_SEEDS = SEEDS[:40]
 
 
@@ -40,6 +41,8 @@ def residuals_of(seed: int, hazards: Hazards) -> Counter[str]:
         residuals = check(ended)
         if hazards is CALM:
             audit.check_nothing_paid_twice(ended.books, residuals)
+        if hazards is STEADY:
+            audit.check_decided_once(ended.books)
     except AssertionError as error:
         again = f"PROTOCOL_SEED={seed} PROTOCOL_SCHEDULES=1 pytest {__file__}"
         raise AssertionError(f"schedule {seed} breaks a law: {error}\nagain: {again}") from error
@@ -49,6 +52,7 @@ def residuals_of(seed: int, hazards: Hazards) -> Counter[str]:
     served = {usage.request_id for _, usage, _ in charges if not audit.refuses(usage)}
     return classes + Counter(
         recovered=residuals.recovered_attempts,
+        refused=len(refused),
         copies=len(ended.books.usage) - len(charges),
         refused_and_served=len(refused & served),
     )
@@ -70,6 +74,14 @@ def test_with_the_cache_kept_nothing_is_paid_twice() -> None:
     assert seen["rework"] == seen["late"] == seen["unclaimed"] == 0
     if SCHEDULES >= 300:
         assert min(seen[name] for name in ("copies", "waste", "unconfirmed")) > 0
+
+
+def test_nobody_pays_for_half_a_request() -> None:
+    """Deadline and budget are decided once for a request, while the budget is spent and raised and calls fail."""
+    seen = sum((residuals_of(seed, STEADY) for seed in STEADY_SEEDS), Counter[str]())
+    print(dict(seen))
+    if SCHEDULES >= 100:
+        assert min(seen["refused"], seen["attributed"]) > 0
 
 
 def test_a_cache_that_tenants_share_bills_nobody_twice() -> None:
