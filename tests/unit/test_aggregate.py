@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
+from itertools import accumulate
 
 import pytest
 from hypothesis import given
@@ -42,6 +43,32 @@ def fold(*usages: Usage, state: UsageState = NOTHING) -> dict[BucketKey, UsageSu
         now_ms=NOW_MS,
     )
     return {total.key: total_of(total.partitions) for total in folded.totals}
+
+
+@pytest.mark.parametrize(
+    "gaps_ms, charged",
+    [
+        ([0, 2 * HORIZON_MS], 1),
+        ([0, 2 * HORIZON_MS + 1], 2),
+        ([0, 2 * HORIZON_MS, 2 * HORIZON_MS], 1),
+        ([0, -50, 2 * HORIZON_MS + 50], 1),
+        ([0, -50, 2 * HORIZON_MS + 51], 2),
+    ],
+)
+def test_a_copy_is_one_for_two_horizons_after_the_newest_before_it(gaps_ms: list[int], charged: int) -> None:
+    """To the millisecond, and by the greatest append time: that of a new partition leader may step back."""
+    times = [NOW_MS + gap_ms for gap_ms in accumulate(gaps_ms)]
+    copies = [copy_of(a_usage(charged_at_ms=at_ms), offset, at_ms) for offset, at_ms in enumerate(times)]
+    folded = fold_usage(copies, NOTHING, partition=0, seen_only_until_ms=None, horizon_ms=HORIZON_MS, now_ms=NOW_MS)
+    assert (folded.first, folded.duplicates) == (charged, len(gaps_ms) - charged)
+
+
+@pytest.mark.parametrize("age_ms, late", [(HORIZON_MS, 0), (HORIZON_MS + 1, 1)])
+def test_a_charge_is_late_beyond_the_horizon(age_ms: int, late: int) -> None:
+    """To the millisecond, as the SQL has it."""
+    copies = [copy_of(a_usage(charged_at_ms=NOW_MS - age_ms), 0, NOW_MS)]
+    folded = fold_usage(copies, NOTHING, partition=0, seen_only_until_ms=None, horizon_ms=HORIZON_MS, now_ms=NOW_MS)
+    assert (len(folded.late), bool(folded.totals)) == (late, not late)
 
 
 @pytest.mark.parametrize(
