@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from decimal import Decimal, InvalidOperation
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,6 +17,8 @@ from processor.errors import SettingsError
 SETTING = "EMBEDDING_BUDGETS_FILE"
 MAX_LONG = 2**63 - 1
 NANOS = 1_000_000_000
+ONE_NANO = Decimal("1e-9")
+TOO_MUCH = f"must be at most {MAX_LONG // NANOS}"
 EXACT_DIGITS = 15
 """A number with a point that has more of them may not be the one that was written."""
 
@@ -76,7 +79,8 @@ def _budget(name: str, fields: Any, faults: list[str]) -> Budget | None:
 def _faults(error: ValidationError) -> Iterator[str]:
     for fault in error.errors(include_input=False, include_url=False):
         field = "".join(f".{part}" for part in fault["loc"])
-        yield f"{field}: {fault['msg'].removeprefix('Value error, ')}"
+        said = "must be a mapping such as {dollars: 12.50}" if fault["type"] == "model_type" else fault["msg"]
+        yield f"{field}: {said.removeprefix('Value error, ')}"
 
 
 def _nanos(dollars: Any) -> int:
@@ -84,16 +88,18 @@ def _nanos(dollars: Any) -> int:
     if isinstance(dollars, bool) or not isinstance(dollars, int | float | str):
         raise ValueError("must be an amount such as 12.50")
     try:
-        amount = Decimal(str(dollars))
+        amount = Decimal(dollars if isinstance(dollars, int) else str(dollars))
     except InvalidOperation:
         raise ValueError("must be an amount such as 12.50") from None
     if not amount.is_finite() or amount <= 0:
         raise ValueError("must be greater than 0")
     if isinstance(dollars, float) and len(amount.as_tuple().digits) > EXACT_DIGITS:
         raise ValueError(f"has more than {EXACT_DIGITS} digits; put it in quotes")
-    nanos = amount.scaleb(9)
+    if amount > MAX_LONG // NANOS + 1:  # before it is made exact: 1e999999999 would take all memory
+        raise ValueError(TOO_MUCH)
+    nanos = Fraction(amount) * NANOS if amount >= ONE_NANO else Fraction(0)
     if nanos > MAX_LONG:
-        raise ValueError(f"must be at most {MAX_LONG // NANOS}")
-    if nanos != nanos.to_integral_value():
+        raise ValueError(TOO_MUCH)
+    if nanos < 1 or nanos.denominator != 1:
         raise ValueError("must have at most nine digits after the point")
     return int(nanos)

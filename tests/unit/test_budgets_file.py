@@ -73,9 +73,15 @@ def test_dollars_are_exact(nanos: int, tmp_path_factory: pytest.TempPathFactory)
         ("{dollars: 1.0000000001}", "dollars: must have at most nine digits after the point"),
         ("{dollars: 123456789.123456789}", "dollars: has more than 15 digits; put it in quotes"),
         ("{dollars: 10000000000}", "dollars: must be at most 9223372036"),
+        ("{dollars: '1e999999999'}", "dollars: must be at most 9223372036"),
+        ("{dollars: '9223372036.854775808'}", "dollars: must be at most 9223372036"),
+        ("{dollars: '1e-999999999'}", "dollars: must have at most nine digits after the point"),
+        (f"{{dollars: '1.{'0' * 40}1'}}", "dollars: must have at most nine digits after the point"),
+        (f"{{dollars: 0x{'f' * 9_999}}}", "dollars: must be at most 9223372036"),
         ("{hard: true}", "names no limit; give it tokens, dollars or both"),
         ("{}", "names no limit"),
-        ("", "Input should be a valid dictionary"),
+        ("", "must be a mapping such as"),
+        ("5", "must be a mapping such as"),
         ("{tokens: 5, euros: 5}", "euros: Extra inputs are not permitted"),
         ("{tokens: 5, hard: maybe}", "hard: Input should be a valid boolean"),
     ],
@@ -107,6 +113,30 @@ def test_a_file_of_no_budgets_is_a_mistake(path: Path, text: str) -> None:
     """Who names a file means some."""
     with pytest.raises(SettingsError, match="EMBEDDING_BUDGETS_FILE"):
         read(path, text)
+
+
+@pytest.mark.parametrize(
+    "text, fault",
+    [
+        ("budgets:\n  acme: {tokens: 5}\n  acme: {tokens: 6}", "has acme twice, line 3"),
+        ("default: {tokens: 5, tokens: 6}", "has tokens twice, line 1"),
+        (f"default: {{tokens: {'1' * 5_000}}}", "is no YAML"),
+        ("default: {dollars: 2026-13-45}", "is no YAML"),
+        ("[" * 5_000, "is no YAML"),
+        ("default: {tokens", "is no YAML, line 1"),
+    ],
+)
+def test_what_yaml_itself_can_not_take_is_told(path: Path, text: str, fault: str) -> None:
+    """Without a traceback, and no payer's second entry replaces the first unseen."""
+    with pytest.raises(SettingsError) as refused:
+        read(path, text)
+    assert str(refused.value) == f"EMBEDDING_BUDGETS_FILE: {path}: {fault}"
+
+
+def test_entries_can_be_taken_over(path: Path) -> None:
+    """To merge a mapping and say some of it anew is not to say it twice."""
+    plan = read(path, "default: &usual {tokens: 5, hard: false}\nbudgets: {a: &a {<<: *usual, tokens: 6}, b: {<<: *a}}")
+    assert plan.of("a") == plan.of("b") == Budget(max_tokens=6, max_cost_nanos=None, hard=False)
 
 
 def test_a_file_that_is_not_there_is_named(path: Path) -> None:
