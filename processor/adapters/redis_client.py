@@ -20,6 +20,7 @@ from redis.exceptions import (
     ClusterCrossSlotError,
     MovedError,
     NoPermissionError,
+    ReadOnlyError,
     RedisClusterException,
     RedisError,
 )
@@ -79,7 +80,8 @@ class RedisAccess:
         try:
             if self.cluster:
                 return RedisCluster.from_url(self.url, **options)
-            return Redis.from_url(self.url, **options)
+            # Its connection is closed then: the address may lead to another primary by now. A Cluster says which.
+            return Redis.from_url(self.url, retry_on_error=[ReadOnlyError], **options)
         except ValueError:
             raise SettingsError(f"{PREFIX}REDIS_URL: must be redis://, rediss:// or unix://") from None
         except RedisClusterException:

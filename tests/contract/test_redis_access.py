@@ -24,9 +24,10 @@ from processor.adapters.redis_client import RedisAccess
 from processor.adapters.redis_quota import RedisQuota
 from processor.cli.cache import purge, tags_of
 from processor.domain import Entry, Item, TokenSource
-from processor.errors import CacheUnavailable, SettingsError
+from processor.errors import CacheUnavailable, QuotaUnavailable, SettingsError
 from processor.ports import Found, QuotaAsk
 from processor.settings import load
+from tests.support.redis_server import SlowProxy, own_redis
 from tests.support.redis_variants import Cluster, Guarded, guarded_server, own_cluster
 from tests.support.steps import VirtualClock
 
@@ -110,6 +111,27 @@ async def test_a_purge_leaves_nothing_that_a_change_of_secrets_brings_back(
 
 
 @pytest.mark.usefixtures("no_grace")
+async def test_what_is_stored_while_a_tenant_is_purged_is_found_by_the_second_look(
+    redis_url: str, unique: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A scan passes over what comes after it began."""
+    cache = RedisCache(RedisAccess(redis_url), timeout_s=5, ttl_s=TTL_S, prefix=unique.encode())
+    await cache.put_many(entries(b"tenant-1", 3))
+    erase = RedisCache._erase
+
+    async def stored_meanwhile(self: RedisCache, tag: bytes) -> int:
+        erased = await erase(self, tag)
+        if erased == 3:
+            await cache.put_many(entries(tag, 5))
+        return erased
+
+    monkeypatch.setattr(RedisCache, "_erase", stored_meanwhile)
+    assert await cache.purge(b"tenant-1") == 8
+    assert (await cache.stats(b"tenant-1")).entries == 0
+    await cache.close()
+
+
+@pytest.mark.usefixtures("no_grace")
 async def test_a_purge_reaches_the_memory_of_a_running_worker(redis_url: str, unique: str) -> None:
     """Within the time that is promised, what was on its way from Redis to it included; others keep theirs."""
     clock = VirtualClock()
@@ -166,6 +188,27 @@ async def test_stats_tell_entries_and_sizes_over_all_nodes(access: RedisAccess, 
     assert stats.nodes == (3 if access.cluster else 1)
     assert stats.server.split()[0] in {"redis", "valkey"}
     assert stats.used_memory_bytes > 720 * 100
+
+
+async def test_a_primary_that_became_a_replica_is_left(unique: str) -> None:
+    """Whoever moves its address to another server need not restart the workers: they connect anew, and write there."""
+    (one, first), (other, second) = own_redis(), own_redis()
+    with one, other, SlowProxy(first) as address:
+        access = RedisAccess(address.url)
+        cache = RedisCache(access, timeout_s=1, ttl_s=TTL_S, prefix=unique.encode())
+        quota, ask = RedisQuota(access, timeout_s=1, pace=1.0, prefix=unique), QuotaAsk(1, 60, None)
+        await cache.put_many(entries(b"before", 1))
+        await quota.lease("a", ask, ask, 0.0)
+        with Redis.from_url(first) as admin:
+            admin.execute_command("REPLICAOF", *second.removeprefix("redis://").removesuffix("/0").split(":"))
+        address.lead_to(second)
+        await cache.put_many(entries(b"after", 1))
+        with pytest.raises(QuotaUnavailable, match="ReadOnlyError"):
+            await quota.lease("a", ask, ask, 0.0)  # what a first try may have granted would be lost with a second
+        await quota.lease("a", ask, ask, 0.0)
+        assert set(await cache.get_many(list(entries(b"after", 1)), D)) == set(entries(b"after", 1))
+        await cache.close()
+        await quota.close()
 
 
 # --- a Cluster

@@ -45,13 +45,17 @@ class SlowProxy:
     """Passes a Redis on at a port of its own; each answer is `delay_s` late. In a thread: the test's loop may block."""
 
     def __init__(self, url: str) -> None:
-        address = urlsplit(url)
-        self._target = address.hostname, address.port
+        self.lead_to(url)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever)
         self.delay_s = 0.0
         self.port = free_port()
         self.url = f"redis://127.0.0.1:{self.port}/0"
+
+    def lead_to(self, url: str) -> None:
+        """Of connections that are opened from now on."""
+        address = urlsplit(url)
+        self._target = address.hostname, address.port
 
     def __enter__(self) -> Self:
         self._thread.start()
