@@ -6,10 +6,11 @@ import asyncio
 import os
 import re
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -128,6 +129,19 @@ async def test_what_is_stored_while_a_tenant_is_purged_is_found_by_the_second_lo
     monkeypatch.setattr(RedisCache, "_erase", stored_meanwhile)
     assert await cache.purge(b"tenant-1") == 8
     assert (await cache.stats(b"tenant-1")).entries == 0
+    await cache.close()
+
+
+@pytest.mark.usefixtures("no_grace")
+async def test_a_purge_is_noted_for_as_long_as_entries_live(redis_url: str, unique: str) -> None:
+    """Not longer: what it erased has expired from every memory by then."""
+    cache = RedisCache(RedisAccess(redis_url), timeout_s=5, ttl_s=TTL_S, prefix=unique.encode())
+    name = f"{unique}purges"
+    with Redis.from_url(redis_url) as client:
+        client.zadd(name, {"long-ago": time.time() - TTL_S - 5, "lately": time.time() - TTL_S + 60})
+        await cache.purge(b"tenant-1")
+        assert set(await cache.purged()) == {b"lately", b"tenant-1"}
+        assert TTL_S - 60 < cast("int", client.ttl(name)) <= TTL_S
     await cache.close()
 
 

@@ -27,6 +27,7 @@ from processor.adapters.tiered_cache import PAUSE_S, TieredCache
 from processor.domain import CacheLevel, Entry, Item, TokenSource
 from processor.errors import CacheUnavailable, QuotaUnavailable, SettingsError
 from processor.ports import Events, QuotaAsk, VectorCache
+from tests.support.redis_server import SlowProxy
 from tests.support.redis_variants import Cluster, own_cluster
 
 TTL_S = 60
@@ -260,6 +261,46 @@ async def test_a_new_secret_gives_no_entry_a_longer_life(redis_url: str, unique:
     await cache.close()
     assert isinstance(left_s, int)
     assert 90 < left_s <= 100
+
+
+async def test_who_only_looks_changes_nothing(redis_url: str, unique: str) -> None:
+    """A quote neither deletes what is spoilt nor keeps under the new secret what it found under the former one."""
+    options: dict[str, Any] = {"timeout_s": 5, "ttl_s": TTL_S, "prefix": unique.encode()}
+    cache, quote = (RedisCache(RedisAccess(redis_url), read_only=each, **options) for each in (False, True))
+    await cache.put_many({b"old": an_entry()})
+    with SyncRedis.from_url(redis_url) as client:
+        client.set(unique.encode() + b"spoilt", b"spoilt")
+        assert set(await quote.get_many([b"new", b"spoilt"], D, {b"new": b"old"})) == {b"new"}
+        left = {name.decode().removeprefix(unique) for name in client.scan_iter(f"{unique}*")}
+    assert left == {"old", "spoilt"}
+    await cache.close()
+    await quote.close()
+
+
+async def test_what_was_stored_under_the_new_secret_meanwhile_stands(redis_url: str, unique: str) -> None:
+    """The first entry of a key stands, also when an older one is found under the former secret."""
+    new = unique.encode() + b"new"
+    with SyncRedis.from_url(redis_url) as client:
+        events = Events(lambda *_: client.set(new, encode(b"new", an_entry(2))) and None)  # between read and store
+        cache = RedisCache(RedisAccess(redis_url), timeout_s=5, ttl_s=TTL_S, prefix=unique.encode(), events=events)
+        await cache.put_many({b"old": an_entry(1)})
+        client.set(unique.encode() + b"spoilt", b"spoilt")
+        await cache.get_many([b"new", b"spoilt"], D, {b"new": b"old"})
+        assert same((await cache.get_many([b"new"], D))[b"new"].entry, an_entry(2))
+        await cache.close()
+
+
+async def test_what_a_look_up_does_beside_reading_has_no_budget_of_its_own(redis_url: str, unique: str) -> None:
+    """What was found is not held up for the sake of a spoilt value, and not lost for it."""
+    with SyncRedis.from_url(redis_url) as client, SlowProxy(redis_url) as proxy:
+        cache = RedisCache(RedisAccess(proxy.url), timeout_s=1, ttl_s=TTL_S, prefix=unique.encode())
+        await cache.put_many({b"k": an_entry()})
+        client.set(unique.encode() + b"spoilt", b"spoilt")
+        proxy.delay_s = 0.7
+        began = asyncio.get_running_loop().time()
+        assert set(await cache.get_many([b"k", b"spoilt"], D)) == {b"k"}
+        assert asyncio.get_running_loop().time() - began < 1.3
+        await cache.close()
 
 
 async def test_what_is_stored_together_does_not_expire_together(redis_url: str, unique: str) -> None:

@@ -74,6 +74,8 @@ class SlowProxy:
     async def _end(self) -> None:
         self._server.close()
         others = asyncio.all_tasks() - {asyncio.current_task()}
+        if others:
+            await asyncio.wait(others, timeout=self.delay_s + 1)  # clients have closed theirs
         for task in others:
             task.cancel()
         await asyncio.gather(*others, return_exceptions=True)
