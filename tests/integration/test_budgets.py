@@ -9,6 +9,7 @@ import pytest
 
 from processor.accounts import BudgetState
 from processor.adapters import topics
+from processor.cli.audit import run_audit
 from processor.domain import Request, Usage
 from tests.integration.test_worker import Running
 from tests.support.brokers import Broker
@@ -125,6 +126,12 @@ async def test_a_hard_budget_refuses_a_soft_one_tells_and_both_follow_the_log(bu
     await until(aggregator.ready, within_s=60, what="the aggregator is ready again")
     assert await budgeted.outcome(asks("hard", "3")) == {"hard-3": "budget_exceeded"}
 
+    async def folded_anew() -> bool:
+        report = await run_audit(budgeted.stack.settings())
+        assert report.clean, report.fields()
+        return report.budgets.compared and report.budgets.states >= 2 and report.ledger_differences is not None
+
+    await until(folded_anew, within_s=60, what="the new store is at the end of the log", every_s=0.5)
     assert aggregator.stop() == 0, aggregator.tail()
     assert await budgeted.states() == before, "made again from the log, a state was another one"
     (budgeted.stack.folder / "budgets.yaml").write_text(RAISED, encoding="utf-8")
