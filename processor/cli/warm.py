@@ -225,15 +225,19 @@ def _name(request: str) -> bytes:
         return b"other:" + request.encode()
 
 
+def safe_after_ms(settings: Settings, now_ms: int) -> int:
+    """A copy of a charge is a duplicate for two horizons. Whoever finds an entry of now does so within its lives, and
+    is charged, if not late, within a horizon of that."""
+    return now_ms + CACHE_LIVES * settings.cache_ttl_s * 1000 - settings.horizon_days * DAY_MS
+
+
 async def warm_from_results(settings: Settings, tenant_id: str | None) -> Warmed:
     """Join the results with the requests and charges that are retained; done again it ends the same.
 
     Raises BrokerUnavailable, TopicsError or CacheUnavailable.
     """
     keys = CacheKeys.of(worker_policy(settings, {}))
-    # Who finds it is charged, if not late, within a horizon of that.
-    expiry_ms = time.time_ns() // 1_000_000 + CACHE_LIVES * settings.cache_ttl_s * 1000
-    join = Join(keys, tenant_id=tenant_id, safe_after_ms=expiry_ms - settings.horizon_days * DAY_MS)
+    join = Join(keys, tenant_id=tenant_id, safe_after_ms=safe_after_ms(settings, time.time_ns() // 1_000_000))
     catalogue = load_catalogue(settings)
     for name, lane in (("requests", Lane.BULK), ("queries", Lane.INTERACTIVE)):
         checker = Checker(worker_policy(settings.model_copy(update={"lane": lane}), {}), catalogue)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from processor.cache import TEXT_HASH_BYTES, CacheKeys
 from processor.domain import CacheLevel, Item, Truncate
+from processor.identity import encode_int, encode_text
 from processor.ports import SCOPE_TAG_BYTES
 from tests.support.builders import a_request
 from tests.support.folds import TINY, a_function
@@ -35,6 +36,13 @@ def test_each_part_of_a_key_makes_another_key(cases: set[tuple[str, object, str,
     """Secret, tenant, function, text and own item: no two differ in any of them and share a key."""
     keys = {CacheKeys(secret).present(tenant, function, text, own) for tenant, function, text, own, secret in cases}  # type: ignore[arg-type]
     assert len(keys) == len({key[-TEXT_HASH_BYTES:] for key in keys}) == len(cases)
+
+
+def test_no_text_is_taken_for_another_ones_own_entry() -> None:
+    """A text that ends as the name of an item is hashed: its length stands before it."""
+    keys, own = CacheKeys(b"s", shared=True), Item("r", 1)
+    forged = "t" + (encode_text(own.request_id) + encode_int(own.index)).decode()
+    assert keys.present("mallory", TINY, forged, None) != keys.present("acme", TINY, "t", own)
 
 
 def test_a_key_begins_with_the_tag_of_its_tenant_and_names_nobody() -> None:

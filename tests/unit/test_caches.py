@@ -86,6 +86,23 @@ def added(queues: S3Fifo, name: str, uses: int = 0) -> Slot:
     return slot
 
 
+@pytest.mark.parametrize("eviction", [Lru, S3Fifo])
+async def test_a_vector_larger_than_the_memory_sweeps_nothing_away(eviction: type[Lru | S3Fifo]) -> None:
+    """It is not kept, and all else is."""
+    cache = MemoryCache(max_bytes=10 * SIZE, ttl_s=60, eviction=eviction())
+    await cache.put_many({b"%d" % number: an_entry() for number in range(10)})
+    large = Entry(np.ones(10 * SIZE // 4, np.float32), 1, Item("r", 0), "a", TokenSource.PROVIDER)
+    await cache.put_many({b"large": large})
+    assert (len(cache), cache.peek(b"large", large.vector.size)) == (10, None)
+
+
+def test_two_uses_are_more_than_one() -> None:
+    """With lfu what was used once while it was new goes as what never was; what was used twice is kept."""
+    queues = S3Fifo()
+    once, twice, never = added(queues, "once", uses=1), added(queues, "twice", uses=2), added(queues, "never")
+    assert [queues.victim(), queues.victim(), queues.victim()] == [once, never, twice]
+
+
 def test_what_is_no_longer_asked_for_goes_in_the_end() -> None:
     """With lfu an old favourite does not stay for ever: each round counts one of its uses down."""
     queues = S3Fifo()

@@ -15,9 +15,10 @@ from processor.adapters.avro import Codec
 from processor.adapters.catalogue import load_catalogue
 from processor.adapters.memory_cache import MemoryCache
 from processor.adapters.tokens import LocalTokenCounter
+from processor.aggregate import DAY_MS
 from processor.app import worker_policy
 from processor.cache import CacheKeys
-from processor.cli.warm import NOBODY, REASONS, Join, Offered, Warmer, entries_of_files
+from processor.cli.warm import NOBODY, REASONS, Join, Offered, Warmer, entries_of_files, safe_after_ms
 from processor.decode import Checker
 from processor.domain import CacheLevel, Entry, Item, Part, ReceivedResult, ReplyTo, Request, Status, TokenSource, Usage
 from processor.errors import RequestRefused
@@ -88,6 +89,13 @@ async def test_an_entry_whose_payer_is_not_certain_is_nobodys() -> None:
         offered = made.entry_of(found)
         assert isinstance(offered, Offered)
         assert (offered.entry.leader, offered.entry.attempt_id) == (NOBODY, "")
+
+
+def test_a_charge_is_near_enough_while_copies_of_it_are_duplicates() -> None:
+    """The last copy of it, an entry's two lives, a horizon until who found it is charged: two horizons in all."""
+    settings = load(_env_file=None, cache_ttl_s=3 * 86_400, horizon_days=10)
+    last_charged_ms = NOW_MS + 2 * 3 * DAY_MS + 10 * DAY_MS
+    assert last_charged_ms - safe_after_ms(settings, NOW_MS) == 2 * 10 * DAY_MS
 
 
 async def test_a_later_copy_renews_a_charge_and_does_not_change_it() -> None:
