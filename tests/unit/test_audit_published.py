@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 
-from processor.accounts import EVERYBODY_ELSE, Budget, BudgetPlan
+from processor.accounts import EVERYBODY_ELSE, BucketKey, Budget, BudgetPlan
 from processor.audit import Audit
 from processor.findings import Breach
 from processor.ports import Destination
 from tests.support.aggregation import DAY_MS, HORIZON_MS, TOPICS, Bench, MemoryLog, a_bench
+from tests.support.builders import a_request
 from tests.support.ledgers import ONE, TWO, audited, charge
 
 TEN = Budget(max_tokens=10, max_cost_nanos=None, hard=True)
@@ -60,6 +61,16 @@ async def test_a_wrong_state_of_a_budget_is_a_difference(
         state = next(state for key, state in (await log.budgets()).items() if key.payer_id == payer_id)
         log.append(Destination("budgets", replace(state, **wrong)))
         assert await told_of_budgets(log) == [(payer_id, *told)]
+
+
+async def test_nobody_spends_for_everybody_else() -> None:
+    """Not even a payer that somebody made up, whose name is empty too."""
+    with a_bench() as bench:
+        bench.budgets, log = PLAN, bench.log
+        charge(log, a_request(tenant_id=EVERYBODY_ELSE), ("a", 7))
+        await bench.run()
+        assert (await log.totals())[BucketKey(EVERYBODY_ELSE, "2026-09", "all", "")].billed_tokens == 7
+        assert await told_of_budgets(log) == []
 
 
 async def test_amounts_are_not_compared_while_charges_wait() -> None:
