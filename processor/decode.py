@@ -13,6 +13,7 @@ from processor.domain import (
     ACTION_ALIASES,
     EMBEDDING_ACTIONS,
     INTERACTIVE_ACTIONS,
+    MAX_MANIFEST_VECTORS,
     OPERATION_OF,
     Action,
     EmbeddingFunction,
@@ -224,6 +225,12 @@ def _check_sink(request: Request, policy: Policy) -> Fault | None:
         return _invalid("vector_spaces", f"at most {MAX_SPACES} of them")
     if any(len(space.encode()) > MAX_ID_BYTES for space in request.vector_spaces):
         return _invalid("vector_spaces", f"over {MAX_ID_BYTES} bytes; it is hashed for each chunk id")
+    if len(request.vector_spaces) * len(request.chunk_ids) > MAX_MANIFEST_VECTORS:
+        return Fault(
+            ErrorCode.DOCUMENT_TOO_LARGE,
+            "vector_spaces",
+            f"vector_spaces: times chunk_ids are over {MAX_MANIFEST_VECTORS}; name fewer of them",
+        )
     if not request.vector_spaces and (request.chunk_ids or ACTION_ALIASES.get(request.action) is Action.DELETE):
         return _invalid("vector_spaces", "must list the vector spaces meant")
     return None

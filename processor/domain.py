@@ -287,6 +287,9 @@ class Price:
     version: str
 
 
+MAX_MANIFEST_VECTORS = 200_000
+"""Chunk ids times vector spaces of a manifest: the aggregator derives an id for each, in two seconds and 60 MB."""
+
 MAX_PRICE = 10**12
 """A thousand dollars per 1,000,000 tokens, in nano-dollars: what a call or a request costs stays far within 64 bits."""
 

@@ -19,6 +19,7 @@ from processor.adapters.avro_results import read_result
 from processor.adapters.avro_usage import YEAR_10000_MS, check_names, checked, read_usage
 from processor.adapters.schemas import Schema, current
 from processor.domain import (
+    MAX_MANIFEST_VECTORS,
     MAX_PRICE,
     Amounts,
     CallItem,
@@ -242,6 +243,8 @@ def _budget_state(fields: Fields) -> BudgetState:
 def _manifest(fields: Fields) -> DocumentManifest:
     fields["chunk_ids"] = tuple(fields["chunk_ids"])
     fields["vector_spaces"] = tuple(fields["vector_spaces"])
+    if len(fields["chunk_ids"]) * len(fields["vector_spaces"]) > MAX_MANIFEST_VECTORS:
+        raise ValueError("no such document")
     return DocumentManifest(**fields)
 
 

@@ -31,6 +31,16 @@ REFUSED: dict[str, tuple[Request, str, str]] = {
         "document_too_large",
         "chunk_ids",
     ),
+    "manifest of too many vectors": (
+        a_request(
+            action="document_manifest",
+            chunks=(),
+            chunk_ids=tuple(map(str, range(100_001))),
+            vector_spaces=("s", "t"),
+        ),
+        "document_too_large",
+        "vector_spaces",
+    ),
     "duplicate chunk ids": (
         a_request(chunks=(Chunk("a", "1"), Chunk("a", "2"))),
         "invalid_request",

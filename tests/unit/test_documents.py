@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from processor.adapters.sqlite_store import SqliteStore
 from processor.documents import UNKNOWN, fold_manifest, tombstones
-from processor.domain import DocumentManifest
+from processor.domain import MAX_MANIFEST_VECTORS, DocumentManifest
 from processor.identity import vector_id
 from processor.ports import Destination, Run
 from tests.support.aggregation import PARTITIONS, TOPIC_OF, TOPICS, Bench, MemoryLog, Steps
@@ -196,3 +196,13 @@ async def test_whatever_happens_the_dropped_are_deleted_and_the_live_stay(
 
         stones = {vector for vector, _ in log.tombstones()}
         assert stones >= {vector for held in manifests.values() for vector in set().union(*held[:-1]) - held[-1]}
+
+
+async def test_a_manifest_of_too_many_vectors_holds_nobody_up() -> None:
+    """Whoever wrote it: to derive the ids of millions would take the aggregator's time and memory."""
+    with a_bench() as bench:
+        spaces = tuple(map(str, range(MAX_MANIFEST_VECTORS // 2)))
+        publish(bench.log, a_manifest("ab", 1), a_manifest("abc", 2, spaces=spaces), a_manifest("b", 3))
+        await bench.run()
+        assert {stone for stone, _ in bench.log.tombstones()} == ids("a")
+        assert len(bench.log.all_of(TOPIC_OF["dlq"])) == 1
