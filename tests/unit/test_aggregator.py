@@ -513,6 +513,20 @@ async def test_a_partition_whose_records_have_all_expired_holds_up_no_pruning() 
         assert store.open_attempts() == []
 
 
+async def test_a_charge_that_is_read_before_its_call_is_not_forgotten() -> None:
+    """The ledger of calls may be behind: what a charge names is as young as the charge."""
+    with a_bench() as bench, closing(SqliteStore(bench.path)) as store:
+        a_charge(bench.log, "a")
+        aggregator, before = await pruned(bench, store)
+        assert before.sums.unmatched_tokens == 3
+        a_bill(bench.log, "a")
+        for partition in range(PARTITIONS):
+            if records := bench.log.after(TOPICS.calls, partition, 0):
+                await aggregator.on_run(Run(FakeLease(TOPICS.calls, partition), records))
+        sums = aggregator.ledger_summary().sums
+        assert (sums.attributed_tokens, sums.uncharged_tokens, sums.unmatched_tokens) == (3, 0, 0)
+
+
 async def test_a_process_that_never_lives_long_forgets_all_that_is_old() -> None:
     """Started again every hour, it comes to every part of the keys within a day."""
     with a_bench() as bench, closing(SqliteStore(bench.path)) as store:
