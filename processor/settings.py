@@ -291,7 +291,12 @@ class Settings(BaseSettings):
     )
     redis_cert_file: Path | None = Field(None, description="PEM file of our certificate for Redis (mutual TLS).")
     redis_key_file: Path | None = Field(None, description="PEM file of our key for Redis (mutual TLS).")
-    redis_timeout_ms: int = Field(250, gt=0, description="Time budget of a look-up; then the cache is gone without.")
+    redis_timeout_ms: int = Field(
+        250,
+        gt=0,
+        le=3_000,  # a purge waits for look-ups under way: see `purge_watch.AGAIN_S`
+        description="Time budget of a look-up, up to 3000; then the cache is gone without.",
+    )
     cache_ttl_s: int = Field(86_400, gt=0, description="Life of a cache entry; at most half of EMBEDDING_HORIZON_DAYS.")
     cache_ttl_jitter_percent: int = Field(
         10,

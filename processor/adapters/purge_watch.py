@@ -11,7 +11,7 @@ EVERY_S = 2.0
 """Between two looks; with a few seconds for what was under way, well below `redis_cache.L1_PURGED_WITHIN_S`."""
 
 AGAIN_S = 5.0
-"""For so long a purged tag is dropped with each look: what was on its way from L2 to L1 is caught by the next."""
+"""For so long a purged tag is dropped with each look: what was on its way from L2 to L1, for 3 s at most, is caught."""
 
 
 class PurgeWatch:
