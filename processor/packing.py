@@ -367,7 +367,7 @@ class Packer:
         ended: list[Fold] = []
         while self._retries and self._retries[0][0] <= now + ROUNDING_S:
             call = heapq.heappop(self._retries)[2]
-            for fold in call.folds:
+            for fold in [*call.folds, *call.rest]:
                 _goes_out(fold, now_ms, self._spending)
             ended += self._prune(call)
             if call.folds:

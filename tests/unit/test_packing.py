@@ -188,6 +188,18 @@ def test_a_deadline_is_decided_once() -> None:
     assert not ended
 
 
+def test_who_is_left_of_a_search_is_decided_on_too() -> None:
+    """Both halves were called for requests that are gone: who has joined them since and is late pays for neither."""
+    lost = FakeLease()
+    halves = [a_fold(lease=lost), a_fold(lease=lost)]
+    for half in halves:
+        half.works.append(a_fold(deadline_ms=NOW_MS - 1).works[0])
+    packer = a_packer()
+    packer.retry(Call(TINY, halves[:1], rest=halves[1:]))
+    lost.revoked = True
+    assert packer.take(0.0, NOW_MS, 0.0, None) == (None, halves)
+
+
 def test_when_all_has_ended_there_is_no_call() -> None:
     """Folds that end instead are handed out, so that their outcomes can be delivered."""
     gone, late = a_fold(), a_fold(deadline_ms=NOW_MS - 1)
