@@ -42,7 +42,7 @@ from processor.findings import (
     UsageCheck,
 )
 from processor.invoice import Bills
-from processor.shares import Intent, Key, beside_shares, intent_of, packed, shares_of, unpacked
+from processor.shares import Intent, Key, beside_shares, debtor, intent_of, packed, shares_of, unpacked
 from processor.usage import cost_nanos
 
 BUDGETED = ("billed_tokens", "billed_cost_nanos", "unpriced_tokens")
@@ -142,7 +142,7 @@ class Audit:
         self._sums: defaultdict[int, dict[Sequence[BucketKey], list[int]]] = defaultdict(dict)
         """Usage partition -> buckets that get the same charges -> their sums."""
         self._named: dict[Key, array[int]] = {}
-        """What charges name of an attempt: hash of the request, tokens, hash, tokens and so on. 16 bytes a part."""
+        """What charges name of an attempt: debtor, tokens, debtor, tokens and so on. 16 bytes a part."""
         self._old: set[Key] = set()
         """Attempts of charges so old that the intent may have expired."""
         self._open: dict[Key, Intent] = {}
@@ -190,7 +190,7 @@ class Audit:
                 named = self._named.get(attempt)
                 if named is None:
                     named = self._named[attempt] = array("q")
-                named.extend((hash(key), tokens))
+                named.extend((debtor(key, usage.payer_id), tokens))
                 if self._calls_from_ms and append_ms < self._calls_from_ms + self._horizon_ms:
                     self._old.add(attempt)
         self._count(partition, offset, usage)

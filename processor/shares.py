@@ -16,7 +16,10 @@ LARGEST_SUM = 10**7
 
 
 class Intent(NamedTuple):
-    """An attempt that has no receipt yet. `owners[i]` is the place in `requests` of the item with `local_tokens[i]`."""
+    """An attempt that has no receipt yet. `owners[i]` is the place in `requests` of the item with `local_tokens[i]`.
+
+    `debtors` are the `debtor` of each of `requests`.
+    """
 
     attempt_id: str
     at_ms: int
@@ -25,6 +28,7 @@ class Intent(NamedTuple):
     price: int | None
     provider: str
     requests: tuple[Key, ...]
+    debtors: tuple[int, ...]
     owners: array[int]
     local_tokens: array[int]
 
@@ -32,9 +36,14 @@ class Intent(NamedTuple):
 def intent_of(call: ProviderCall, append_ms: int) -> Intent:
     places: dict[str, int] = {}
     owners, local_tokens = array("I"), array("q")
-    for request_id, _, _, tokens in call.items:
-        owners.append(places.setdefault(request_id, len(places)))
+    payers: list[str] = []
+    for request_id, _, payer_id, tokens in call.items:
+        place = places.setdefault(request_id, len(places))
+        if place == len(payers):
+            payers.append(payer_id)
+        owners.append(place)
         local_tokens.append(tokens)
+    requests = tuple(map(packed, places))
     return Intent(
         call.attempt_id,
         append_ms,
@@ -42,10 +51,16 @@ def intent_of(call: ProviderCall, append_ms: int) -> Intent:
         call.estimated_tokens,
         call.price_nanos_per_million,
         call.provider,
-        tuple(map(packed, places)),
+        requests,
+        tuple(map(debtor, requests, payers)),
         owners,
         local_tokens,
     )
+
+
+def debtor(request: Key, payer_id: str) -> int:
+    """Stands for a request and who pays for it."""
+    return hash((request, payer_id))
 
 
 def shares_of(intent: Intent, billed: int) -> list[tuple[int, int]]:
@@ -54,7 +69,7 @@ def shares_of(intent: Intent, billed: int) -> list[tuple[int, int]]:
 
 
 def beside_shares(intent: Intent, named: array[int], paid: Iterable[tuple[int, int]] | None) -> int:
-    """The tokens that charges name of the call for a request no items of which add up to them.
+    """The tokens that charges name of the call for a request (and who pays for it) no items of which add up to them.
 
     `paid`: each item's owner and share of the bill; None: nobody knows the bill, and only the requests are looked at.
     """
@@ -63,8 +78,8 @@ def beside_shares(intent: Intent, named: array[int], paid: Iterable[tuple[int, i
         tokens_of[request] += tokens
     shares: defaultdict[int, list[int]] = defaultdict(list)
     for owner, share in paid or ():
-        shares[hash(intent.requests[owner])].append(share)
-    known = set(map(hash, intent.requests))
+        shares[intent.debtors[owner]].append(share)
+    known = set(intent.debtors)
     return sum(
         tokens
         for request, tokens in tokens_of.items()

@@ -45,6 +45,16 @@ async def test_a_request_may_be_charged_for_some_of_its_texts_in_a_call(charged:
     assert (await a_ledger(log))[1].get("share_differs", 0) == odd
 
 
+async def test_a_charge_to_another_payer_than_the_intent_names_is_a_breach() -> None:
+    """Whoever changed it: the bill of a call adds up, and the wrong one pays."""
+    log = MemoryLog()
+    call(log, "a", (ONE, 3), (TWO, 4))
+    receive(log, "a", 7)
+    charge(log, ONE, ("a", 3), payer_id="globex")
+    charge(log, TWO, ("a", 4))
+    assert (await a_ledger(log))[1] == {"share_differs": 3}
+
+
 @pytest.mark.parametrize("outcome", [CallOutcome.INVALID, CallOutcome.FAILED])
 async def test_a_charge_of_a_call_that_gave_nothing_is_a_breach(outcome: CallOutcome) -> None:
     """What failed verification is waste, whatever was billed for it."""
