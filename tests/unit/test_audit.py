@@ -14,12 +14,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from processor.accounts import BucketKey, UsageSums, UsageTotal
+from processor.accounts import BucketKey, BudgetKey, UsageSums, UsageTotal
 from processor.audit import FirstCopies
 from processor.cli.audit import AuditReport, LedgerDifference, compare_store, read_books
 from processor.domain import Record
 from processor.errors import TopicsError
-from processor.findings import Breach, Difference, LedgerCheck, Residual, TotalsCheck
+from processor.findings import (
+    Breach,
+    BudgetDifference,
+    BudgetsCheck,
+    Difference,
+    LedgerCheck,
+    Residual,
+    TotalsCheck,
+)
 from processor.invoice import Bills, DayBill
 from processor.ports import Destination
 from processor.settings import Settings, load
@@ -239,7 +247,7 @@ async def a_report(**found: Any) -> AuditReport:
 
 
 async def test_a_report_is_clean_until_something_is_unexplained() -> None:
-    """Differences of totals and ledgers, breaches, and an invoice outside of its interval each spoil it."""
+    """Differences of totals, budgets and ledgers, breaches, and an invoice outside of its interval each spoil it."""
     assert (await a_report()).clean
     assert (await a_report(ledger_differences=[], store_note="not compared", undecodable=[a_source()])).clean
     key = BucketKey("acme", "2026-09", "all", "")
@@ -249,6 +257,7 @@ async def test_a_report_is_clean_until_something_is_unexplained() -> None:
     breached.breaches[Breach.PARTS_DIFFER].add(0, None)
     for found in (
         {"totals": TotalsCheck(differences=[Difference(key, 0, "requests", 1, 2)])},
+        {"budgets": BudgetsCheck(differences=[BudgetDifference(BudgetKey("acme", "2026-09"), "billed_tokens", 1, 2)])},
         {"ledger_differences": [LedgerDifference("attempts", 1, 2)]},
         {"ledger": unbalanced},
         {"ledger": breached},

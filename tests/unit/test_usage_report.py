@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from processor.accounts import BucketKey, UsageSums
-from processor.cli.audit import AuditReport, print_audit
+from processor.accounts import BucketKey, BudgetKey, UsageSums
+from processor.cli.audit import AuditReport, audit_lines, print_audit
 from processor.cli.report import By, PeriodFault, Periods, json_lines, periods, report, table, usd, write_csv
-from processor.findings import Difference, LedgerCheck, TotalsCheck, UsageCheck
+from processor.findings import BudgetDifference, BudgetsCheck, Difference, LedgerCheck, TotalsCheck, UsageCheck
 
 ALL = Periods(days=False, first=None, last=None)
 
@@ -143,3 +143,29 @@ def test_no_name_forges_a_line_or_moves_the_cursor() -> None:
     assert "\x1b[2J" not in shown
     assert "\u202e" not in shown
     assert shown.count(r"acme\nclean: everything is explained\x1b[2J\u202e") == 2
+
+
+def test_what_an_audit_finds_is_said_to_people_and_to_programs() -> None:
+    """A wrong state of a budget, and a provider that no call is of."""
+    wrong = BudgetDifference(BudgetKey("", "2026-11"), "billed_tokens", 9, 7)
+    found = AuditReport(
+        usage=UsageCheck(),
+        totals=TotalsCheck(),
+        ledger=LedgerCheck(),
+        budgets=BudgetsCheck(states=1, compared=False, differences=[wrong]),
+        invoice_note="no call is of opnai: the ledger names openai",
+    )
+    printed = Console(file=StringIO(), width=200)
+    print_audit(found, printed)
+    assert isinstance(printed.file, StringIO)
+    for line in (
+        "budgets: 1 states, 1 differences; their amounts are not compared while charges wait to be folded",
+        "DIFFERENCE budget of everybody else, 2026-11: billed_tokens is 9, the totals say 7",
+        "no call is of opnai: the ledger names openai",
+        "NOT CLEAN",
+    ):
+        assert line in printed.file.getvalue()
+    (line_of_it,) = audit_lines(found)
+    assert (line_of_it["found"], line_of_it["month"], line_of_it["recomputed"]) == ("budget_difference", "2026-11", 7)
+    assert found.fields()["budgets"] == {"states": 1, "compared": False, "differences": 1}
+    assert found.fields()["invoice_note"] == found.invoice_note
