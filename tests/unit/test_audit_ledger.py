@@ -9,9 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from processor.adapters.avro_usage import MAX_AMOUNT
 from processor.cli.audit import FOLDED
-from processor.domain import Amounts, CallKind, CallOutcome, TokenType
+from processor.domain import MAX_PRICE, Amounts, CallKind, CallOutcome, TokenType
 from processor.findings import Breach, Line, Residual
 from processor.identity import refusal_key, request_id
 from processor.invoice import DayBill
@@ -307,14 +306,16 @@ async def test_no_word_or_number_in_the_ledger_ends_the_aggregator() -> None:
         books = await audited(log)
         for number in ({"estimated_tokens": 2**62}, {"at_ms": 2**62}):
             call(log, f"b{number}", (ONE, 3), **number)
-        call(log, "c", (ONE, MAX_AMOUNT), price_nanos_per_million=2**62)
+        call(log, "c", (ONE, 1), price_nanos_per_million=MAX_PRICE + 1)
+        call(log, "d", estimated_tokens=0, price_nanos_per_million=2**62)
+        log.append(Destination("calls", a_call(CallKind.RECEIPT, attempt_id="d", items=(), billed_tokens=10**15)))
         summary = await bench.run()
         assert summary is not None
         assert (summary.sums.billed_tokens, summary.sums.uncharged_tokens) == (5, 5)
         assert {name: summary.sums._asdict()[name] for name in FOLDED} == {
             name: books.as_folded[name] for name in FOLDED
         }
-        assert len(log.all_of("embedding-requests-dlq")) == 3
+        assert len(log.all_of("embedding-requests-dlq")) == 5
 
 
 @settings(max_examples=40, deadline=None)
