@@ -28,7 +28,7 @@ from processor.budgets import PERCENTS, BudgetBook, read_budgets
 from processor.documents import UNKNOWN, deleted, document_key, fold_manifest, tombstones
 from processor.domain import DeadLetter, DocumentManifest, ProviderCall, Record, TokenType, Usage
 from processor.errors import LeaseLost, StoreTaken
-from processor.folded import check_same, cursor_after, is_behind, position, with_ends_of_records
+from processor.folded import acted_on, check_same, cursor_after, is_behind, position, with_ends_of_records
 from processor.ports import (
     AggregateStore,
     Clock,
@@ -149,13 +149,18 @@ class Aggregator:
             committed = dict(zip(topics, await asyncio.gather(*map(self._reader.committed, topics)), strict=True))
             for topic in self._folds:
                 await check_same(topic, spans[topic], self._store, self._reader)
+            done = {
+                (topic, partition): acted_on(committed[topic].get(partition, 0), span)
+                for topic in self._folds
+                for partition, span in spans[topic].items()
+            }
             usage = self._topics.usage
             spans[usage] = await with_ends_of_records(usage, spans[usage], self._store, self._reader)
             self._places = {
                 (topic, partition): Place(
                     position(topic, partition, span, self._store),
                     span.end,
-                    min(committed[topic].get(partition, 0), span.end),
+                    done[topic, partition],
                 )
                 for topic in self._folds
                 for partition, span in spans[topic].items()

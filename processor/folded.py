@@ -60,6 +60,12 @@ def is_behind(topic: str, partition: int, committed: Mapping[int, int], store: A
     return cursor is None or partition not in committed or committed[partition] > cursor.next_offset
 
 
+def acted_on(committed: int, span: Span) -> int:
+    """Up to where somebody sent what is sent once per record. An offset beyond the end was committed of another log:
+    then from the begin on, since what is sent twice is better than a late charge or a delete that never is."""
+    return committed if committed <= span.end else span.begin
+
+
 def position(topic: str, partition: int, span: Span, store: AggregateStore) -> int:
     """From where on the partition is to be folded."""
     cursor = store.cursor(topic, partition)

@@ -169,6 +169,20 @@ async def test_a_rebuild_from_a_log_whose_head_has_expired_changes_no_total(
         assert await log.totals() == recomputed(charges(history))
 
 
+async def test_a_rebuild_quarantines_no_late_charge_again() -> None:
+    """Somebody settles them by hand: what was acknowledged before its offset was committed is not sent once more."""
+    with a_bench() as bench:
+        log, history = bench.log, History()
+        append(log, history, [Event(0, n, 1, 0, HORIZON_MS + 1) for n in range(2)])
+        await bench.run()
+        bench.lose_store()
+        append(log, history, [Event(0, 2, 1, 0, HORIZON_MS + 1)])
+        await bench.run()
+
+        quarantined = [usage.request_id for _, usage in await log.contents("late", Usage)]
+        assert sorted(quarantined) == sorted(usage.request_id for _, usage in history)
+
+
 async def test_a_charge_in_a_quiet_partition_is_counted_after_a_rebuild() -> None:
     """Where the whole log but young records has expired, the young ones are charges and not only seen."""
     with a_bench() as bench:

@@ -206,3 +206,15 @@ async def test_a_manifest_of_too_many_vectors_holds_nobody_up() -> None:
         await bench.run()
         assert {stone for stone, _ in bench.log.tombstones()} == ids("a")
         assert len(bench.log.all_of(TOPIC_OF["dlq"])) == 1
+
+
+async def test_offsets_committed_of_a_topic_that_is_no_more_hide_no_delete() -> None:
+    """A mirror may bring them: beyond the end they say nothing of what was acted on."""
+    with a_bench() as bench:
+        for partition in range(PARTITIONS):
+            bench.log.commits[TOPICS.documents, partition] = 50
+        publish(bench.log, a_manifest("ab", 1))
+        await bench.run()
+        publish(bench.log, a_manifest("b", 2))
+        await bench.run()
+        assert {stone for stone, _ in bench.log.tombstones()} == ids("a")
