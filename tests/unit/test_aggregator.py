@@ -527,6 +527,29 @@ async def test_a_partition_whose_records_have_all_expired_holds_up_no_pruning() 
         assert store.open_attempts() == []
 
 
+async def test_an_attempt_whose_charges_are_in_a_backlog_is_not_forgotten() -> None:
+    """However old it is: nothing is judged by the clock while charges are still to be read."""
+    with a_bench() as bench, closing(SqliteStore(bench.path)) as store:
+        log = bench.log
+        a_bill(log, "a")
+        a_charge(log, "a")
+        log.now_ms += 72 * DAY_MS
+        bench.clock.now_s = 72 * DAY_MS / 1000
+        a_bill(log, "b", outcome=None)
+        aggregator = bench.aggregator(store, Steps(None))
+        places = [(topic, partition) for topic in (TOPICS.calls, TOPICS.usage) for partition in range(PARTITIONS)]
+        await aggregator.positions(places)
+        for topic, partition in places:
+            if topic == TOPICS.usage:
+                for _ in range(256):
+                    bench.clock.now_s += 61
+                    await aggregator.on_run(Run(FakeLease(topic, partition), []))
+            if records := log.after(topic, partition, 0):
+                await aggregator.on_run(Run(FakeLease(topic, partition), records))
+        sums = aggregator.ledger_summary().sums
+        assert (sums.attributed_tokens, sums.uncharged_tokens, sums.unmatched_tokens) == (3, 0, 0)
+
+
 async def test_a_charge_that_is_read_before_its_call_is_not_forgotten() -> None:
     """The ledger of calls may be behind: what a charge names is as young as the charge."""
     with a_bench() as bench, closing(SqliteStore(bench.path)) as store:
@@ -558,7 +581,7 @@ async def test_pruning_forgets_only_what_no_copy_can_repeat() -> None:
     with a_bench() as bench, closing(SqliteStore(bench.path)) as store:
         log, history = bench.log, History()
         a_bill(log, "old", tokens=5, outcome=None)
-        append(log, history, [Event(0, 0, 1, 0, 0), Event(0, 1, 1, 3 * DAY_MS, 0), Event(0, 2, 1, 69 * DAY_MS, 0)])
+        append(log, history, [Event(0, 0, 1, 0, 0), Event(0, 1, 1, 2 * DAY_MS, 0), Event(0, 2, 1, 70 * DAY_MS, 0)])
         bench.clock.now_s = 72 * DAY_MS / 1000
         aggregator, summary = await pruned(bench, store)
 
