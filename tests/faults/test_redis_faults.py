@@ -140,7 +140,8 @@ async def test_values_that_are_broken_or_anothers_are_never_delivered(begin: Beg
     tell(f"Redis corrupted: {broken} values, {newly_met:.0f} met, {residuals.rework} tokens of rework")
     assert broken > REQUESTS
     assert newly_met >= broken, "a broken value passed for a good one"
-    assert met["hits"] == before["hits"], "there was none left that is good"
+    # Texts that come twice may find what was made anew for the first one, but only those.
+    assert met["hits"] - before["hits"] < broken / 10, "there was none left that is good"
     assert after["corrupt"] == met["corrupt"], "what was broken was not replaced"
     assert after["hits"] > met["hits"]
     assert residuals.total == residuals.rework
