@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Iterable
 from decimal import Decimal
 from typing import NamedTuple
@@ -38,7 +39,8 @@ class Spending:
     """The texts that were allowed and that no state tells of yet, by who pays for them.
 
     They are counted by the requests in work, each from its first text that was allowed until it is finished; then
-    until the payer's next state, `LAG_S` at most. So nothing drifts. A request that was allowed once stays so.
+    until the payer's next state, `LAG_S` at most. So nothing drifts. A request that was allowed once stays so, with its
+    copies.
     """
 
     def __init__(self, budgets: Budgets, clock: Clock) -> None:
@@ -46,12 +48,13 @@ class Spending:
         self._clock = clock
         self._allowed: dict[Fold, Job] = {}
         self._jobs: dict[Job, list[Fold]] = {}
+        self._requests: Counter[str] = Counter()
         self._sums: dict[BudgetKey, Amount] = {}
         self._told: dict[BudgetKey, Told] = {}
 
     def over(self, job: Job) -> Fault | None:
         """Why no text of the request is paid for; None: they are, or were allowed before."""
-        if job in self._jobs:
+        if job.request_id in self._requests:  # a copy of it costs nothing more
             return None
         state = self._budgets.state(job.request.payer_id, job.source.append_ms)
         if state is None or not state.budget.hard:
@@ -78,7 +81,10 @@ class Spending:
         for missing in [fold] if job in self._jobs else _missing(job):
             if missing not in self._allowed:
                 self._allowed[missing] = job
-                self._jobs.setdefault(job, []).append(missing)
+                if job not in self._jobs:
+                    self._jobs[job] = []
+                    self._requests[job.request_id] += 1
+                self._jobs[job].append(missing)
                 self._add(job, missing, 1)
 
     def finished(self, jobs: Iterable[Job]) -> None:
@@ -118,9 +124,12 @@ class Spending:
 
     def _forget(self, job: Job) -> Amount:
         before = self._sums.get(_key(job), NOTHING)
-        for fold in self._jobs.pop(job, ()):
+        for fold in self._jobs.pop(job):
             del self._allowed[fold]
             self._add(job, fold, -1)
+        self._requests[job.request_id] -= 1
+        if not self._requests[job.request_id]:
+            del self._requests[job.request_id]
         after = self._sums.get(_key(job), NOTHING)
         return Amount(before.tokens - after.tokens, before.cost_nanos - after.cost_nanos)
 

@@ -210,6 +210,24 @@ async def test_copies_of_a_request_begin_together() -> None:
         assert [(usage.billed.texts, usage.failed_texts) for usage in bench.outbox.usage[1:]] == [(12, 0)] * 2
 
 
+async def test_copies_of_a_request_are_let_through_together() -> None:
+    """Whichever came first: a copy that is refused would be an error for who is charged for vectors."""
+    async with Bench(budgets=View(payer=a_state(0, 2))) as bench:
+        request = of("payer", ["one", "two", "three"], "twice")
+        await bench.publish(request, lease=FakeLease(partition=1))
+        await bench.publish(request, of("payer", ["more"], "more"))
+        await bench.run_until_idle()
+        assert outcomes(bench) == {"twice": ["ok"] * 3, "more": ["budget_exceeded"]}
+        assert sorted((usage.billed.texts, usage.failed_texts) for usage in bench.outbox.usage) == [
+            (0, 1),
+            (3, 0),
+            (3, 0),
+        ]
+        spending = bench.worker.pipeline.spending
+        assert spending is not None
+        assert not spending._requests
+
+
 class Remembered(MemoryCache):
     """The process has not ended since: every hit is `l1`."""
 
