@@ -367,6 +367,9 @@ class Bench:
 
 History = list[tuple[Source, Usage]]
 
+PAYERS = ("p0", "p1", "p2", "p6")
+"""The last one has the other partition: what is folded in one alone proves nothing of two."""
+
 
 class Event(NamedTuple):
     """A copy to come: of which request, how long after the one before, how long after its time of charge."""
@@ -382,7 +385,7 @@ def append(log: MemoryLog, history: History, coming: Sequence[Event]) -> None:
     """Put the copies into the log of usage, and into `history` where they stand there."""
     for payer, number, attempt, gap_ms, age_ms in coming:
         log.now_ms += gap_ms
-        request = a_request(["one", "two"], tenant_id=f"p{payer}", correlation_id=f"r{number}", task_id=f"t{payer}")
+        request = a_request(["one", "two"], tenant_id=PAYERS[payer], correlation_id=f"r{number}", task_id=f"t{payer}")
         tokens = 3 + attempt
         usage = a_usage(
             request,

@@ -260,11 +260,12 @@ async def test_a_store_that_is_behind_takes_what_another_published_meanwhile() -
     """A standby with an old store never publishes a bucket at a lower last_offset than is published already."""
     with a_bench() as bench:
         log, history = bench.log, History()
-        append(log, history, [Event(0, n, 1, 1_000, 0) for n in range(3)])
+        append(log, history, [Event(n % 4, n, 1, 1_000, 0) for n in range(4)])
         await bench.run()
+        assert {source.partition for source, _ in history} == set(range(PARTITIONS))  # one that is empty hides it
         standby = bench.path.with_name("standby.sqlite")
         bench.copy_store(standby)
-        append(log, history, [Event(0, n, 1, 1_000, 0) for n in range(6)])
+        append(log, history, [Event(n % 4, n, 1, 1_000, 0) for n in range(8)])
         await bench.run()
         before = len(log.all_of(TOPICS.totals))
         append(log, history, [Event(0, 9, 1, 1_000, 0)])
