@@ -21,6 +21,7 @@ from tests.support.aggregation import (
     DAY_MS,
     HORIZON_MS,
     PARTITIONS,
+    PAYERS,
     TOPIC_OF,
     TOPICS,
     Bench,
@@ -125,6 +126,25 @@ async def test_progress_counts_first_copies_across_partitions(past: list[Life]) 
             counts[0] += usage.texts - usage.failed_texts
             counts[1] += usage.failed_texts
         assert {key: [task.done, task.failed] for key, task in (await bench.log.progress()).items()} == done
+
+
+@pytest.mark.parametrize("crash_at", range(0, 24, 3))
+async def test_a_task_of_several_payers_is_counted_as_one(crash_at: int) -> None:
+    """Where agents of other owners work for a tenant its task lies in several partitions."""
+    with a_bench() as bench:
+        places = set()
+        for number in range(6):
+            owner = PAYERS[-(number % 2)]
+            request = a_request(["one", "two"], correlation_id=f"r{number}", task_id="t", agent_owner_id=owner)
+            places.add(bench.log.append(Destination("usage", a_usage(request, payer_id=owner))).partition)
+        assert places == set(range(PARTITIONS))
+        await bench.run(run_length=1, crash_at=crash_at)
+        bench.lose_store()
+        await bench.run(run_length=1)
+
+        counts = [(task.done, task.failed) for _, task in await bench.log.contents("progress", TaskProgress)]
+        assert counts == sorted(counts)
+        assert counts[-1] == (12, 0)
 
 
 async def test_progress_never_goes_back() -> None:
