@@ -218,3 +218,16 @@ def test_a_usage_event_takes_few_bytes(store: SqliteStore, path: Path) -> None:
         store.save(StoreChange(topic=TOPIC, partition=7, cursor=CURSOR, seen=seen))
     store.close()
     assert path.stat().st_size / count < 100
+
+
+def test_a_task_that_moved_long_ago_is_forgotten(store: SqliteStore) -> None:
+    """Tenants name as many as they like; one that moved since stays."""
+    old, young = (
+        TaskProgress(tenant_id="acme", task_id=name, done=1, failed=0, total=None, updated_at_ms=at_ms)
+        for name, at_ms in (("old", 4), ("young", 5))
+    )
+    tasks = {TaskKey(task.tenant_id, task.task_id): task for task in (old, young)}
+    store.save(StoreChange(topic="usage", partition=0, cursor=Cursor(1, 0, 0, 0), tasks=tasks))
+    for part in range(2):
+        store.prune(seen_before_ms={}, before_ms=5, part=part, parts=2, close=lambda ledger, _: ledger)
+    assert list(store.tasks(tasks)) == [TaskKey("acme", "young")]
