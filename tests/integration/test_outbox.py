@@ -28,6 +28,7 @@ from processor.settings import Settings
 from tests.support.brokers import Broker, create_topic
 from tests.support.builders import a_call, a_record, a_request, a_result
 from tests.support.engines import Handler, engine_settings
+from tests.support.stack import until
 
 PARTITIONS = 3
 
@@ -127,15 +128,21 @@ async def test_a_receipt_travels_with_the_results_after_it(
 ) -> None:
     """What is posted waits a moment for what is sent next, which then waits for no request but its own."""
     async with posting(kafka, unique) as posted:
-        await posted.outbox.send([result("warm", "c0"), Destination("calls", a_call())])
         send, requests = posted.producer.client.send, []
 
         async def counted(node: int, request: Any, **options: Any) -> Any:
             requests.append(type(request).__name__)
             return await send(node, request, **options)
 
+        async def takes_one_request() -> bool:
+            requests.clear()
+            await posted.outbox.send([result("next", "c0"), Destination("calls", a_call())])
+            return len([name for name in requests if name.startswith("Produce")]) == 1
+
         monkeypatch.setattr(posted.producer.client, "send", counted)
         monkeypatch.setattr(outbox, "POST_WAIT_S", 0.5)
+        await until(takes_one_request, within_s=20, what="the new partitions have their leaders")
+        requests.clear()
         receipt = await posted.outbox.post(Destination("calls", a_call()))
         await asyncio.sleep(0.01)  # others have had their turns
         await posted.outbox.send([result("next", "c0")])
