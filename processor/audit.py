@@ -42,7 +42,7 @@ from processor.findings import (
     UsageCheck,
 )
 from processor.invoice import Bills
-from processor.shares import Intent, Key, beside_shares, debtor, intent_of, packed, shares_of, unpacked
+from processor.shares import Intent, Key, beside_shares, debtor, intent_of, packed, shares_of, tokens_of, unpacked
 from processor.usage import cost_nanos
 
 BUDGETED = ("billed_tokens", "billed_cost_nanos", "unpriced_tokens")
@@ -325,7 +325,7 @@ class Audit:
 
     def _close(self, intent: Intent | None, receipt: ProviderCall, source: Source, named: array[int]) -> None:
         """U6 where a receipt exists: bill = attributed + residual, per attempt."""
-        ledger, billed, attributed = self.ledger, receipt.billed_tokens or 0, sum(named[1::2])
+        ledger, billed, attributed = self.ledger, receipt.billed_tokens or 0, tokens_of(named)
         price, began_ms = receipt.price_nanos_per_million, source.append_ms - receipt.time_taken_ms
         if intent is not None:
             price, began_ms = price if intent.price is None else intent.price, intent.at_ms
@@ -395,7 +395,7 @@ class Audit:
         self._finished = True
         for key, intent in self._open.items():
             named = self._named.pop(key, NONE)
-            attributed = sum(named[1::2])
+            attributed = tokens_of(named)
             price, beyond = intent.price, max(intent.estimated_tokens - attributed, 0)
             if attributed:
                 self.ledger.recovered.add(attributed, price)
@@ -419,7 +419,7 @@ class Audit:
         for key, named in self._named.items():
             if named is CLOSED:
                 continue
-            tokens = sum(named[1::2])
+            tokens = tokens_of(named)
             self.as_folded["unmatched_tokens"] += tokens
             if key not in self._old:
                 self._breach(Breach.UNMATCHED, tokens, None, 0, attempt_id=unpacked(key))

@@ -285,9 +285,7 @@ class Pipeline:
         if found is None:
             self.batcher.add(work, key, function, now)
         else:
-            billed = found.entry.bills(work.item)
-            work.outcome = Outcome(found.level, found.entry, billed)
-            work.job.begun = work.job.begun or billed
+            work.answer(found.entry, found.level, found.level)
             known.append(work)
             self._found_at_once += 1
 

@@ -25,7 +25,6 @@ def settle(fold: Fold) -> bool:
     """Give every work of the fold its outcome: the leader named by the entry is billed, everybody else is saved (U3).
 
     A follower of a hit reports the hit's level; `coalesced` follows a miss only. A fault of the text is shared.
-    Who has paid for one text, perhaps before a crash, gets the others too, whatever deadline and budget say by now.
     False when the fold was let go because nobody wanted it, while somebody joined since: embed it anew.
     """
     entry = fold.entry
@@ -40,10 +39,7 @@ def settle(fold: Fold) -> bool:
     follower = CacheLevel.COALESCED if fold.level is CacheLevel.MISS else fold.level
     for work in fold.works:
         if work.outcome is None:
-            billed = entry.bills(work.item)
-            work.outcome = Outcome(fold.level if billed else follower, entry, billed)
-            if billed:
-                work.job.begun = True
+            work.answer(entry, fold.level, follower)
     return True
 
 

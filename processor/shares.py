@@ -68,21 +68,26 @@ def shares_of(intent: Intent, billed: int) -> list[tuple[int, int]]:
     return list(zip(intent.owners, split(billed, intent.local_tokens), strict=True))
 
 
+def tokens_of(named: array[int]) -> int:
+    """What charges name of a call in all; `named` is debtor, tokens, debtor, tokens and so on."""
+    return sum(named[1::2])
+
+
 def beside_shares(intent: Intent, named: array[int], paid: Iterable[tuple[int, int]] | None) -> int:
     """The tokens that charges name of the call for a request (and who pays for it) no items of which add up to them.
 
     `paid`: each item's owner and share of the bill; None: nobody knows the bill, and only the requests are looked at.
     """
-    tokens_of: Counter[int] = Counter()
+    by_debtor: Counter[int] = Counter()
     for request, tokens in zip(named[::2], named[1::2], strict=True):
-        tokens_of[request] += tokens
+        by_debtor[request] += tokens
     shares: defaultdict[int, list[int]] = defaultdict(list)
     for owner, share in paid or ():
         shares[intent.debtors[owner]].append(share)
     known = set(intent.debtors)
     return sum(
         tokens
-        for request, tokens in tokens_of.items()
+        for request, tokens in by_debtor.items()
         if (request not in known if paid is None else not _is_sum(tokens, shares[request]))
     )
 

@@ -218,6 +218,16 @@ class Work(Parcel):
         source = self.ticket.source
         return (source.topic, source.partition, source.offset, self.item.index)
 
+    def answer(self, entry: Entry, level: CacheLevel, follower: CacheLevel) -> None:
+        """Its outcome is the entry, at `level` for who is billed for it, else as a `follower` (U3).
+
+        Who has paid for one text, perhaps before a crash, gets the others too, whatever deadline and budget say by now.
+        """
+        billed = entry.bills(self.item)
+        self.outcome = Outcome(level if billed else follower, entry, billed)
+        if billed:
+            self.job.begun = True
+
 
 @dataclass(slots=True, eq=False)
 class Fold:

@@ -11,6 +11,7 @@ from typing import Any
 from processor.adapters.redis_cache import L1_PURGED_WITHIN_S, CacheStats, RedisCache
 from processor.app import worker_policy
 from processor.cache import CacheKeys
+from processor.cli.console import is_utf8
 from processor.errors import RequestRefused
 from processor.settings import PREFIX, Settings
 
@@ -31,7 +32,7 @@ async def open_cache(settings: Settings) -> AsyncIterator[RedisCache]:
 
 def tags_of(settings: Settings, tenant_id: str) -> list[bytes]:
     """What the tenant's keys begin with, one for each secret. RequestRefused when keys don't say whose they are."""
-    if not tenant_id or any("\ud800" <= each <= "\udfff" for each in tenant_id):  # of bytes that are no UTF-8
+    if not tenant_id or not is_utf8(tenant_id):
         raise RequestRefused("--tenant: must name a tenant, in UTF-8")
     if settings.cache_scope == "shared":
         raise RequestRefused(

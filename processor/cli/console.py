@@ -76,6 +76,11 @@ def fail_if(failed: object) -> None:
         raise typer.Exit(FAILED)
 
 
+def is_utf8(text: str) -> bool:
+    """Whether the bytes of an argument were: Python stands in surrogates for those that were not."""
+    return not any("\ud800" <= each <= "\udfff" for each in text)
+
+
 def visible(text: str) -> str:
     """A line or name as it may be shown: tenants choose names, and one that moves the cursor could forge a line."""
     if text.isprintable():

@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from processor.adapters.avro import Codec
+from processor.adapters.avro_usage import YEAR_10000_MS
 from processor.adapters.reader import KafkaReader
 from processor.adapters.topics import topics
 from processor.aggregate import DAY_MS
@@ -32,8 +33,7 @@ from processor.settings import Settings
 
 SOURCES = ("requests", "queries")
 SCANNED = (*SOURCES, "results", "usage", "calls", "dlq")
-LAST_MS = 253_402_300_799_000
-"""The end of the year 9999."""
+LAST_MS = YEAR_10000_MS - 1_000
 DLQ_HEADERS = ("error_class", "error_code", "source_topic", "source_partition", "source_offset", "failed_at_ms")
 
 

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from processor.cli import report as reports
-from processor.cli.console import AsJson, Options, err, fail_if, out, print_json, run, visible
+from processor.cli.console import AsJson, Options, err, fail_if, is_utf8, out, print_json, run, visible
 from processor.cli.invoice_file import InvoiceFault, read_invoice
 from processor.cli.totals import read_totals
 from processor.settings import load
@@ -115,7 +115,7 @@ def explain_request(
         since_ms = None if since is None else _begins_ms(since)
     except ValueError:
         raise typer.BadParameter("must be a day such as 2026-11-21", param_hint="--since") from None
-    if not correlation_id or any("\ud800" <= each <= "\udfff" for each in correlation_id):
+    if not correlation_id or not is_utf8(correlation_id):
         raise typer.BadParameter("must be a text, and not empty", param_hint="CORRELATION_ID")
     told = run(explain(load(), correlation_id, tenant_id=tenant, since_ms=since_ms), debug=Options.debug)
     if as_json:

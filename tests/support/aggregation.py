@@ -138,7 +138,7 @@ class MemoryLog:
             self.append(message)
 
     async def post(self, message: Destination) -> Awaitable[None]:
-        raise NotImplementedError("the aggregator awaits what it sends")
+        raise AssertionError("the aggregator awaits what it sends")
 
     # TopicReader
     async def spans(self, topic: str) -> Mapping[int, Span]:
