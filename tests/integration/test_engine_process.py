@@ -33,6 +33,11 @@ class Process:
     def said(self, event: str) -> list[dict[str, Any]]:
         return [each for each in self.events if each["event"] == event]
 
+    @property
+    def finished(self) -> int:
+        """How many records its runs have finished."""
+        return sum(each["records"] for each in self.said("run"))
+
     def signal(self, number: signal.Signals) -> None:
         self._process.send_signal(number)
 
@@ -84,7 +89,7 @@ async def test_a_signal_ends_the_process_cleanly(
     """What is finished is committed, the hooks run, the group is left at once, the exit code is 0; uvloop ran it."""
     successor = Handler()
     async with process(kafka, topic, settings={"commit_interval_s": 3600}) as child:
-        await until(lambda: bool(child.said("run")), "a run")
+        await until(lambda: child.finished == 100, "all records, in however many runs")
         assert child.said("started")[0]["loop"] == "uvloop"
         child.signal(number)
         assert await child.exit_code() == 0
