@@ -32,8 +32,9 @@ from processor.emit import Emitter
 from processor.errors import RegistryUnavailable
 from processor.identity import request_id
 from processor.limits import Permit
+from processor.measuring import measure
 from processor.ordering import DocumentOrder
-from processor.packing import Packer, measure
+from processor.packing import Packer
 from processor.ports import (
     Budgets,
     Catalogue,

@@ -32,7 +32,8 @@ from processor.domain import (
 )
 from processor.errors import CacheUnavailable
 from processor.identity import request_id
-from processor.packing import Packer, measure
+from processor.measuring import measure
+from processor.packing import Packer
 from processor.ports import Catalogue, Clock, TokenCounter, Undecodable, VectorCache
 from processor.results import settle
 from processor.usage import charge

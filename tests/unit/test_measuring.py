@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from processor.domain import CallEstimator, ErrorCode, ModelSpec, TokenSource, Truncate
-from processor.packing import SLICE_CHARACTERS, TURN_S, measure
+from processor.measuring import SLICE_CHARACTERS, TURN_S, measure
 from processor.ports import TokenCounts
 from processor.work import Fold
 from tests.support.folds import a_fold, a_function

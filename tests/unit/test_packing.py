@@ -15,7 +15,7 @@ from processor.domain import (
     CallEstimator,
     ErrorCode,
 )
-from processor.packing import LOOK_AHEAD
+from processor.pools import LOOK_AHEAD
 from processor.work import Call, Fold, Outcome
 from tests.support.builders import NOW_MS
 from tests.support.folds import TINY, a_fold, a_function, a_packer, all_calls, taken

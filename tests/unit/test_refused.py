@@ -13,7 +13,7 @@ from processor.accounts import Budget, BudgetKey, BudgetState, UsageSums
 from processor.domain import Request
 from processor.embed import embed
 from processor.errors import ProviderTransient
-from processor.packing import PAST_DEADLINE
+from processor.pools import PAST_DEADLINE
 from processor.ports import Destination
 from tests.support.aggregation import a_bench
 from tests.support.builders import NOW_MS, a_request
