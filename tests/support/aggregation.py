@@ -10,7 +10,7 @@ from contextlib import closing, contextmanager
 from dataclasses import fields
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from processor.accounts import (
     BucketKey,
@@ -29,11 +29,11 @@ from processor.adapters.sqlite_store import SqliteStore
 from processor.aggregate import PartitionTotals, buckets_of, newest_totals, sums_of, total_of
 from processor.aggregator import Aggregator
 from processor.budgets import read_budgets
-from processor.domain import Amounts, Part, Record, Source, TokenType, Usage
+from processor.domain import Amounts, CallKind, CallOutcome, Part, Record, Source, TokenType, Usage
 from processor.errors import LeaseLost
 from processor.ports import Destination, Events, Lease, Run, Span, StoreChange, Undecodable
 from processor.totals import FoldedTopics
-from tests.support.builders import NOW_MS, a_request, a_usage
+from tests.support.builders import NOW_MS, a_call, a_request, a_usage
 from tests.support.steps import FakeLease, VirtualClock
 
 T = TypeVar("T")
@@ -397,6 +397,21 @@ def append(log: MemoryLog, history: History, coming: Sequence[Event]) -> None:
             charged_at_ms=log.now_ms - age_ms,
         )
         history.append((log.append(Destination("usage", usage)), usage))
+
+
+def a_bill(log: MemoryLog, attempt: str, *, tokens: int = 3, outcome: CallOutcome | None = CallOutcome.OK) -> None:
+    """The intent of an attempt and its receipt, or without an outcome the intent alone."""
+    price: dict[str, Any] = {"price_nanos_per_million": 1_000_000, "attempt_id": attempt}
+    log.append(Destination("calls", a_call(estimated_tokens=tokens, confirm_by_ms=log.now_ms + 1_000, **price)))
+    if outcome is not None:
+        log.append(Destination("calls", a_call(CallKind.RECEIPT, outcome=outcome, billed_tokens=tokens, **price)))
+
+
+def a_charge(log: MemoryLog, attempt: str, *, number: int = 0, tokens: int = 3) -> None:
+    """Of a request of one text, embedded by this attempt."""
+    request = a_request(correlation_id=f"r{number}")
+    usage = a_usage(request, billed=Amounts(1, tokens, 5, tokens), parts=(Part(attempt, tokens),))
+    log.append(Destination("usage", usage))
 
 
 @contextmanager

@@ -29,7 +29,7 @@ from tests.support.aggregation import (
     recomputed,
 )
 from tests.support.builders import NOW_MS, a_usage
-from tests.unit.test_aggregator import FAR, NEAR, Life, lives
+from tests.support.lives import FAR, NEAR, Life, lives
 
 
 def a_budget(tokens: int | None = None, nanos: int | None = None, *, hard: bool = True) -> Budget:
