@@ -1,7 +1,7 @@
 """Random schedules of the whole protocol: some workers on one log, and everything that can go wrong between them.
 
 A schedule is a seed: the same one runs the same way again. The steps, the codec, L1 before L2 and the aggregator with
-its store are real, what they talk to is in `far_ends.py`, and what is left at the end is for the checker (`audit.py`).
+its store are real, what they talk to is in `far_ends.py`, and what is left at the end is for the checker (`audit/`).
 """
 
 from __future__ import annotations

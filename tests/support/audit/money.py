@@ -1,144 +1,21 @@
-"""The checker: what the topics and the provider's own books say, held against the laws.
-
-It shares no code with the processor but the codec: outcomes, charges, bills and totals are computed here again, from
-the records alone, whether a broker or a test's memory holds them.
-"""
+"""What was charged, billed and totalled, to the token: every charge, every attempt, every sum."""
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import aclosing
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from datetime import UTC, datetime
 from fractions import Fraction
-from typing import Any, NamedTuple, TypeVar
 from uuid import UUID, uuid5
 
-import numpy as np
-
-from processor.accounts import BucketKey, LedgerSummary, UsageSums, UsageTotal
-from processor.adapters.avro import Codec
-from processor.adapters.reader import KafkaReader
-from processor.adapters.topics import topics
-from processor.domain import (
-    WHOLE_REQUEST,
-    CallItem,
-    CallKind,
-    CallOutcome,
-    Chunk,
-    ProviderCall,
-    ReceivedResult,
-    Record,
-    Request,
-    Usage,
-)
+from processor.accounts import BucketKey, LedgerSummary, UsageSums
+from processor.domain import WHOLE_REQUEST, CallItem, CallKind, CallOutcome, ProviderCall, Record, Usage
 from processor.identity import request_id
-from processor.ports import Undecodable
-from processor.settings import Settings
+from tests.support.audit.books import EMBEDDING, Books, refuses
 
-T = TypeVar("T")
-
-EMBEDDING = {
-    "generate": "document",
-    "batch_process": "batch",
-    "generate_query": "query",
-    "embedding.generate": "document",
-    "embedding.generate_query": "query",
-    "embedding.batch_process": "batch",
-    "embedding.batch.process": "batch",
-}
-"""The operation of each action."""
 PASSING = ("deadline_exceeded", "budget_exceeded")
 """What a text may end as in one copy and not in another."""
-
-HORIZON_MS = 35 * 86_400_000
-
-
-class Charge(NamedTuple):
-    """The first copy of a usage event (U5). A late one is quarantined: it is in no total."""
-
-    record: Record
-    usage: Usage
-    late: bool
-
-
-@dataclass(slots=True)
-class Books:
-    """Everything that was written, in log order per partition, and what the provider says it billed.
-
-    A bill is `{"attempt_id": ..., "tokens": ..., "billed": ...}`, one a call. `key_of` is what copies of a usage event
-    are known by.
-    """
-
-    requests: list[tuple[Record, Request]] = field(default_factory=list)
-    results: list[tuple[Record, ReceivedResult]] = field(default_factory=list)
-    usage: list[tuple[Record, Usage]] = field(default_factory=list)
-    calls: list[tuple[Record, ProviderCall]] = field(default_factory=list)
-    totals: dict[BucketKey, UsageTotal] = field(default_factory=dict)
-    bills: list[Mapping[str, Any]] = field(default_factory=list)
-    horizon_ms: int = HORIZON_MS
-    key_of: Callable[[Usage], str] = lambda usage: usage.idempotency_key
-    shared_cache: bool = False
-    """Whether a text may be answered with what another tenant paid for."""
-
-    def charges(self) -> list[Charge]:
-        """Of each key in its partition the first copy, and the first after a pause of more than twice the horizon."""
-        return self._first_copies(self.key_of)
-
-    def due(self) -> Counter[tuple[str, bool]]:
-        """How often each request is to be charged, and how often refused, by its id."""
-        first = self._first_copies(lambda usage: f"{usage.request_id} {refuses(usage)}")
-        return Counter((charge.usage.request_id, refuses(charge.usage)) for charge in first)
-
-    def accepted(self) -> dict[str, Request]:
-        """Requests of embedding actions by request id; the same request sent again is one."""
-        return {request_id(request): request for _, request in self.requests if request.action in EMBEDDING}
-
-    def _first_copies(self, key_of: Callable[[Usage], str]) -> list[Charge]:
-        last_ms: dict[tuple[int, str], int] = {}
-        first = []
-        for record, usage in sorted(self.usage, key=lambda pair: pair[0].source[1:3]):
-            append_ms = record.source.append_ms
-            key = (record.source.partition, key_of(usage))
-            if key not in last_ms or append_ms - last_ms[key] > 2 * self.horizon_ms:
-                first.append(Charge(record, usage, append_ms - usage.charged_at_ms > self.horizon_ms))
-            last_ms[key] = max(append_ms, last_ms.get(key, append_ms))
-        return first
-
-
-def refuses(usage: Usage) -> bool:
-    """Whether it bills nothing and has texts that failed: it is no charge, and one may stand beside it."""
-    return usage.billed.texts == 0 and usage.failed_texts > 0
-
-
-async def read_topic(settings: Settings, name: str, kind: type[T]) -> AsyncIterator[tuple[Record, T]]:
-    """Every record of a topic as of now, in log order per partition. What can't be decoded fails the audit."""
-    codec = Codec.from_settings(settings)
-    reader = KafkaReader(settings, group_id=settings.aggregator_group_id)
-    async with aclosing(reader.read(settings.topic(topics()[name].name))) as fetched:
-        async for records in fetched:
-            for record in records:
-                if record.value is not None:
-                    message = await codec.read(kind, record.value)
-                    assert not isinstance(message, Undecodable), (name, record, message)
-                    yield record, message
-
-
-async def read_books(settings: Settings, bills: Sequence[Mapping[str, Any]], source: str = "requests") -> Books:
-    """Read every topic from its beginning to its end."""
-    books = Books(
-        requests=[pair async for pair in read_topic(settings, source, Request)],
-        results=[pair async for pair in read_topic(settings, "results", ReceivedResult)],
-        usage=[pair async for pair in read_topic(settings, "usage", Usage)],
-        calls=[pair async for pair in read_topic(settings, "calls", ProviderCall)],
-        bills=list(bills),
-    )
-    async for _, total in read_topic(settings, "totals", UsageTotal):
-        books.totals[total.key] = total
-    return books
-
-
 SUMS = [field.name for field in fields(UsageSums)]
 OF_THE_COPY = {"cached_texts", "completed_at_ms", "time_taken_ms"}
 OF_THE_SOURCE = {"source", "charged_at_ms", "price_version", "price_nanos_per_million", "billed", "saved"}
@@ -184,87 +61,6 @@ class Residuals:
         rows += [(kind, getattr(self, kind)) for kind in CLASSES]
         lines = [f"{kind:<12}{tokens:>10} tokens{self.attempts[kind]:>6} attempts" for kind, tokens in rows]
         return "\n".join([*lines, f"{'recovered':<12}{'':>17}{self.recovered_attempts:>6} attempts"])
-
-
-def check_outcomes(
-    books: Books,
-    *,
-    vector_of: Callable[[str, int], np.ndarray[Any, Any]],
-    dimensions: int,
-    refused: Mapping[str, str] | None = None,
-    refused_models: Mapping[str, str] | None = None,
-    budgeted: Collection[str] = (),
-) -> int:
-    """Laws 1 and 6: one outcome per accepted chunk, none invented, copies agree, each vector is its own text's.
-
-    A text that holds a marker of `refused` must have ended as an error of that code, a request for a model of
-    `refused_models` as a whole, and no other as any but for a deadline of its own, or if its payer is `budgeted`.
-    Returns how many records were copies beyond the first.
-    """
-    accepted = books.accepted()
-    hurried = {request_id(request) for _, request in books.requests if request.deadline_ms is not None}
-    outcomes: dict[tuple[str, int], ReceivedResult] = {}
-    copies = 0
-    for _, result in books.results:
-        request = accepted.get(result.request_id)
-        assert request is not None, f"a result for nobody: {result.request_id}"
-        for name in ("tenant_id", "correlation_id", "collection", "document_id"):
-            assert getattr(result, name) == getattr(request, name), f"another's {name}"
-        assert dict(result.metadata) == dict(request.metadata)
-        code = (refused_models or {}).get(request.model or "")
-        excuses: set[str] = set()
-        if code is not None:
-            assert (result.chunk_index, result.length) == (WHOLE_REQUEST, len(request.chunks)), "of all its chunks"
-            assert result.error
-            assert result.error.code == code
-            stands_for = range(len(request.chunks))
-        else:
-            position = result.chunk_index - request.first_chunk_index
-            assert 0 <= position < len(request.chunks), "a chunk that was never sent"
-            excuses |= {"deadline_exceeded"} if result.request_id in hurried else set()
-            excuses |= {"budget_exceeded"} if (request.agent_owner_id or request.tenant_id) in budgeted else set()
-            chunk = request.chunks[position]
-            _check_outcome(result, chunk, _codes(chunk.text, refused or {}), excuses, vector_of, dimensions)
-            stands_for = range(position, position + 1)
-        for position in stands_for:
-            place = (result.request_id, position)
-            copies += place in outcomes
-            first = outcomes.setdefault(place, result)
-            assert (first.chunk_id, first.vector_id) == (result.chunk_id, result.vector_id)
-            assert first.status == result.status or excuses, "copies that differ in status"
-    missing = {(name, i) for name, request in accepted.items() for i in range(len(request.chunks))} - set(outcomes)
-    assert not missing, f"{len(missing)} chunks without outcome, e.g. {sorted(missing)[:3]}"
-    return copies
-
-
-def _codes(text: str, refused: Mapping[str, str]) -> set[str]:
-    """What this text must end as, if it is to fail."""
-    if not text or text.isspace():
-        return {"empty_text"}
-    return {code for marker, code in refused.items() if marker in text}
-
-
-def _check_outcome(
-    result: ReceivedResult,
-    chunk: Chunk,
-    codes: set[str],
-    excuses: set[str],
-    vector_of: Callable[[str, int], np.ndarray[Any, Any]],
-    dimensions: int,
-) -> None:
-    assert result.chunk_id == chunk.chunk_id
-    assert dict(result.chunk_metadata) == dict(chunk.metadata), "metadata of another chunk"
-    if codes or (excuses and result.status == "error"):
-        assert result.status == "error", result.status
-        assert result.error is not None
-        assert result.error.code in codes | excuses, (result.error.code, codes, excuses)
-        return
-    assert result.status == "ok", (result.status, result.error)
-    assert result.vector is not None
-    assert result.vector.shape == (dimensions,)
-    assert np.isfinite(result.vector).all()
-    cosine = float(result.vector @ vector_of(chunk.text, dimensions) / np.linalg.norm(result.vector))
-    assert cosine > 0.99, f"the vector of another text: cosine {cosine:.3f}"
 
 
 def check_charges(books: Books) -> None:
