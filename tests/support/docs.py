@@ -56,7 +56,7 @@ ODD_INTRO = (
 )
 LONE_SURROGATE = (
     "A lone surrogate is no UTF-8: the client library refuses it, and on the wire it is `undecodable` (above). "
-    "Tests: `tests/unit/test_avro.py::test_lone_surrogates_are_no_text`."
+    "Tests: `tests/unit/test_avro_frames.py::test_lone_surrogates_are_no_text`."
 )
 ELSEWHERE = (
     (
@@ -67,17 +67,17 @@ ELSEWHERE = (
     (
         "a schema that would crash a decoder: recursive, zero-width `fixed`, `array<null>`, a huge decimal",
         "`unknown_schema`: only our own schemas, known by fingerprint, are ever used",
-        "tests/unit/test_avro.py::test_records_of_crashing_schemas_end_as_unknown_schema",
+        "tests/unit/test_avro_frames.py::test_records_of_crashing_schemas_end_as_unknown_schema",
     ),
     (
         "a list that claims more items than there are bytes",
         "`undecodable`, and nothing is allocated",
-        "tests/unit/test_avro.py::test_a_huge_count_allocates_nothing",
+        "tests/unit/test_avro_frames.py::test_a_huge_count_allocates_nothing",
     ),
     (
         "any random bytes, any flipped bit",
         "a dead letter or another valid request; never an exception",
-        "tests/unit/test_avro.py::test_a_flipped_bit_never_raises",
+        "tests/unit/test_avro_frames.py::test_a_flipped_bit_never_raises",
     ),
     (
         "a batch, a delete or a manifest on the query topic",
