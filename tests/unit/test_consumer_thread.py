@@ -1,12 +1,17 @@
-"""What the consumer's thread makes of a topic that is deleted under it, without a broker."""
+"""What the consumer and its thread make of a topic that is deleted, or cut, under them, without a broker."""
 
 from __future__ import annotations
 
+from collections.abc import Coroutine
 from typing import Any
 
+import pytest
 from aiokafka import TopicPartition
 from aiokafka.cluster import ClusterMetadata
+from structlog.testing import capture_logs
 
+from processor.adapters.faust_engine.consumer import Consumer
+from processor.adapters.faust_engine.lease import PartitionLease, Session
 from processor.adapters.faust_engine.thread import ConsumerThread
 
 PARTITION = TopicPartition("requests", 0)
@@ -49,3 +54,38 @@ async def test_a_topic_that_was_missed_for_a_moment_is_committed_again() -> None
     assert await thread.begin(GENERATION, {PARTITION: 5})
     assert await thread.commit_offsets(GENERATION, offsets)
     assert consumer.commits == [offsets]
+
+
+class FakeThread:
+    """Knows the first offsets that the broker says, one after the other; None: it does not say."""
+
+    def __init__(self, *first_offsets: int | None) -> None:
+        self.first_offsets = list(first_offsets)
+        self.sought: list[int] = []
+
+    async def run(self, work: Coroutine[Any, Any, Any]) -> Any:
+        return await work
+
+    async def first_offset(self, partition: TopicPartition) -> int | None:
+        assert partition == PARTITION
+        return self.first_offsets.pop(0)
+
+    async def seek_all(self, generation: int, positions: Any) -> bool:
+        assert generation == GENERATION
+        self.sought.append(positions[PARTITION])
+        return True
+
+
+@pytest.mark.parametrize("first, level", [(90, "error"), (0, "info")], ids=["deleted", "not in the log"])
+async def test_a_hole_is_passed_over_once_the_broker_has_said_what_it_is(first: int, level: str) -> None:
+    """Records that were deleted unread are told loudly, however late the broker answers: it is asked again."""
+    consumer, thread = object.__new__(Consumer), FakeThread(None, None, first)
+    lease = PartitionLease(PARTITION.topic, PARTITION.partition, GENERATION, Session(timeout_s=6, margin_s=1), 5, 5)
+    consumer._thread, consumer.leases = thread, {PARTITION: lease}  # type: ignore[assignment]
+    with capture_logs() as told:
+        for _ in range(3):
+            assert not await consumer._continues(lease, PARTITION, 90)
+        assert not told
+        assert await consumer._continues(lease, PARTITION, 90)
+    assert thread.sought == [5, 5, 5]
+    assert [each["log_level"] for each in told] == [level]

@@ -232,7 +232,7 @@ class Consumer(driver.Consumer):
 
         A jump forward may be ours (something was fetched and dropped): reading on would commit past a hole. If it
         comes again after seeking back, the offsets between are not in the log (control records, compaction,
-        retention).
+        retention). Which of them it is must be known: while the broker does not say, it is read and asked again.
         """
         expected = lease.watermark.next_offset
         numbers = {"partition": f"{partition.topic}/{partition.partition}", "expected": expected, "found": offset}
@@ -241,13 +241,16 @@ class Consumer(driver.Consumer):
                 log.error("a jump was ours and is healed: please report it", **numbers)
                 lease.sought_to = None
             return True
-        if lease.sought_to != expected:
+        first = None
+        if offset > expected and lease.sought_to == expected:
+            first = await self._thread.run(self._thread.first_offset(partition))
+        if lease.sought_to != expected or (offset > expected and first is None):
             lease.sought_to = expected
             await self._thread.run(self._thread.seek_all(lease.generation, {partition: expected}))
             return False
         lease.sought_to = None
-        if offset > expected:
-            if await self._thread.run(self._thread.first_offset(partition)) > expected:
+        if first is not None:
+            if first > expected:
                 log.error("records were deleted unread: retention is too short", **numbers)
             else:
                 log.info("offsets are not in the log: passed over", **numbers)

@@ -32,6 +32,7 @@ FETCH_WAIT_MS = 1000
 RECORDS_PER_FETCH = 500
 FETCH_BYTES = 8 * 1024 * 1024
 """Of records unpacked: 500 of the largest that are served, packed well, would be seven times the read-ahead."""
+ANSWER_S = 5.0
 ANSWER_TO_LEAVING_S = 1.0
 CODE_OF_UNKNOWN_MEMBER = 25
 CODE_OF_REBALANCE = 27
@@ -145,14 +146,14 @@ class ConsumerThread(driver.AIOKafkaConsumerThread):
         """`end_of`, from any thread."""
         return end_of(self._ensure_consumer(), partition)
 
-    async def first_offset(self, partition: TopicPartition) -> int:
-        """Of what is retained; 0 when the broker does not say."""
+    async def first_offset(self, partition: TopicPartition) -> int | None:
+        """Of what is retained; None when the broker does not say in time."""
         try:
-            async with asyncio.timeout(FETCH_WAIT_MS / 1000):
+            async with asyncio.timeout(ANSWER_S):
                 first: int = (await self._ensure_consumer().beginning_offsets([partition]))[partition]
                 return first
         except (KafkaError, TimeoutError):
-            return 0
+            return None
 
     async def at_end(self, partition: TopicPartition) -> bool:
         """`at_end`, in the consumer's thread."""
