@@ -10,12 +10,17 @@ import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests.support.brokers import Broker, Servers
 
 SERVERS = pytest.StashKey[Servers]()
 FIGURES = pytest.StashKey[list[str]]()
 NOT_RUN = "NOT RUN, needs Apache Kafka: "
+
+# No law is about how fast a busy machine makes examples.
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -9,6 +9,7 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from tests.support.provider_server import expected_vector
 from tests.support.redis_server import own_redis
 from tests.support.stack import ROOT, until
 from tests.support.traffic import hard_requests
-from tests.support.world import DIMENSIONS, MODEL, Begin, World, beginner
+from tests.support.world import DIMENSIONS, MODEL, PATIENT, Begin, World, beginner
 
 CHUNKS = 5
 CANARY = "canary-90b2"
@@ -43,7 +44,7 @@ CANARY = "canary-90b2"
 @pytest.fixture
 def begin(kafka: Broker, unique: str, tmp_path: Path) -> Begin:
     """Starts provider, cache, topics and aggregator; see `tests.support.world`."""
-    return beginner(kafka, unique, tmp_path)
+    return partial(beginner(kafka, unique, tmp_path), **PATIENT)
 
 
 async def cli(environment: dict[str, str], *arguments: str, answer: str = "") -> tuple[int, str, str]:
@@ -55,7 +56,7 @@ async def cli(environment: dict[str, str], *arguments: str, answer: str = "") ->
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
     )
-    out, err = await asyncio.wait_for(process.communicate(answer.encode()), 60)
+    out, err = await asyncio.wait_for(process.communicate(answer.encode()), 120)
     assert process.returncode is not None
     assert CANARY not in (out + err).decode()
     return process.returncode, out.decode(), err.decode()

@@ -15,6 +15,7 @@ from processor.settings import DEFAULT_CACHE_SECRET, load
 from tests.support.brokers import Broker
 from tests.support.redis_variants import program
 from tests.support.stack import Stack, until
+from tests.support.world import PATIENT
 
 HOST = "127.0.0.1"
 
@@ -26,7 +27,7 @@ async def test_a_worker_that_redis_refuses_is_ready_and_says_why(kafka: Broker, 
         "a Redis with a password",
         [*redis_command(program(), port=port), "--requirepass", "canary-1d"],
         answers=lambda: not answers_redis(HOST, port) and _listens(port),
-        start_timeout_s=15,
+        start_timeout_s=60,
     )
     environment = {
         "EMBEDDING_PROVIDER": "openai",
@@ -34,15 +35,15 @@ async def test_a_worker_that_redis_refuses_is_ready_and_says_why(kafka: Broker, 
         "EMBEDDING_REDIS_URL": f"redis://{HOST}:{port}/0",
         "EMBEDDING_REDIS_PASSWORD": "canary-2e",
         "EMBEDDING_CACHE_SECRET": DEFAULT_CACHE_SECRET,
+        **PATIENT,
     }
     with server, Stack(tmp_path, unique, kafka.bootstrap_servers, **environment) as stack:
         await topics.create(stack.settings(), partitions=1, replication=1)
         child = stack.spawn("worker")
         await until(child.ready, within_s=60, what="the worker is ready")
-        health = child.get("/health/detailed")
+        health = await child.report("/health/detailed")
         assert child.stop() == 0
         log = child.log.read_text()
-    assert health is not None
     assert "EMBEDDING_REDIS_PASSWORD" in health["cache"]["redis"]
     assert health["cache"]["goes_without"] == {"reads": False, "writes": False}  # nothing was looked up yet
     warnings = [line for line in map(json.loads, log.splitlines()) if line["event"] == "cache"]
@@ -61,7 +62,11 @@ def _listens(port: int) -> bool:
 async def test_the_doctor_warns_of_a_secret_that_everybody_knows(redis_url: str, secret: str, state: str) -> None:
     """With the default, or none at all, whoever reads Redis could tell whether a text was embedded."""
     settings = load(
-        redis_url=redis_url, cache_secret=secret, bootstrap_servers=f"{HOST}:{free_port()}", openai_api_key=None
+        redis_url=redis_url,
+        redis_timeout_ms=3_000,
+        cache_secret=secret,
+        bootstrap_servers=f"{HOST}:{free_port()}",
+        openai_api_key=None,
     )
     checks = {check.name: check async for check in examine(settings)}
     assert checks["cache"].state == state

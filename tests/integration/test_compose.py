@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from processor.cli.totals import read_totals
+from processor.cli.totals import add, read_totals
 from processor.client import Client
 from processor.settings import Settings, load
 from tests.support.brokers import answers_docker
@@ -119,13 +119,17 @@ async def test_a_request_is_answered_and_charged_through_the_compose_file(compos
 
     async def charged() -> bool:
         totals = await read_totals(settings)
-        sums = [sums for key, sums in totals.items() if (key.payer_id, key.dimension) == ("acme", "all")]
-        return len(sums) == 2 and all((s.requests, s.billed_texts, s.failed_texts) == (2, 3, 1) for s in sums)
+        buckets = {key: sums for key, sums in totals.items() if (key.payer_id, key.dimension) == ("acme", "all")}
+        days = add(sums for key, sums in buckets.items() if len(key.bucket) == len("2026-11-22"))
+        months = add(sums for key, sums in buckets.items() if len(key.bucket) == len("2026-11"))
+        return all((s.requests, s.billed_texts, s.failed_texts) == (2, 3, 1) for s in (days, months))
 
-    await until(charged, within_s=60, what="day and month of acme: 2 requests, 3 texts billed, 1 failed", every_s=1)
-    ledger = compose.report("/ledger", "aggregator")
-    assert ledger["billed_tokens"] == ledger["attributed_tokens"] != 0
-    assert ledger["residual_tokens"] == 0
+    async def balanced() -> bool:
+        ledger = compose.report("/ledger", "aggregator")
+        return ledger["billed_tokens"] == ledger["attributed_tokens"] != 0 == ledger["residual_tokens"]
+
+    await until(charged, within_s=60, what="days and months of acme: 2 requests, 3 texts billed, 1 failed", every_s=1)
+    await until(balanced, within_s=60, what="the ledger has all receipts, and each is charged", every_s=1)
 
 
 async def test_the_command_line_works_inside_of_a_container(compose: Compose) -> None:

@@ -57,7 +57,7 @@ def files(folder: Path) -> list[Path]:
 async def line_with(demo: asyncio.subprocess.Process, text: bytes) -> bytes:
     """Read what it prints up to a line with the text, and return that."""
     assert demo.stdout is not None
-    async with asyncio.timeout(90):
+    async with asyncio.timeout(240):
         while text not in (line := await demo.stdout.readline()):
             assert line, "it ended early"
     return line
@@ -83,7 +83,7 @@ async def test_the_demos_figures_are_as_they_must_be(tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 async def test_an_interrupted_demo_leaves_no_process_and_no_file(number: signal.Signals, tmp_path: Path) -> None:
     """In the middle of its work a signal, and another one while it stops."""
-    demo = await start(tmp_path)
+    demo = await start(tmp_path, "--keep")  # what is slow to interrupt it finds it up all the same
     try:
         await line_with(demo, b"first pass")
         started = children(demo.pid)
@@ -91,7 +91,7 @@ async def test_an_interrupted_demo_leaves_no_process_and_no_file(number: signal.
         assert files(tmp_path)
         demo.send_signal(number)
         demo.send_signal(number)
-        _, err = await asyncio.wait_for(demo.communicate(), 40)
+        _, err = await asyncio.wait_for(demo.communicate(), 90)
     finally:
         if demo.returncode is None:
             demo.kill()
@@ -109,7 +109,7 @@ async def test_a_killed_demo_leaves_no_process(tmp_path: Path) -> None:
     assert len(started) == 5
     demo.kill()
     await demo.communicate()
-    await until(lambda: not alive(started), within_s=10, what="no process is left")
+    await until(lambda: not alive(started), within_s=30, what="no process is left")
 
 
 async def test_a_demo_over_files_asks_about_them_and_stays_up_when_told(tmp_path: Path) -> None:
@@ -129,7 +129,7 @@ async def test_a_demo_over_files_asks_about_them_and_stays_up_when_told(tmp_path
         ) as client:
             assert (await client.embed_query("ships", tenant_id="another shell")).ok
         demo.send_signal(signal.SIGINT)
-        _, err = await asyncio.wait_for(demo.communicate(), 40)
+        _, err = await asyncio.wait_for(demo.communicate(), 90)
     finally:
         if demo.returncode is None:
             demo.kill()

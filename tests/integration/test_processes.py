@@ -16,6 +16,7 @@ from processor.cli.processes import environment
 from processor.settings import Settings
 from tests.support.brokers import Broker
 from tests.support.stack import Child, Stack, until
+from tests.support.world import PATIENT
 
 COUNT = 2
 
@@ -36,10 +37,11 @@ def _alive(pid: int) -> bool:
 
 
 class Pair:
-    """The command, and the two workers behind it."""
+    """The command, and the two workers behind it; `held`: the partitions of each once both have their share."""
 
     def __init__(self, command: Child) -> None:
         self.command = command
+        self.held: list[list[str]] = []
 
     def health(self, place: int) -> dict[str, Any]:
         at = self.command.port
@@ -62,28 +64,29 @@ class Pair:
 @pytest.fixture
 async def pair(kafka: Broker, unique: str, tmp_path: Path) -> AsyncIterator[Pair]:
     """Both have joined and hold partitions."""
-    ours = {"EMBEDDING_PROVIDER": "openai", "EMBEDDING_OPENAI_API_KEY": "tests"}
+    ours = {"EMBEDDING_PROVIDER": "openai", "EMBEDDING_OPENAI_API_KEY": "tests", **PATIENT}
     with Stack(tmp_path, unique, kafka.bootstrap_servers, **ours) as stack:
         await topics.create(stack.settings(), partitions=4, replication=1)
         pair = Pair(stack.spawn("worker", "--processes", str(COUNT), EMBEDDING_HTTP_PORT=str(_free_ports())))
 
         def both_hold() -> bool:
             pair.command.check()
-            return [len(held) for held in pair.partitions()] == [2, 2]
+            pair.held = pair.partitions()
+            return [len(held) for held in pair.held] == [2, 2]
 
         await until(both_hold, within_s=90, what="two partitions for each")
         yield pair
         pids = pair.pids() if pair.command.process.poll() is None else []
-    await until(lambda: not any(map(_alive, pids)), within_s=10, what="no orphan")
+    await until(lambda: not any(map(_alive, pids)), within_s=30, what="no orphan")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 async def test_a_signal_stops_all_of_them_cleanly(pair: Pair, number: signal.Signals) -> None:
     """Each partition has one owner; told to stop, both leave the group and the command ends with 0."""
-    first, second = pair.partitions()
+    first, second = pair.held
     assert len({*first, *second}) == 4
     pair.command.process.send_signal(number)
-    assert pair.command.process.wait(40) == 0, pair.command.tail()
+    assert pair.command.process.wait(60) == 0, pair.command.tail()
     assert pair.command.log.read_text().count('"event": "stopped"') == COUNT
 
 
@@ -91,7 +94,7 @@ async def test_one_that_dies_ends_all(pair: Pair) -> None:
     """Its exit code is the command's, so that whoever restarts it starts both; the other one stops cleanly."""
     killed, other = pair.pids()
     os.kill(killed, signal.SIGKILL)
-    assert pair.command.process.wait(40) == 128 + signal.SIGKILL
+    assert pair.command.process.wait(60) == 128 + signal.SIGKILL
     assert not _alive(other)
     assert pair.command.log.read_text().count('"event": "stopped"') == 1
 
@@ -100,7 +103,7 @@ async def test_none_outlives_the_command(pair: Pair) -> None:
     """Killed itself, it leaves no worker behind that nobody watches."""
     pids = pair.pids()
     pair.command.kill()
-    await until(lambda: not any(map(_alive, pids)), within_s=10, what="no orphan")
+    await until(lambda: not any(map(_alive, pids)), within_s=30, what="no orphan")
 
 
 def test_what_must_differ_between_processes_does() -> None:

@@ -24,7 +24,7 @@ from tests.support.brokers import Broker
 from tests.support.ledgers import invoice_of
 from tests.support.stack import Stack, until
 from tests.support.traffic import hard_requests
-from tests.support.world import World, beginner
+from tests.support.world import PATIENT, World, beginner
 
 DAY_S = 86_400
 TEXT = "sentence number"
@@ -52,7 +52,7 @@ async def append(settings: Settings, destination: Destination) -> None:
 
 async def test_the_bill_is_reported_audited_and_explained(kafka: Broker, unique: str, tmp_path: Path) -> None:
     """Reports sum to the charges, the audit holds with the provider's invoice, and each request's life is told."""
-    async with beginner(kafka, unique, tmp_path)("--base-ms", "5") as world:
+    async with beginner(kafka, unique, tmp_path)("--base-ms", "5", **PATIENT) as world:
         await world.a_worker()
         await world.traffic.send(hard_requests(60, chunks=3))
         await until(world.traffic.all_committed, within_s=120, what="every request is committed")
@@ -125,7 +125,8 @@ def check_explanations(world: World, books: audit.Books) -> None:
     tomorrow = f"{datetime.fromtimestamp(datetime.now(UTC).timestamp() + DAY_S, UTC):%Y-%m-%d}"
     assert usage(world.stack, "explain", name, "--since", tomorrow, code=1) == ""
     assert usage(world.stack, "explain", "nobody-sent-this", code=1) == ""
-    assert usage(world.stack, "explain", name, "--since", f"{datetime.now(UTC):%Y-%m-%d}") == printed
+    begun = datetime.fromtimestamp(min(record.source.append_ms for record, _ in books.requests) / 1000, UTC)
+    assert usage(world.stack, "explain", name, "--since", f"{begun:%Y-%m-%d}") == printed
 
 
 async def check_differences(world: World, books: audit.Books) -> None:

@@ -23,6 +23,7 @@ from tests.support.brokers import Broker
 from tests.support.builders import a_request, some_chunks
 from tests.support.provider_server import ProviderProcess, expected_vector
 from tests.support.stack import Child, Stack, until
+from tests.support.world import PATIENT
 
 T = TypeVar("T")
 
@@ -71,6 +72,18 @@ class Running:
         await until(all_there, within_s=60, what="every outcome", every_s=0.2)
         return sorted(found.values(), key=lambda result: (result.correlation_id, result.chunk_index))
 
+    async def finished(self, topic: str = "requests") -> None:
+        """Wait until every record of it is committed: all that they lead to stands in its topics by then."""
+        lane = "bulk" if topic == "requests" else "interactive"
+        reader = KafkaReader(self.settings, group_id=f"{self.settings.group_id}-{lane}")
+        name = self.settings.topic(topics.topics()[topic].name)
+
+        async def committed() -> bool:
+            offsets = await reader.committed(name)
+            return all(offsets.get(place, 0) >= span.end for place, span in (await reader.spans(name)).items())
+
+        await until(committed, within_s=60, what=f"every record of {name} is committed", every_s=0.2)
+
     async def read(self, name: str, kind: type[T]) -> list[tuple[Record, T]]:
         messages = []
         for record in await self.records(name):
@@ -100,6 +113,7 @@ async def running(kafka: Broker, redis_url: str, unique: str, tmp_path: Path) ->
             EMBEDDING_REDIS_URL=redis_url,
             EMBEDDING_DEFAULT_DIMENSIONS_BY_MODEL=f'{{"text-embedding-3-small": {DIMENSIONS}}}',
             EMBEDDING_LOG_LEVEL="DEBUG",
+            **PATIENT,
         ) as stack,
     ):
         await topics.create(stack.settings(), partitions=2, replication=1)
@@ -117,7 +131,7 @@ async def running(kafka: Broker, redis_url: str, unique: str, tmp_path: Path) ->
 
 
 def _metrics(child: Child) -> str:
-    with urllib.request.urlopen(f"http://127.0.0.1:{child.port}/metrics", timeout=5) as answer:
+    with urllib.request.urlopen(f"http://127.0.0.1:{child.port}/metrics", timeout=30) as answer:
         page: bytes = answer.read()
         return page.decode()
 
@@ -154,6 +168,7 @@ async def test_every_action_has_its_outcome(running: Running) -> None:
     assert refused.error is not None
     assert (refused.chunk_index, refused.error.code) == (-1, "unknown_model")
     assert by_correlation["6-delete"][0].status == "ok"
+    await running.finished()
     replies = await running.read("replies", ReceivedResult)
     assert [(r.source.partition, reply.reply_type) for r, reply in replies] == [(1, "callback")]
     letters = await running.records("dlq")
@@ -193,8 +208,9 @@ async def test_a_newer_manifest_deletes_what_vanished(running: Running) -> None:
     async def tombstoned() -> bool:
         newest = {record.key: record.value for record in await running.records("sink")}
         assert newest[kept] is not None
-        return all(name in newest and newest[name] is None for name in stale)
+        return all(newest[name] is None for name in stale)
 
+    await running.finished()
     await until(tombstoned, within_s=60, what="tombstones of the stale chunks", every_s=0.3)
     assert len(await running.read("documents", DocumentManifest)) == 2
 

@@ -8,12 +8,12 @@ from pathlib import Path
 
 from aiokafka import AIOKafkaProducer
 
+from processor.accounts import BudgetState
 from processor.adapters import topics
 from processor.adapters.avro import encode_request
 from processor.adapters.kafka import connection
-from processor.adapters.reader import KafkaReader
 from processor.domain import CallKind, ProviderCall, Usage
-from tests.support.audit import read_topic
+from tests.support.audit import Books, read_topic
 from tests.support.brokers import Broker
 from tests.support.load import fill, ingestion, some_texts
 from tests.support.provider_server import ProviderProcess
@@ -28,13 +28,15 @@ PAYER = "acme"
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Overshoot:
     """Tokens charged beyond the budget, and what they were: `in_flight_tokens` in calls that had begun when the usage
-    event that spent it was appended, `lag_tokens` in calls that began up to `seconds` later."""
+    event that spent it was appended, `lag_tokens` in calls that began up to `seconds` later. A state that refuses the
+    payer was published `told_s` after that event."""
 
     budget_tokens: int
     charged_tokens: int
     in_flight_tokens: int
     lag_tokens: int
     seconds: float
+    told_s: float
     texts: int
     refused_texts: int
 
@@ -73,16 +75,19 @@ async def measure_overshoot(
         started = [stack.spawn("worker") for _ in range(workers)]
         for worker in started:
             await until(worker.ready, within_s=60, what="the worker is ready")
-        reader = KafkaReader(settings, group_id=settings.aggregator_group_id)
 
         async def all_charged() -> bool:
             for worker in started:
                 worker.check()
-            spans = await reader.spans(settings.topic("token-usage"))
-            return sum(span.end - span.begin for span in spans.values()) >= len(requests)
+            return len({usage.request_id async for _, usage in read_topic(settings, "usage", Usage)}) == len(requests)
+
+        async def told() -> bool:
+            return any([state.refuses async for _, state in read_topic(settings, "budgets", BudgetState)])
 
         await until(all_charged, within_s=120, what="every request has its usage event", every_s=0.5)
-        charges = [(record.source.append_ms, usage) async for record, usage in read_topic(settings, "usage", Usage)]
+        await until(told, within_s=60, what="a state refuses the payer", every_s=0.5)
+        charges = Books(usage=[pair async for pair in read_topic(settings, "usage", Usage)]).charges()
+        states = [pair async for pair in read_topic(settings, "budgets", BudgetState)]
         begun_ms = {
             call.attempt_id: record.source.append_ms
             async for record, call in read_topic(settings, "calls", ProviderCall)
@@ -92,20 +97,22 @@ async def measure_overshoot(
             assert worker.stop() == 0, worker.tail()
         assert aggregator.stop() == 0, aggregator.tail()
     charged, spent_ms = 0, None
-    for append_ms, usage in charges:  # of one payer, so of one partition, in its order
-        charged += usage.billed.tokens
+    for charge in charges:  # of one payer, so of one partition, in its order
+        charged += charge.usage.billed.tokens
         if spent_ms is None and charged >= budget_tokens:
-            spent_ms = append_ms
+            spent_ms = charge.record.source.append_ms
     assert spent_ms is not None, "the backlog did not spend the budget"
     lag_tokens = sum(
-        part.tokens for _, usage in charges for part in usage.parts if begun_ms[part.attempt_id] > spent_ms
+        part.tokens for charge in charges for part in charge.usage.parts if begun_ms[part.attempt_id] > spent_ms
     )
+    told_ms = min(record.source.append_ms for record, state in states if state.refuses)
     return Overshoot(
         budget_tokens=budget_tokens,
         charged_tokens=charged,
         in_flight_tokens=charged - budget_tokens - lag_tokens,
         lag_tokens=lag_tokens,
         seconds=max(0, max(begun_ms.values()) - spent_ms) / 1000,
+        told_s=max(0, told_ms - spent_ms) / 1000,
         texts=texts,
-        refused_texts=sum(usage.failed_texts for _, usage in charges),
+        refused_texts=sum(charge.usage.failed_texts for charge in charges),
     )

@@ -26,7 +26,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def free_port() -> int:
-    """None that the system gives to outgoing connections: seconds pass until the child listens."""
+    """None that the system gives to outgoing connections: seconds pass until a child listens, and a server that is
+    killed is away for a minute, while its clients try to connect again and again.
+    """
     while True:
         port = random.SystemRandom().randrange(*PORTS)
         with socket.socket() as probe, suppress(OSError):
@@ -59,9 +61,22 @@ class Child:
         except (urllib.error.URLError, OSError, ValueError):
             return None
 
+    async def report(self, path: str) -> dict[str, Any]:
+        """The same of one that runs: a pause of the machine is waited for."""
+        found: list[dict[str, Any]] = []
+
+        def told() -> bool:
+            self.check()
+            if (document := self.get(path)) is not None:
+                found.append(document)
+            return bool(found)
+
+        await until(told, within_s=30, what=f"{self.name} answers at {path}")
+        return found[0]
+
     def metric(self, name: str) -> float | None:
         """The value of a metric without labels, or None when there is no such one."""
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/metrics", timeout=5) as answer:
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/metrics", timeout=30) as answer:
             for line in answer.read().decode().splitlines():
                 if line.startswith(f"{name} "):
                     return float(line.split()[1])
@@ -137,7 +152,7 @@ class Stack:
             cwd=ROOT,
             env=os.environ | self.environment,
             stdin=subprocess.DEVNULL,
-            timeout=60,
+            timeout=120,
         )
 
     def __enter__(self) -> Self:
@@ -154,12 +169,16 @@ class Stack:
 async def until(
     condition: Callable[[], bool | Awaitable[bool]], *, within_s: float, what: str, every_s: float = 0.1
 ) -> None:
-    """Wait for a condition with a deadline; `what` is said when it does not come."""
+    """Wait for a condition with a deadline; `what` is said when it does not come.
+
+    It is looked at once more after the deadline: the machine may have stood still since the last look, or during it.
+    """
     deadline = time.monotonic() + within_s
     while True:
+        is_last = time.monotonic() > deadline
         answer = condition()
         if answer if isinstance(answer, bool) else await answer:
             return
-        if time.monotonic() > deadline:
+        if is_last:
             raise AssertionError(f"not within {within_s:.0f} s: {what}")
         await asyncio.sleep(every_s)

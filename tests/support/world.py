@@ -21,6 +21,9 @@ MODEL = "text-embedding-3-small"
 DIMENSIONS = 64
 PARTITIONS = 4
 CALL_TEXTS = 64
+PATIENT = {"EMBEDDING_REDIS_TIMEOUT_MS": "3000", "EMBEDDING_SESSION_TIMEOUT_S": "30"}
+"""Where a law is about what the cache saves, or what is done once: a pause of a busy machine loses neither a look-up
+nor a partition."""
 
 
 @dataclass(slots=True)
@@ -47,7 +50,7 @@ class World:
         `refused`: a marker in the texts that end as an error, to its code. The last of the three counts copies.
         """
         settings = self.stack.settings()
-        await until(self.traffic.all_committed, within_s=120, what="every request is committed")
+        await until(self.traffic.all_committed, within_s=300, what="every request is committed")
         await self.traffic.sample()
 
         async def totalled() -> bool:
@@ -55,9 +58,11 @@ class World:
             totals = {total.key: total async for _, total in audit.read_topic(settings, "totals", UsageTotal)}
             return audit.totals_cover(audit.Books(usage=usage, totals=totals))
 
-        await until(totalled, within_s=60, what="the totals count every charge", every_s=0.5)
+        await until(totalled, within_s=120, what="the totals count every charge", every_s=0.5)
         for child in self.stack.children:
             if child.process.poll() is None:
+                # The others may have done it all before the last one is up: a signal would end it before it listens.
+                await until(child.ready, within_s=60, what=f"{child.name} is ready, and can be stopped")
                 assert child.stop() == 0, child.tail()
         bills = [bill for one in (self.provider, *self.others) for bill in one.admin("ledger")["requests"]]
         books = await audit.read_books(settings, bills)
