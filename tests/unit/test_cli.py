@@ -55,7 +55,7 @@ def cli(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
         text=True,
         check=False,
         cwd=ROOT,
-        timeout=60,
+        timeout=120,
         env={"PATH": os.environ["PATH"], "COLUMNS": "120", **environment},
     )
 
