@@ -188,7 +188,10 @@ def answers_docker(host: str) -> bool:
 async def create_topic(
     bootstrap_servers: str, name: str, *, partitions: int = 1, configs: Mapping[str, str] | None = None
 ) -> None:
-    """Make a topic with one replica. Raises `AssertionError` with the broker's code when it refuses."""
+    """Make a topic with one replica, whose partitions have their leaders: nobody's first request is a retry.
+
+    Raises `AssertionError` with the broker's code when it refuses.
+    """
     admin = AIOKafkaAdminClient(bootstrap_servers=bootstrap_servers)
     await admin.start()
     try:
@@ -196,6 +199,8 @@ async def create_topic(
         assert [error[1] for error in answer.topic_errors] == [0], answer
     finally:
         await admin.close()
+    async with AIOKafkaConsumer(bootstrap_servers=bootstrap_servers) as consumer:
+        await ends_of(consumer, name, partitions)  # said by leaders alone
 
 
 async def ends_of(consumer: AIOKafkaConsumer, topic: str, partitions: int) -> dict[int, int]:

@@ -36,6 +36,7 @@ def main() -> int:
             elif record.source.offset == options.get("die_at"):
                 os._exit(9)
             if record.source.offset == options.get("break_at"):
+                say(event="broken", offset=record.source.offset)
                 raise RuntimeError("broken")
             if record.source.offset == options.get("undelivered_at"):
                 raise DeliveryFailed("not acknowledged")

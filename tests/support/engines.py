@@ -9,11 +9,12 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
-from aiokafka.admin import AIOKafkaAdminClient, NewTopic
+from aiokafka.admin import AIOKafkaAdminClient
 
 from processor.adapters.faust_engine import Engine
 from processor.ports import Lease, Run
 from processor.settings import Settings
+from tests.support import brokers, stack
 from tests.support.brokers import ends_of
 from tests.support.plain_engine import PlainEngine
 
@@ -22,13 +23,16 @@ ENGINES: Mapping[str, type[Engine]] = {"faust": Engine, "plain": PlainEngine}
 Place = tuple[int, int]
 """(partition, offset)"""
 
+PATIENCE_S = 60.0
+"""A guard against hanging, no more: whatever is waited for comes as soon as the machine lets it."""
 
-def engine_settings(bootstrap_servers: str, **overrides: Any) -> Settings:
-    """Quick to notice, quick to commit."""
+
+def engine_settings(bootstrap_servers: str, /, **overrides: Any) -> Settings:
+    """Quick to notice, quick to commit; the session outlives a machine that stands still for seconds."""
     return Settings(
         **{
             "bootstrap_servers": bootstrap_servers,
-            "session_timeout_s": 6.0,
+            "session_timeout_s": 30.0,
             "heartbeat_interval_s": 0.5,
             "lease_margin_s": 1.0,
             "revoke_budget_s": 2.0,
@@ -116,34 +120,40 @@ async def steal(engine: Engine) -> Mapping[TopicPartition, Sequence[Any]]:
     return await member._thread.run(member._thread.fetch(member.leases))
 
 
-async def until(condition: Callable[[], bool], what: str, *, within_s: float = 30) -> None:
+async def until(condition: Callable[[], bool], what: str, *, within_s: float = PATIENCE_S) -> None:
     """Wait for a condition; fails with what was waited for."""
-    try:
-        async with asyncio.timeout(within_s):
-            while not condition():
-                await asyncio.sleep(0.01)
-    except TimeoutError:
-        raise AssertionError(f"not within {within_s} s: {what}") from None
+    await stack.until(condition, within_s=within_s, what=what, every_s=0.01)
 
 
 async def create_topic(bootstrap_servers: str, topic: str, partitions: int) -> None:
-    admin = AIOKafkaAdminClient(bootstrap_servers=bootstrap_servers)
-    await admin.start()
-    try:
-        await admin.create_topics([NewTopic(topic, partitions, 1)])
-    finally:
-        await admin.close()
+    await brokers.create_topic(bootstrap_servers, topic, partitions=partitions)
 
 
-async def produce(bootstrap_servers: str, topic: str, partitions: int, count: int, *, over_s: float = 0) -> None:
-    """`count` small records, spread evenly over the partitions and over the time."""
-    pieces = 100 if over_s else 1
+async def produce(bootstrap_servers: str, topic: str, partitions: int, count: int) -> None:
+    """`count` small records, spread evenly over the partitions."""
     async with AIOKafkaProducer(bootstrap_servers=bootstrap_servers, linger_ms=5) as producer:
         await producer.partitions_for(topic)
-        for piece in range(pieces):
-            numbers = range(piece * count // pieces, (piece + 1) * count // pieces)
-            sent = [await producer.send(topic, b"%d" % n, partition=n % partitions) for n in numbers]
-            await asyncio.gather(*sent, asyncio.sleep(over_s / pieces))
+        sent = [await producer.send(topic, b"%d" % n, partition=n % partitions) for n in range(count)]
+        await asyncio.gather(*sent)
+
+
+@asynccontextmanager
+async def flowing(bootstrap_servers: str, topic: str, partitions: int) -> AsyncIterator[None]:
+    """Small records flow into every partition, at most 2,000 a second, for as long as the context lasts."""
+    over = asyncio.Event()
+
+    async def flow() -> None:
+        while not over.is_set():
+            sent = [await producer.send(topic, b"%d" % n, partition=n % partitions) for n in range(200)]
+            await asyncio.gather(*sent, asyncio.sleep(0.1))
+
+    async with AIOKafkaProducer(bootstrap_servers=bootstrap_servers, linger_ms=5) as producer:
+        task = asyncio.create_task(flow())
+        try:
+            yield
+        finally:
+            over.set()
+            await task
 
 
 async def log_ends(bootstrap_servers: str, topic: str, partitions: int) -> dict[int, int]:
@@ -162,6 +172,14 @@ class Group:
         """Partition to committed offset; one without a commit is left out."""
         offsets = await self._admin.list_consumer_group_offsets(self._topic)
         return {partition.partition: each.offset for partition, each in offsets.items() if each.offset >= 0}
+
+    async def until_committed(self, offsets: Mapping[int, int]) -> None:
+        """Wait until this is committed, and nothing else."""
+
+        async def stands() -> bool:
+            return await self.committed() == offsets
+
+        await stack.until(stands, within_s=PATIENCE_S, what=f"{offsets} committed", every_s=0.05)
 
 
 @asynccontextmanager
