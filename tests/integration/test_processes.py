@@ -74,10 +74,10 @@ async def pair(kafka: Broker, unique: str, tmp_path: Path) -> AsyncIterator[Pair
             pair.held = pair.partitions()
             return [len(held) for held in pair.held] == [2, 2]
 
-        await until(both_hold, within_s=90, what="two partitions for each")
+        await until(both_hold, within_s=300, what="two partitions for each")
         yield pair
         pids = pair.pids() if pair.command.process.poll() is None else []
-    await until(lambda: not any(map(_alive, pids)), within_s=30, what="no orphan")
+    await until(lambda: not any(map(_alive, pids)), within_s=120, what="no orphan")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -86,7 +86,7 @@ async def test_a_signal_stops_all_of_them_cleanly(pair: Pair, number: signal.Sig
     first, second = pair.held
     assert len({*first, *second}) == 4
     pair.command.process.send_signal(number)
-    assert pair.command.process.wait(60) == 0, pair.command.tail()
+    assert pair.command.process.wait(120) == 0, pair.command.tail()
     assert pair.command.log.read_text().count('"event": "stopped"') == COUNT
 
 
@@ -94,7 +94,7 @@ async def test_one_that_dies_ends_all(pair: Pair) -> None:
     """Its exit code is the command's, so that whoever restarts it starts both; the other one stops cleanly."""
     killed, other = pair.pids()
     os.kill(killed, signal.SIGKILL)
-    assert pair.command.process.wait(60) == 128 + signal.SIGKILL
+    assert pair.command.process.wait(120) == 128 + signal.SIGKILL
     assert not _alive(other)
     assert pair.command.log.read_text().count('"event": "stopped"') == 1
 
@@ -103,7 +103,7 @@ async def test_none_outlives_the_command(pair: Pair) -> None:
     """Killed itself, it leaves no worker behind that nobody watches."""
     pids = pair.pids()
     pair.command.kill()
-    await until(lambda: not any(map(_alive, pids)), within_s=30, what="no orphan")
+    await until(lambda: not any(map(_alive, pids)), within_s=120, what="no orphan")
 
 
 def test_what_must_differ_between_processes_does() -> None:

@@ -69,7 +69,7 @@ class Running:
 
         for child in self.children:
             child.check()
-        await until(all_there, within_s=60, what="every outcome", every_s=0.2)
+        await until(all_there, within_s=300, what="every outcome", every_s=0.2)
         return sorted(found.values(), key=lambda result: (result.correlation_id, result.chunk_index))
 
     async def finished(self, topic: str = "requests") -> None:
@@ -82,7 +82,7 @@ class Running:
             offsets = await reader.committed(name)
             return all(offsets.get(place, 0) >= span.end for place, span in (await reader.spans(name)).items())
 
-        await until(committed, within_s=60, what=f"every record of {name} is committed", every_s=0.2)
+        await until(committed, within_s=300, what=f"every record of {name} is committed", every_s=0.2)
 
     async def read(self, name: str, kind: type[T]) -> list[tuple[Record, T]]:
         messages = []
@@ -119,7 +119,7 @@ async def running(kafka: Broker, redis_url: str, unique: str, tmp_path: Path) ->
         await topics.create(stack.settings(), partitions=2, replication=1)
         children = [stack.spawn("worker"), stack.spawn("worker", "--lane", "interactive"), stack.spawn("aggregator")]
         for child in children:
-            await until(child.ready, within_s=60, what=f"{child.name} is ready")
+            await until(child.ready, within_s=300, what=f"{child.name} is ready")
         yield Running(stack, children)
         for child in children:
             page = await asyncio.to_thread(_metrics, child)
@@ -211,7 +211,7 @@ async def test_a_newer_manifest_deletes_what_vanished(running: Running) -> None:
         return all(newest[name] is None for name in stale)
 
     await running.finished()
-    await until(tombstoned, within_s=60, what="tombstones of the stale chunks", every_s=0.3)
+    await until(tombstoned, within_s=300, what="tombstones of the stale chunks", every_s=0.3)
     assert len(await running.read("documents", DocumentManifest)) == 2
 
 

@@ -55,7 +55,7 @@ class Child:
     def get(self, path: str) -> dict[str, Any] | None:
         """A JSON document of its internal port, or None while it does not answer."""
         try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=2) as answer:
+            with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=10) as answer:
                 document: dict[str, Any] = json.load(answer)
                 return document
         except (urllib.error.URLError, OSError, ValueError):
@@ -71,7 +71,7 @@ class Child:
                 found.append(document)
             return bool(found)
 
-        await until(told, within_s=30, what=f"{self.name} answers at {path}")
+        await until(told, within_s=120, what=f"{self.name} answers at {path}")
         return found[0]
 
     def metric(self, name: str) -> float | None:
@@ -152,7 +152,7 @@ class Stack:
             cwd=ROOT,
             env=os.environ | self.environment,
             stdin=subprocess.DEVNULL,
-            timeout=120,
+            timeout=300,
         )
 
     def __enter__(self) -> Self:

@@ -39,7 +39,7 @@ class World:
     async def a_worker(self) -> Child:
         """Started, and ready."""
         worker = self.stack.spawn("worker")
-        await until(worker.ready, within_s=60, what=f"{worker.name} is ready")
+        await until(worker.ready, within_s=300, what=f"{worker.name} is ready")
         return worker
 
     async def finish_and_audit(
@@ -62,7 +62,7 @@ class World:
         for child in self.stack.children:
             if child.process.poll() is None:
                 # The others may have done it all before the last one is up: a signal would end it before it listens.
-                await until(child.ready, within_s=60, what=f"{child.name} is ready, and can be stopped")
+                await until(child.ready, within_s=300, what=f"{child.name} is ready, and can be stopped")
                 assert child.stop() == 0, child.tail()
         bills = [bill for one in (self.provider, *self.others) for bill in one.admin("ledger")["requests"]]
         books = await audit.read_books(settings, bills)
