@@ -6,7 +6,6 @@ import asyncio
 import json
 import os
 import re
-import socket
 import sys
 import uuid
 from collections.abc import Iterator
@@ -29,8 +28,11 @@ from processor.settings import Settings
 from tests.support.brokers import Broker
 from tests.support.provider_server import ProviderProcess, expected_vector
 from tests.support.stack import Stack, until
+from tests.support.world import PATIENT
 
 DIMENSIONS = 8
+NOWHERE = "127.0.0.1:1"
+PATIENCE_S = 60.0
 SPACE = f"text-embedding-3-small@1/{DIMENSIONS}/l2"
 
 
@@ -50,7 +52,7 @@ def service(kafka: Broker, redis_url: str, tmp_path_factory: pytest.TempPathFact
         await topics.create(stack.settings(), partitions=2, replication=1)
         children = [stack.spawn("worker"), stack.spawn("worker", "--lane", "interactive"), stack.spawn("aggregator")]
         for child in children:
-            await until(child.ready, within_s=60, what=f"{child.name} is ready")
+            await until(child.ready, within_s=2 * PATIENCE_S, what=f"{child.name} is ready")
 
     with (
         ProviderProcess() as provider,
@@ -63,6 +65,7 @@ def service(kafka: Broker, redis_url: str, tmp_path_factory: pytest.TempPathFact
             EMBEDDING_OPENAI_API_KEY="tests",
             EMBEDDING_REDIS_URL=redis_url,
             EMBEDDING_DEFAULT_DIMENSIONS_BY_MODEL=f'{{"text-embedding-3-small": {DIMENSIONS}}}',
+            **PATIENT,
         ) as stack,
     ):
         asyncio.run(prepare())
@@ -99,7 +102,7 @@ async def python(service: Service, *arguments: str) -> tuple[int, str, str]:
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
     )
-    out, err = await asyncio.wait_for(process.communicate(), 60)
+    out, err = await asyncio.wait_for(process.communicate(), 2 * PATIENCE_S)
     assert process.returncode is not None
     return process.returncode, out.decode(), err.decode()
 
@@ -119,7 +122,7 @@ async def test_a_caller_gets_the_outcome_of_each_text_in_order(service: Service,
         assert [outcome.error and outcome.error.code for outcome in unknown] == ["unknown_model"] * 2
         checked = await one.embed(["fine", ""], tenant_id=tenant, action="validate")
         assert [outcome.status for outcome in checked] == ["valid", "invalid"]
-        query = await one.embed_query("what is asked", tenant_id=tenant)
+        query = await one.embed_query("what is asked", tenant_id=tenant, timeout_s=PATIENCE_S)
         assert_vectors([query], ["what is asked"])
         assert query.result is not None
         assert query.result.operation == "query"
@@ -153,11 +156,17 @@ async def test_the_same_call_again_is_one_charge(service: Service, tenant: str) 
                 charged[:] = [event.request_id async for event in usage if event.payer_id == tenant]
             return len(charged) >= 2
 
-        await until(both_charged, within_s=30, what="both requests are charged", every_s=0.2)
+        await until(both_charged, within_s=PATIENCE_S, what="both requests are charged", every_s=0.2)
         assert sorted(charged) == sorted([first[0].request_id, name])
-        async with aclosing(client.results(follow=False)) as results:
-            mine = [result async for result in results if result.tenant_id == tenant]
-            seen = [(result.request_id, result.chunk_index) for result in mine]
+        seen: list[tuple[str, int]] = []
+
+        async def both_seen() -> bool:
+            async with aclosing(client.results(follow=False)) as results:
+                mine = [result async for result in results if result.tenant_id == tenant]
+            seen[:] = [(result.request_id, result.chunk_index) for result in mine]
+            return len(seen) >= 2
+
+        await until(both_seen, within_s=PATIENCE_S, what="the results of both", every_s=0.2)
         assert sorted(seen) == sorted([(first[0].request_id, 0), (name, 0)])
 
 
@@ -165,14 +174,25 @@ async def test_results_can_be_followed_from_now_on(service: Service, tenant: str
     """A reader that begins at the present end sees what comes after, and nothing before."""
     async with Client(service.settings) as client:
         await client.embed(["before"], tenant_id=tenant, correlation_id="old")
-        async with aclosing(client.results(from_beginning=False)) as results:
-            coming = asyncio.ensure_future(anext(results))
-            for place in range(100):
-                await client.embed(["after"], tenant_id=tenant, correlation_id=f"new {place}")
-                if coming.done():
-                    break
-            result = await asyncio.wait_for(coming, 10)
-        assert result.correlation_id.startswith("new")
+
+        async def first_of_mine(*, follow: bool) -> str | None:
+            async with aclosing(client.results(from_beginning=not follow, follow=follow)) as results:
+                async for result in results:
+                    if result.tenant_id == tenant:
+                        return result.correlation_id
+            return None
+
+        async def old_is_there() -> bool:
+            """Its copy may be heard before it is in the log of the results."""
+            return await first_of_mine(follow=False) == "old"
+
+        await until(old_is_there, within_s=PATIENCE_S, what="the result of before")
+        coming = asyncio.ensure_future(first_of_mine(follow=True))
+        for place in range(100):
+            await client.embed(["after"], tenant_id=tenant, correlation_id=f"new {place}")
+            if coming.done():
+                break
+        assert (await asyncio.wait_for(coming, PATIENCE_S) or "").startswith("new")
 
 
 async def test_a_reply_goes_where_the_caller_says(service: Service, tenant: str) -> None:
@@ -193,7 +213,7 @@ async def test_a_reply_goes_where_the_caller_says(service: Service, tenant: str)
                     replies.append((reply.request_id, reply.reply_type, record.source.partition))
         return bool(replies)
 
-    await until(arrived, within_s=30, what="the reply", every_s=0.2)
+    await until(arrived, within_s=PATIENCE_S, what="the reply", every_s=0.2)
     assert replies == [(name, "callback", 1)]
 
 
@@ -213,7 +233,7 @@ async def test_a_replaced_document_leaves_no_stale_chunk(service: Service, tenan
         async def held() -> bool:
             return await live() == count
 
-        await until(held, within_s=30, what=f"{count} live vectors", every_s=0.2)
+        await until(held, within_s=PATIENCE_S, what=f"{count} live vectors", every_s=0.2)
 
     async with Client(service.settings) as client:
         assert (await client.replace_document(texts(4, "v1"), **where)).ok
@@ -234,7 +254,7 @@ async def test_no_answer_in_time_is_a_value(kafka: Broker, unique: str) -> None:
     settings = Settings(bootstrap_servers=kafka.bootstrap_servers, topic_prefix=f"{unique}.")
     await topics.create(settings, partitions=2, replication=1)
     async with Client(settings) as client:
-        outcomes = await client.embed(["a", "b"], tenant_id="acme", timeout_s=1.5)
+        outcomes = await client.embed(["a", "b"], tenant_id="acme", timeout_s=6)  # time enough to send it
         assert [(outcome.status, outcome.vector) for outcome in outcomes] == [("timed_out", None)] * 2
     requests = KafkaReader(settings, group_id="none").read(settings.topic("embedding-requests"))
     assert sum([len(records) async for records in requests]) == 1
@@ -310,9 +330,14 @@ async def test_the_command_line_from_files_to_a_bill(service: Service, tenant: s
         "timed_out": 0,
     }
     assert summary["ok"] >= 4
-    code, out, _ = await cli(service, "results", "--tenant", tenant, "--json", "--vectors")
-    results = [json.loads(line) for line in out.splitlines()]
-    assert code == 0
+    results: list[dict[str, Any]] = []
+
+    async def printed() -> bool:
+        code, out, _ = await cli(service, "results", "--tenant", tenant, "--json", "--vectors")
+        results[:] = [json.loads(line) for line in out.splitlines()]
+        return code == 0 and len(results) >= summary["ok"]
+
+    await until(printed, within_s=PATIENCE_S, what="the results of all chunks")
     assert len(results) == summary["ok"]
     assert all(len(result["vector"]) == DIMENSIONS for result in results)
     code, out, _ = await cli(service, "results", "--tenant", tenant, "--json")
@@ -323,7 +348,7 @@ async def test_the_command_line_from_files_to_a_bill(service: Service, tenant: s
         *_, total = [json.loads(line) for line in out.splitlines()]
         return code == 0 and total["billed_texts"] == summary["ok"]
 
-    await until(billed, within_s=30, what="the totals account for the texts")
+    await until(billed, within_s=PATIENCE_S, what="the totals account for the texts")
     code, out, _ = await cli(service, "usage", "report", "--payer", tenant, "--by", "operation")
     assert (code, "document" in out) == (0, True)
     code, out, _ = await cli(service, "doctor", "--json")
@@ -367,19 +392,12 @@ async def test_topics_are_made_once(kafka: Broker, unique: str, redis_url: str) 
     assert json.loads((await cli(service, "topics", "create", "--json"))[1]) == {"made": []}
 
 
-def closed_port() -> str:
-    """An address where nobody listens."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return f"127.0.0.1:{probe.getsockname()[1]}"
-
-
 @pytest.mark.parametrize(
     "command", ["topics check", "usage report --json", "results", "produce README.md --tenant acme"]
 )
 async def test_brokers_out_of_reach_end_with_3(command: str) -> None:
     """Scripts can tell an outage from a fault of what they asked for."""
-    nowhere = Service(Settings(), {"EMBEDDING_BOOTSTRAP_SERVERS": closed_port()})
+    nowhere = Service(Settings(), {"EMBEDDING_BOOTSTRAP_SERVERS": NOWHERE})
     code, out, err = await cli(nowhere, *command.split())
     assert (code, out) == (3, "")
     assert err.startswith("error: ")
@@ -388,11 +406,10 @@ async def test_brokers_out_of_reach_end_with_3(command: str) -> None:
 
 async def test_the_doctor_names_cause_and_fix_of_each_fault() -> None:
     """No broker, no Redis, no registry, no key: all in one run, exit code 1."""
-    address = closed_port()
     environment = {
-        "EMBEDDING_BOOTSTRAP_SERVERS": address,
-        "EMBEDDING_REDIS_URL": f"redis://{closed_port()}",
-        "EMBEDDING_SCHEMA_REGISTRY_URL": f"http://{closed_port()}",
+        "EMBEDDING_BOOTSTRAP_SERVERS": NOWHERE,
+        "EMBEDDING_REDIS_URL": f"redis://{NOWHERE}",
+        "EMBEDDING_SCHEMA_REGISTRY_URL": f"http://{NOWHERE}",
         "EMBEDDING_PROVIDER": "openai",
         "EMBEDDING_OPENAI_API_KEY": "",
         "OPENAI_API_KEY": "",
@@ -408,5 +425,5 @@ async def test_the_doctor_names_cause_and_fix_of_each_fault() -> None:
         "registry": "error",
         "provider": "error",
     }
-    assert address in checks["broker"]["what"]
+    assert NOWHERE in checks["broker"]["what"]
     assert all(check["fix"] for check in checks.values() if check["state"] == "error")

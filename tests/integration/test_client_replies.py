@@ -77,7 +77,7 @@ async def test_only_first_copies_of_its_own_outcomes_are_taken(broker: Broker, u
         producer_idempotent=broker.is_apache_kafka,
     )
     async with responding(settings) as responder, Client(settings) as client:
-        call = asyncio.create_task(client.embed(["a", "b"], tenant_id="acme", timeout_s=30))
+        call = asyncio.create_task(client.embed(["a", "b"], tenant_id="acme", timeout_s=60))
         mine = await responder.next_request()
         ok = a_result(mine, 0)
         stranger = a_result(a_request(["x"], correlation_id="stranger"))
@@ -102,7 +102,7 @@ async def test_with_a_registry_requests_carry_its_ids_and_replies_are_read_by_th
             bootstrap_servers=kafka.bootstrap_servers, topic_prefix=f"{unique}.", schema_registry_url=registry.url
         )
         async with responding(settings) as responder, Client(settings) as client:
-            call = asyncio.create_task(client.embed(["a"], tenant_id="acme", timeout_s=30))
+            call = asyncio.create_task(client.embed(["a"], tenant_id="acme", timeout_s=60))
             mine = await responder.next_request()
             await responder.reply(mine, a_result(mine))
             assert (await call)[0].ok
@@ -119,14 +119,14 @@ async def test_a_registry_that_fails_while_replies_are_read_is_an_error_not_a_si
             bootstrap_servers=kafka.bootstrap_servers, topic_prefix=f"{unique}.", schema_registry_url=registry.url
         )
         async with responding(settings) as responder, Client(settings) as client:
-            call = asyncio.create_task(client.embed(["a"], tenant_id="acme", correlation_id="same", timeout_s=30))
+            call = asyncio.create_task(client.embed(["a"], tenant_id="acme", correlation_id="same", timeout_s=60))
             mine = await responder.next_request()
             registry.fails_with = 503
             await responder.reply(mine, a_result(mine))
             with pytest.raises(BrokerUnavailable, match="same correlation_id"):
                 await call
             registry.fails_with = None
-            call = asyncio.create_task(client.embed(["a"], tenant_id="acme", correlation_id="same", timeout_s=30))
+            call = asyncio.create_task(client.embed(["a"], tenant_id="acme", correlation_id="same", timeout_s=60))
             again = await responder.next_request(skip=1)
             await responder.reply(again, a_result(again))
             assert (await call)[0].ok

@@ -25,15 +25,21 @@ async def _looked_at(
         await topics.create(stack.settings(), partitions=1, replication=1)
         child = stack.spawn(role, **environment)
         await until(child.ready, within_s=60, what=f"{role} is ready")
-        health = child.get("/health/detailed")
+        runtime: dict[str, Any] = {}
+
+        async def has_started() -> bool:
+            """It joins its group before the last steps of its start."""
+            runtime.update((await child.report("/health/detailed"))["runtime"])
+            return runtime["gc"]["frozen_objects"] > 0  # type: ignore[no-any-return]
+
+        await until(has_started, within_s=60, what="the end of its start")
         metrics = await asyncio.to_thread(_extension_metrics, child)
-        assert child.stop() == 0
-        assert health is not None
-        return health["runtime"], metrics, [json.loads(line) for line in child.log.read_text().splitlines()]
+        assert child.stop() == 0, child.tail()
+        return runtime, metrics, [json.loads(line) for line in child.log.read_text().splitlines()]
 
 
 def _extension_metrics(child: Child) -> dict[str, float]:
-    with urllib.request.urlopen(f"http://127.0.0.1:{child.port}/metrics", timeout=5) as answer:
+    with urllib.request.urlopen(f"http://127.0.0.1:{child.port}/metrics", timeout=30) as answer:
         lines = answer.read().decode().splitlines()
     found = (line.removeprefix("embedding_extension_loaded{name=") for line in lines)
     return {name.split('"')[1]: float(name.split()[-1]) for name in found if name.startswith('"')}

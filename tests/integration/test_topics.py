@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import socket
 from typing import Any
 
 import pytest
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
-from aiokafka.admin import AIOKafkaAdminClient
 
 from processor.adapters.topics import Severity, check, create, topics, verify
 from processor.errors import BrokerUnavailable, TopicsError
@@ -18,18 +16,6 @@ from tests.support.brokers import Broker, create_topic
 
 def settings_of(broker: Broker, unique: str, **fields: Any) -> Settings:
     return Settings(bootstrap_servers=broker.bootstrap_servers, topic_prefix=f"{unique}-", **fields)
-
-
-async def make(broker: Broker, name: str, configs: dict[str, str] | None = None) -> None:
-    """A topic of one partition that the broker shows."""
-    await create_topic(broker.bootstrap_servers, name, configs=configs)
-    admin = AIOKafkaAdminClient(bootstrap_servers=broker.bootstrap_servers)
-    await admin.start()
-    try:
-        while name not in await admin.list_topics():
-            await asyncio.sleep(0.05)
-    finally:
-        await admin.close()
 
 
 async def test_topics_are_made_once_and_are_right(kafka: Broker, unique: str) -> None:
@@ -44,7 +30,7 @@ async def test_a_single_missing_topic_is_made(kafka: Broker, unique: str) -> Non
     """What exists is left as it is, though it be wrong."""
     settings = settings_of(kafka, unique)
     name = settings.topic("token-usage")
-    await make(kafka, name, {"cleanup.policy": "compact"})
+    await create_topic(kafka.bootstrap_servers, name, configs={"cleanup.policy": "compact"})
     assert name not in await create(settings, partitions=1)
     findings = await check(settings)
     assert {(finding.topic, finding.severity) for finding in findings} == {(name, Severity.ERROR)}
@@ -54,8 +40,8 @@ async def test_a_start_is_refused_with_every_reason_at_once(kafka: Broker, uniqu
     """The operator reads each topic, what is wrong with it and the command, in one message."""
     settings = settings_of(kafka, unique)
     requests, results = settings.topic("embedding-requests"), settings.topic("embedding-results")
-    await make(kafka, requests, {"cleanup.policy": "compact"})
-    await make(kafka, results, {"max.message.bytes": "1000"})
+    await create_topic(kafka.bootstrap_servers, requests, configs={"cleanup.policy": "compact"})
+    await create_topic(kafka.bootstrap_servers, results, configs={"max.message.bytes": "1000"})
     with pytest.raises(TopicsError) as raised:
         await verify(settings, {"requests", "results", "usage"})
     message = str(raised.value)
@@ -68,7 +54,7 @@ async def test_a_start_is_refused_with_every_reason_at_once(kafka: Broker, uniqu
 async def test_only_the_topics_that_a_process_needs_are_checked(kafka: Broker, unique: str) -> None:
     """A missing topic of somebody else keeps nobody from starting."""
     settings = settings_of(kafka, unique)
-    await make(kafka, settings.topic("embedding-results"))
+    await create_topic(kafka.bootstrap_servers, settings.topic("embedding-results"))
     assert await verify(settings, {"results"}) == []
 
 
