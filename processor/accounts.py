@@ -57,6 +57,13 @@ class UsageTotal:
     updated_at_ms: int
 
 
+class PublishedTotal(NamedTuple):
+    """A `token-usage-totals` record as it was read, and the sums that it says are those of all its partitions."""
+
+    total: UsageTotal
+    stated: UsageSums
+
+
 class TaskKey(NamedTuple):
     tenant_id: str
     task_id: str

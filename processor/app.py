@@ -82,6 +82,7 @@ def folded_topics(settings: Settings) -> FoldedTopics:
         totals=names["totals"],
         budgets=names["budgets"],
         late=names["late"],
+        progress=names["progress"],
     )
 
 

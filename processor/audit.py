@@ -9,13 +9,20 @@ from __future__ import annotations
 from array import array
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from datetime import UTC, datetime
 from functools import lru_cache
 from operator import add
 from typing import NamedTuple
 
-from processor.accounts import EVERYBODY_ELSE, BucketKey, BudgetKey, BudgetState, UsageSums
+from processor.accounts import (
+    EVERYBODY_ELSE,
+    BucketKey,
+    BudgetKey,
+    BudgetState,
+    PublishedTotal,
+    TaskKey,
+    TaskProgress,
+)
 from processor.aggregate import (
     DAY_MS,
     NO_SUMS,
@@ -26,27 +33,24 @@ from processor.aggregate import (
     seen_only_until,
     sums_as_tuple,
     sums_of,
-    total_of,
 )
-from processor.budgets import state_of
 from processor.domain import CallKind, CallOutcome, ProviderCall, Source, TokenType, Usage
 from processor.findings import (
     Breach,
-    BudgetDifference,
     BudgetsCheck,
     Difference,
     Finding,
     LedgerCheck,
     Residual,
+    TasksCheck,
     TotalsCheck,
     UsageCheck,
 )
 from processor.invoice import Bills
+from processor.newest import AMOUNTS, Spent, Tasks, differences, month
 from processor.shares import Intent, Key, beside_shares, debtor, intent_of, packed, shares_of, tokens_of, unpacked
 from processor.usage import cost_nanos
 
-BUDGETED = ("billed_tokens", "billed_cost_nanos", "unpriced_tokens")
-"""Sums of a payer's month that its budget state repeats."""
 NONE, CLOSED = array("q"), array("q")
 """In place of what charges name of an attempt, once its receipt was judged."""
 
@@ -105,14 +109,17 @@ class Audit:
     """Takes the retained usage events, then what was quarantined of them, then the calls, each partition in offset
     order; then the checks can be read.
 
-    `folded_to` (usage partition -> the aggregator's committed offset), `budgets` and `published` must have been read
-    in this order, and before the extents of the logs. `token_types`: those that are totalled, None for all.
+    `folded_to` (usage partition -> the aggregator's committed offset) must have been read first, then what is
+    published, then the extents of the logs. `newest`: of each bucket the newest record. `token_types`: those that are
+    totalled, None for all.
     """
 
     def __init__(
         self,
         *,
         published: Mapping[BucketKey, PartitionTotals],
+        newest: Mapping[BucketKey, PublishedTotal],
+        progress: Mapping[TaskKey, TaskProgress],
         budgets: Mapping[BudgetKey, BudgetState],
         folded_to: Mapping[int, int],
         usage_log: Mapping[int, Extent],
@@ -123,7 +130,9 @@ class Audit:
         provider: str | None = None,
     ) -> None:
         self._published = published
-        self._budgets = budgets
+        self._newest = newest
+        self._tasks = Tasks(progress)
+        self._spent = Spent(budgets)
         self._folded_to = folded_to
         self._usage_log = usage_log
         self._calls_log = calls_log
@@ -173,6 +182,7 @@ class Audit:
         if usage.is_refusal:
             self._refused.add(packed(usage.request_id))
         if ours:
+            self._tasks.take(usage, append_ms)
             self._check_charge(usage, append_ms)
             if self._first.elsewhere(partition, key, append_ms):
                 self._breach_of(Breach.CHARGED_TWICE, usage, usage.billed.tokens, append_ms)
@@ -219,6 +229,7 @@ class Audit:
 
     def _count(self, partition: int, offset: int, usage: Usage) -> None:
         """Into each bucket that must hold it: folded by everybody's word, or by the bucket's own."""
+        self._spent.take(usage)
         buckets: Sequence[BucketKey] = tuple(buckets_of(usage))
         if offset >= self._folded_to.get(partition, 0):
             folded = [bucket for bucket in buckets if offset <= self._last_offset(bucket, partition)]
@@ -251,8 +262,8 @@ class Audit:
         for bucket in sorted(recomputed.keys() | self._published.keys()):
             check.buckets += 1
             published, expected = self._published.get(bucket, {}), recomputed.get(bucket, {})
-            found: list[Difference] = []
-            proven = equal = True
+            found = self._misstated(bucket)
+            proven, equal = True, not found
             for partition in sorted(published.keys() | expected.keys()):
                 ours = tuple(expected.get(partition, NO_SUMS))
                 last_offset = self._last_offset(bucket, partition)
@@ -273,6 +284,18 @@ class Audit:
                 check.not_provable += not proven
         return check
 
+    def _misstated(self, bucket: BucketKey) -> list[Difference]:
+        """Who just upserts the topic reads the sums that the newest record gives as those of all its partitions."""
+        if bucket not in self._newest:
+            return []
+        total, stated = self._newest[bucket]
+        sums = zip(NO_SUMS, *(sums_as_tuple(sums) for _, sums in total.partitions.values()), strict=True)
+        return [
+            Difference(bucket, None, name, theirs, ours)
+            for name, theirs, ours in zip(SUM_NAMES, sums_as_tuple(stated), map(sum, sums), strict=True)
+            if theirs != ours
+        ]
+
     def _provable(self, log: Extent, period: str) -> tuple[bool, bool]:
         """(whether each first copy of the period can be told, whether each of its charges is still in the log).
 
@@ -287,21 +310,43 @@ class Audit:
         first_ms = self._now_ms if log.first_ms is None else log.first_ms
         return seen_only_until(None, log.begin, first_ms, horizon_ms=self._horizon_ms, now_ms=self._now_ms)
 
+    # --- tasks and budgets --------------------------------------------------------------------------------
+
+    def tasks(self) -> TasksCheck:
+        """Every task that is published or should be, against its charges."""
+        seen_only_until = [self._seen_only_until(log) for log in self._usage_log.values()]
+        return self._tasks.check(
+            whole=all(log.begin == 0 for log in self._usage_log.values()),
+            folded=self._all_folded,
+            told_after_ms=max((until for until in seen_only_until if until is not None), default=-1),
+            apart_ms=2 * self._horizon_ms,
+        )
+
     def budgets(self) -> BudgetsCheck:
-        """Each published state, against its limits and, where nothing waits to be folded, against the totals."""
-        compared = all(self._folded_to.get(partition, 0) >= log.end for partition, log in self._usage_log.items())
-        check = BudgetsCheck(len(self._budgets), compared)
-        for key, state in sorted(self._budgets.items()):
-            sums = UsageSums()
-            if not compared:
-                sums = replace(sums, **{name: getattr(state, name) for name in BUDGETED})
-            elif key.payer_id != EVERYBODY_ELSE:
-                sums = total_of(self._published.get(BucketKey(*key, "all", ""), {}))
-            right = state_of(key, state.budget, sums, state.updated_at_ms)
-            for name in (*BUDGETED, "reached_percent"):
-                if (theirs := getattr(state, name)) != (ours := getattr(right, name)):
-                    check.differences.append(BudgetDifference(key, name, theirs, ours))
+        """Every state that is published or should be, against its own limits and the charges of its month."""
+        states, compared = list(self._spent.states()), self._all_folded
+        check = BudgetsCheck(len(states), compared)
+        if compared:
+            states += self._spent.missing(month((self._now_ms - self._horizon_ms) // DAY_MS))
+        for key, state in states:
+            check.differences += differences(key, state, self._right_amounts(key, state, compared=compared))
         return check
+
+    def _right_amounts(self, key: BudgetKey, state: BudgetState, *, compared: bool) -> list[int]:
+        """Those of the log; where it has lost some of the month, those of the published totals. How much of what waits
+        to be folded is in the state nobody knows, but all of it is in the log."""
+        spent, provable = self._spent.by(key), [self._provable(log, key.month) for log in self._usage_log.values()]
+        if key.payer_id == EVERYBODY_ELSE or (compared and all(exact for exact, _ in provable)):
+            return spent
+        if compared:
+            parts = self._published.get(BucketKey(*key, "all", ""), {}).values()
+            return [sum(getattr(sums, name) for _, sums in parts) for name in AMOUNTS]
+        theirs = [getattr(state, name) for name in AMOUNTS]
+        return list(map(min, theirs, spent)) if all(complete for _, complete in provable) else theirs
+
+    @property
+    def _all_folded(self) -> bool:
+        return all(self._folded_to.get(partition, 0) >= log.end for partition, log in self._usage_log.items())
 
     @property
     def has_lost_records(self) -> bool:

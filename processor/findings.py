@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from enum import StrEnum
 from typing import NamedTuple
 
-from processor.accounts import BucketKey, BudgetKey
+from processor.accounts import BucketKey, BudgetKey, TaskKey
 from processor.usage import cost_nanos
 
 
@@ -66,22 +66,32 @@ class Finding(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """A sum of a published total that is not what the log says, in one usage partition."""
+    """A sum of a published total that is not what the log says, in one usage partition; `partition` None: one that the
+    record gives as that of all its partitions, and is not."""
 
     key: BucketKey
-    partition: int
+    partition: int | None
     name: str
     published: int
     recomputed: int
 
 
 class BudgetDifference(NamedTuple):
-    """A published budget state that is not what the published totals come to."""
+    """A published budget state that is not what the charges of its month come to, or not that of its key."""
 
     key: BudgetKey
     name: str
-    published: int
-    recomputed: int
+    published: int | str
+    recomputed: int | str
+
+
+class TaskDifference(NamedTuple):
+    """Published progress of a task that is not what its charges come to, or not that of its key."""
+
+    key: TaskKey
+    name: str
+    published: int | str | None
+    recomputed: int | str | None
 
 
 @dataclass(slots=True)
@@ -113,11 +123,21 @@ class UsageCheck:
 
 @dataclass(slots=True)
 class BudgetsCheck:
-    """Of the published states. `compared`: everything was folded, so that their amounts must be those of the totals."""
+    """Of the published states. `compared`: everything was folded, so that their amounts must be those of the log; else
+    they may be less."""
 
     states: int = 0
     compared: bool = True
     differences: list[BudgetDifference] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class TasksCheck:
+    """Of the tasks that are published or should be. `proven`: the progress is right and can be no other."""
+
+    tasks: int = 0
+    proven: int = 0
+    differences: list[TaskDifference] = field(default_factory=list)
 
 
 @dataclass(slots=True)

@@ -22,7 +22,7 @@ FORGET_TOTALS = "run `embedding-processor usage rebuild --forget-totals`"
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FoldedTopics:
     """Full names of what the aggregator reads: three as a group member, the totals when it has to catch up, and at an
-    assignment the budgets. `late` is read by the audit alone."""
+    assignment the budgets. `late` and `progress` are read by the audit alone."""
 
     usage: str
     calls: str
@@ -30,6 +30,7 @@ class FoldedTopics:
     totals: str
     budgets: str
     late: str
+    progress: str
 
 
 async def merge_totals(

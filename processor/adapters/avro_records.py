@@ -14,7 +14,16 @@ from typing import Any, Final, TypeVar, cast
 import numpy as np
 from fastavro import schemaless_reader, schemaless_writer
 
-from processor.accounts import BucketKey, Budget, BudgetKey, BudgetState, TaskProgress, UsageSums, UsageTotal
+from processor.accounts import (
+    BucketKey,
+    Budget,
+    BudgetKey,
+    BudgetState,
+    PublishedTotal,
+    TaskProgress,
+    UsageSums,
+    UsageTotal,
+)
 from processor.adapters.avro_results import read_result
 from processor.adapters.avro_usage import YEAR_10000_MS, check_names, checked, read_usage
 from processor.adapters.schemas import Schema, current
@@ -57,6 +66,7 @@ WIRE_NAME: Final[Mapping[type, str]] = {
     ReceivedResult: "EmbeddingResult",
     Usage: "TokenUsage",
     UsageTotal: "UsageTotal",
+    PublishedTotal: "UsageTotal",
     ProviderCall: "ProviderCall",
     DocumentManifest: "DocumentManifest",
     TaskProgress: "TaskProgress",
@@ -232,6 +242,10 @@ def _total(fields: Fields) -> UsageTotal:
     )
 
 
+def _published_total(fields: Fields) -> PublishedTotal:
+    return PublishedTotal(_total(fields), UsageSums(**fields["totals"]))
+
+
 def _budget_state(fields: Fields) -> BudgetState:
     return BudgetState(
         key=BudgetKey(fields.pop("payer_id"), fields.pop("month")),
@@ -266,6 +280,7 @@ _READERS: Final[Mapping[type, Callable[[bytes, int, Schema], Any]]] = {
     Usage: _fast_reader(read_usage, _usage),
     ProviderCall: _reader(_call),
     UsageTotal: _reader(_total),
+    PublishedTotal: _reader(_published_total),
     DocumentManifest: _reader(_manifest),
     TaskProgress: _reader(lambda fields: TaskProgress(**fields)),
     BudgetState: _reader(_budget_state),

@@ -14,7 +14,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from processor.accounts import Ledger
+from processor.accounts import Ledger, TaskKey, TaskProgress, texts_of_key
 from processor.adapters.avro import Codec
 from processor.adapters.reader import KafkaReader
 from processor.adapters.sqlite_store import SqliteStore
@@ -23,10 +23,19 @@ from processor.app import folded_topics
 from processor.audit import Audit, Extent
 from processor.budgets import read_budgets
 from processor.cli.console import money, visible
-from processor.cli.totals import read_partition_totals
+from processor.cli.totals import read_published
 from processor.domain import ProviderCall, Source, Usage
 from processor.errors import StoreError, TopicsError
-from processor.findings import Breach, BudgetsCheck, LedgerCheck, Line, TotalsCheck, UsageCheck, sentences
+from processor.findings import (
+    Breach,
+    BudgetsCheck,
+    LedgerCheck,
+    Line,
+    TasksCheck,
+    TotalsCheck,
+    UsageCheck,
+    sentences,
+)
 from processor.invoice import DayBill, InvoiceLine
 from processor.ports import RecordReader, TopicReader, Undecodable
 from processor.settings import Settings
@@ -67,6 +76,7 @@ class AuditReport:
     totals: TotalsCheck
     ledger: LedgerCheck
     budgets: BudgetsCheck = field(default_factory=BudgetsCheck)
+    tasks: TasksCheck = field(default_factory=TasksCheck)
     undecodable: Sequence[Source] = ()
     ledger_differences: Sequence[LedgerDifference] | None = None
     store_note: str = ""
@@ -76,10 +86,11 @@ class AuditReport:
 
     @property
     def clean(self) -> bool:
-        """Whether everything is explained: totals and ledgers agree, nothing is breached, the invoice may be right."""
+        """Whether everything is explained: what is published agrees, nothing is breached, the invoice may be right."""
         return (
             not self.totals.differences
             and not self.budgets.differences
+            and not self.tasks.differences
             and not any(line.attempts for line in self.ledger.breaches.values())
             and self.ledger.balanced
             and not self.ledger_differences
@@ -96,6 +107,7 @@ class AuditReport:
             "undecodable": len(self.undecodable),
             "totals": asdict(self.totals) | {"differences": len(self.totals.differences)},
             "budgets": asdict(self.budgets) | {"differences": len(self.budgets.differences)},
+            "tasks": asdict(self.tasks) | {"differences": len(self.tasks.differences)},
             "ledger": {
                 "billed": asdict(ledger.billed),
                 "attributed": asdict(ledger.attributed),
@@ -146,6 +158,7 @@ async def run_audit(
         totals=books.totals(),
         ledger=books.ledger,
         budgets=books.budgets(),
+        tasks=books.tasks(),
         undecodable=unread,
         ledger_differences=differences,
         store_note=note,
@@ -167,17 +180,20 @@ async def read_books(
 ) -> tuple[Audit, list[Source], dict[tuple[str, int], int]]:
     """The finished audit, the places of records that nobody could read, and (topic, partition) -> end of reading.
 
-    In this order: what is committed has been published, budgets first, what is published stands in the log, and what a
-    charge names has its intent. Records that expire meanwhile would look like differences: then all is read once more.
+    In this order: what is committed has been published, what is published stands in the log, and what a charge names
+    has its intent. Records that expire meanwhile would look like differences: then all is read once more.
     Raises TopicsError when they always do.
     """
     for _ in range(TRIES):
         folded_to = await reader.committed(topics.usage)
+        progress = await read_progress(topics.progress, reader, decoder)
         budgets = await read_budgets(topics.budgets, reader, decoder)
-        published = await read_partition_totals(reader, decoder, topics.totals)
+        published = await read_published(reader, decoder, topics.totals)
         logs = {topic: await _extents(reader, topic) for topic in (topics.usage, topics.calls)}
         audit = Audit(
-            published=published,
+            published={key: bucket.partitions for key, bucket in published.items()},
+            newest={key: bucket.newest for key, bucket in published.items()},
+            progress=progress,
             budgets=budgets,
             folded_to=folded_to,
             usage_log=logs[topics.usage],
@@ -201,6 +217,22 @@ async def read_books(
         if not [topic for topic, log in logs.items() if await _has_expired(reader, topic, log)]:
             return audit, unread, ends
     raise TopicsError(f"{topics.usage} or {topics.calls} loses records while it is read: raise its retention")
+
+
+async def read_progress(topic: str, reader: TopicReader, decoder: RecordReader) -> dict[TaskKey, TaskProgress]:
+    """What the progress topic (by its full name) holds."""
+    tasks: dict[TaskKey, TaskProgress] = {}
+    async with aclosing(reader.read(topic)) as fetched:
+        async for records in fetched:
+            for record in records:
+                texts = texts_of_key(record.key, len(TaskKey._fields))
+                if texts is not None:
+                    task = await decoder.read(TaskProgress, record.value)
+                    if isinstance(task, Undecodable):
+                        tasks.pop(TaskKey(*texts), None)
+                    else:
+                        tasks[TaskKey(*texts)] = task
+    return tasks
 
 
 async def _has_expired(reader: TopicReader, topic: str, log: Mapping[int, Extent]) -> bool:
@@ -285,9 +317,13 @@ def audit_lines(report: AuditReport) -> Iterator[dict[str, Any]]:
     """Each difference, finding and day of the invoice as JSON has it."""
     for each in report.totals.differences:
         yield {"found": "difference", **each.key._asdict(), **{k: v for k, v in each._asdict().items() if k != "key"}}
-    for budget_difference in report.budgets.differences:
-        fields = budget_difference._asdict()
-        yield {"found": "budget_difference", **fields.pop("key")._asdict(), **fields}
+    for word, differences in (
+        ("budget_difference", report.budgets.differences),
+        ("task_difference", report.tasks.differences),
+    ):
+        for difference in differences:
+            fields = difference._asdict()
+            yield {"found": word, **fields.pop("key")._asdict(), **fields}
     for ledger_difference in report.ledger_differences or ():
         yield {"found": "ledger_difference", **ledger_difference._asdict()}
     for finding in report.ledger.findings:
@@ -338,16 +374,20 @@ def _sentences(report: AuditReport) -> Iterator[str]:
         f"log, {len(totals.differences):,} differences"
     )
     for key, partition, name, published, recomputed in totals.differences:
-        yield (
-            f"DIFFERENCE {'/'.join(filter(None, key))}, usage partition {partition}: {name} is {published:,}, "
-            f"the log says {recomputed:,}"
-        )
+        where, who = f", usage partition {partition}", "the log says"
+        if partition is None:
+            where, who = "", "its partitions come to"
+        yield f"DIFFERENCE {'/'.join(filter(None, key))}{where}: {name} is {published:,}, {who} {recomputed:,}"
     budgets = report.budgets
-    waiting = "" if budgets.compared else "; their amounts are not compared while charges wait to be folded"
+    waiting = "" if budgets.compared else "; they may lag while charges wait to be folded"
     yield f"budgets: {budgets.states:,} states, {len(budgets.differences):,} differences{waiting}"
-    for (payer_id, month), name, published, recomputed in budgets.differences:
+    for (payer_id, month), name, theirs, ours in budgets.differences:
         payer = payer_id or "everybody else"
-        yield f"DIFFERENCE budget of {payer}, {month}: {name} is {published:,}, the totals say {recomputed:,}"
+        yield f"DIFFERENCE budget of {payer}, {month}: {name} is {_told(theirs)}, the log says {_told(ours)}"
+    tasks = report.tasks
+    yield f"tasks: {tasks.tasks:,} tasks, {tasks.proven:,} proven, {len(tasks.differences):,} differences"
+    for (tenant_id, task_id), name, shown, counted in tasks.differences:
+        yield f"DIFFERENCE task {task_id} of {tenant_id}: {name} is {_told(shown)}, the log says {_told(counted)}"
     if report.ledger_differences is not None:
         yield f"the aggregator's own ledger: {len(report.ledger_differences)} differences"
     else:
@@ -394,6 +434,12 @@ def _invoice_table(lines: Sequence[InvoiceLine]) -> Table:
             "not provable" if not line.provable else "inside" if line.inside else "OUTSIDE",
         )
     return view
+
+
+def _told(value: int | str | None) -> str:
+    if value is None:
+        return "not named"
+    return value if isinstance(value, str) else f"{value:,}"
 
 
 def _cost(line: Line) -> str:

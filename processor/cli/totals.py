@@ -7,12 +7,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import fields
 from datetime import date
+from typing import NamedTuple
 
 from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
-from processor.accounts import BucketKey, UsageSums, UsageTotal
+from processor.accounts import BucketKey, PublishedTotal, UsageSums
 from processor.adapters import topics
 from processor.adapters.avro import Codec
 from processor.adapters.reader import KafkaReader
@@ -22,33 +23,39 @@ from processor.ports import RecordReader, TopicReader, Undecodable
 from processor.settings import Settings
 
 
+class Published(NamedTuple):
+    """What the topic says of a bucket: of each usage partition the sums of the highest last_offset, and the newest
+    record, which stands where a table is just upserted."""
+
+    partitions: PartitionTotals
+    newest: PublishedTotal
+
+
 async def read_totals(settings: Settings) -> dict[BucketKey, UsageSums]:
     """Every bucket with its sums as of now. Raises BrokerUnavailable or TopicsError."""
     reader = KafkaReader(settings, group_id=settings.aggregator_group_id)
     codec = Codec.from_settings(settings)
     try:
-        published = await read_partition_totals(reader, codec, settings.topic(topics.topics()["totals"].name))
+        published = await read_published(reader, codec, settings.topic(topics.topics()["totals"].name))
     finally:
         await codec.close()
-    return {key: total_of(partitions) for key, partitions in sorted(published.items())}
+    return {key: total_of(bucket.partitions) for key, bucket in sorted(published.items())}
 
 
-async def read_partition_totals(
-    reader: TopicReader, decoder: RecordReader, topic: str
-) -> dict[BucketKey, PartitionTotals]:
+async def read_published(reader: TopicReader, decoder: RecordReader, topic: str) -> dict[BucketKey, Published]:
     """The same by usage partition, with the last folded offset of each."""
-    newest: dict[bytes | None, tuple[BucketKey, PartitionTotals]] = {}
+    buckets: dict[bytes | None, Published] = {}
     async with aclosing(reader.read(topic)) as fetched:
         async for records in fetched:
             for record in records:
                 if record.value is None:
-                    newest.pop(record.key, None)
+                    buckets.pop(record.key, None)
                     continue
-                total = await decoder.read(UsageTotal, record.value)
-                if not isinstance(total, Undecodable):
-                    _, known = newest.get(record.key, (total.key, {}))
-                    newest[record.key] = total.key, newest_totals(known, total.partitions)
-    return dict(newest.values())
+                newest = await decoder.read(PublishedTotal, record.value)
+                if not isinstance(newest, Undecodable):
+                    known = buckets[record.key].partitions if record.key in buckets else {}
+                    buckets[record.key] = Published(newest_totals(known, newest.total.partitions), newest)
+    return {bucket.newest.total.key: bucket for bucket in buckets.values()}
 
 
 def is_bucket(text: str) -> bool:

@@ -73,9 +73,9 @@ def audit(
 ) -> None:
     """Recompute totals and ledger from the retained logs and print every difference and residual.
 
-    Compares with the published totals and budgets, the late charges set apart, the aggregator's own ledger, and an
-    invoice, which must lie between what receipts say and that plus what nobody confirmed. Exit code 1 when anything is
-    unexplained. Nothing is changed.
+    Compares with the published totals, budgets and task progress, the late charges set apart, the aggregator's own
+    ledger, and an invoice, which must lie between what receipts say and that plus what nobody confirmed. Exit code 1
+    when anything is unexplained. Nothing is changed.
     """
     from processor.cli.audit import audit_lines, print_audit, run_audit
 

@@ -13,13 +13,17 @@ from typing import Any
 
 from aiokafka import AIOKafkaProducer
 
+from processor.accounts import Budget, BudgetKey, TaskProgress, UsageSums
 from processor.adapters.avro import Codec
 from processor.adapters.kafka import connection
+from processor.adapters.schemas import current
 from processor.adapters.topics import topics
+from processor.budgets import state_of
 from processor.identity import request_id
 from processor.ports import Destination
 from processor.settings import Settings
 from tests.support import audit
+from tests.support.avro_data import encode, total_fields
 from tests.support.brokers import Broker
 from tests.support.ledgers import invoice_of
 from tests.support.stack import Stack, until
@@ -43,11 +47,12 @@ def json_lines(printed: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in printed.splitlines()]
 
 
-async def append(settings: Settings, destination: Destination) -> None:
-    key, value, _ = Codec().encode(destination)
+async def append(settings: Settings, destination: Destination, value: bytes | None = None) -> None:
+    """`value`: in place of the one that it has."""
+    key, ours, _ = Codec().encode(destination)
     topic = settings.topic(topics()[destination.name].name)
     async with AIOKafkaProducer(**connection(settings)) as producer:
-        await producer.send_and_wait(topic, value, key=key, partition=0)
+        await producer.send_and_wait(topic, ours if value is None else value, key=key, partition=0)
 
 
 async def test_the_bill_is_reported_audited_and_explained(kafka: Broker, unique: str, tmp_path: Path) -> None:
@@ -55,7 +60,7 @@ async def test_the_bill_is_reported_audited_and_explained(kafka: Broker, unique:
     async with beginner(kafka, unique, tmp_path)("--base-ms", "5", **PATIENT) as world:
         await world.a_worker()
         await world.traffic.send(hard_requests(60, chunks=3))
-        await until(world.traffic.all_committed, within_s=120, what="every request is committed")
+        await until(world.traffic.all_committed, within_s=300, what="every request is committed")
         books, residuals, _ = await world.finish_and_audit()
         check_reports(world, books)
         check_audit(world, books, residuals, tmp_path)
@@ -130,7 +135,7 @@ def check_explanations(world: World, books: audit.Books) -> None:
 
 
 async def check_differences(world: World, books: audit.Books) -> None:
-    """Somebody writes one more token into a total: it is named, and the exit code says so."""
+    """Somebody writes what nobody was billed into what is published: it is named, and the exit code says so."""
     total = next(total for total in books.totals.values() if total.key.dimension == "all")
     ((partition, (last_offset, sums)),) = total.partitions.items()
     more = replace(sums, billed_tokens=sums.billed_tokens + 1)
@@ -141,3 +146,18 @@ async def check_differences(world: World, books: audit.Books) -> None:
     names = [line["name"] for line in found if line["found"] == "difference"]
     assert names == ["last_offset", "billed_tokens"]
     assert "DIFFERENCE" in usage(world.stack, "audit", code=1)
+    settings, schema, now_ms = world.stack.settings(), current("UsageTotal"), forged.updated_at_ms
+    fields = total_fields(forged) | {"totals": dict.fromkeys(UsageSums.__dataclass_fields__, 0)}
+    stated = schema.single_object_header + encode(schema.parsed, fields)
+    await append(settings, Destination("totals", forged), stated)
+    progress = TaskProgress(tenant_id="acme", task_id="x", done=1, failed=0, total=None, updated_at_ms=now_ms)
+    await append(settings, Destination("progress", progress))
+    limit = Budget(max_tokens=1, max_cost_nanos=None, hard=True)
+    state = state_of(BudgetKey("nobody", "2026-11"), limit, UsageSums(billed_tokens=1), now_ms)
+    await append(settings, Destination("budgets", state))
+    *found, summary = json_lines(usage(world.stack, "audit", "--json", code=1))
+    assert (summary["budgets"]["compared"], summary["tasks"]["differences"]) == (True, 1)
+    told = [(line["name"], line["published"], line["recomputed"]) for line in found if line["found"] != "residual"]
+    assert ("billed_tokens", 0, more.billed_tokens) in told, "the total is not the sum of its partitions"
+    assert ("done", 1, 0) in told
+    assert {("billed_tokens", 1, 0), ("reached_percent", 100, 0)} <= set(told)

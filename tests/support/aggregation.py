@@ -48,6 +48,7 @@ TOPICS = FoldedTopics(
     totals="token-usage-totals",
     budgets="usage-budgets",
     late="token-usage-late",
+    progress="task-progress",
 )
 TOPIC_OF = {
     "usage": TOPICS.usage,
@@ -55,7 +56,7 @@ TOPIC_OF = {
     "documents": TOPICS.documents,
     "totals": TOPICS.totals,
     "budgets": TOPICS.budgets,
-    "progress": "task-progress",
+    "progress": TOPICS.progress,
     "late": TOPICS.late,
     "dlq": "embedding-requests-dlq",
     "sink": "embedding-vectors",

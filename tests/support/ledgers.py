@@ -9,7 +9,7 @@ from typing import Any
 from processor.audit import Audit
 from processor.cli.audit import read_books
 from processor.domain import Amounts, CallItem, CallKind, CallOutcome, Part, Request
-from processor.findings import LedgerCheck
+from processor.findings import Breach, LedgerCheck
 from processor.identity import request_id
 from processor.ports import Destination
 from tests.support import audit
@@ -29,6 +29,17 @@ async def audited(log: MemoryLog, **options: Any) -> Audit:
     books, unread, _ = await read_books(log, log.codec, TOPICS, **wanted | options)
     assert unread == []
     return books
+
+
+def unexplained(books: Audit) -> list[object]:
+    """Every breach and every difference."""
+    breaches = [each for each in books.ledger.findings if isinstance(each.kind, Breach)]
+    return [
+        *breaches,
+        *books.totals().differences,
+        *books.tasks().differences,
+        *books.budgets().differences,
+    ]
 
 
 ONE, TWO, THREE = (a_request(correlation_id=name) for name in ("one", "two", "three"))

@@ -12,10 +12,9 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from processor.accounts import LedgerSummary, UsageTotal
+from processor.accounts import Budget, BudgetPlan, LedgerSummary, UsageTotal
 from processor.domain import Chunk, ProviderCall, Request, Usage
 from processor.errors import DeliveryFailed
-from processor.findings import Breach
 from tests.support import aggregation, audit, ledgers
 from tests.support.builders import a_request
 from tests.support.far_ends import (
@@ -41,6 +40,12 @@ from tests.support.steps import VirtualClock
 DAY_S = 86_400
 TOO_LONG = "endless " * 11
 NONSENSE = "nonsense"
+
+BUDGETS = BudgetPlan(
+    named={BUDGETED: Budget(max_tokens=20, max_cost_nanos=None, hard=True)},
+    default=Budget(max_tokens=40, max_cost_nanos=500, hard=False),
+)
+"""What the aggregator holds all of it against; the workers know of others."""
 
 Sending = tuple[Request, int, float | None]
 """A request, the partition it is sent to, and the seconds that it may take."""
@@ -238,13 +243,15 @@ class World:
         """The books once the aggregator, killed here and there, has folded everything."""
         output = self.ends.output
         with aggregation.a_bench(output) as bench:
+            bench.budgets = BUDGETS
+            now_ms = max(output.now_ms, self.clock.now_ms())
+            unexplained: list[object] = []
             for _ in range(self.luck.dice.choice([0, 0, 1, 2])):
                 await bench.run(crash_at=self.luck.dice.randint(0, 30), run_length=self.luck.dice.randint(1, 9))
+                unexplained += ledgers.unexplained(await ledgers.audited(output, now_ms=now_ms))
             ledger = await bench.run(run_length=self.luck.dice.randint(1, 50))
-            audited = await ledgers.audited(output, now_ms=max(output.now_ms, self.clock.now_ms()))
+            unexplained += ledgers.unexplained(await ledgers.audited(output, now_ms=now_ms))
         assert ledger is not None
-        unexplained: list[object] = [each for each in audited.ledger.findings if isinstance(each.kind, Breach)]
-        unexplained += audited.totals().differences
         emission = self.ends.emission
         books = audit.Books(
             requests=[pair for sent in self.ends.requests.partitions for pair in sent],

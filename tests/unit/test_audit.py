@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from processor.accounts import BucketKey, BudgetKey, UsageSums, UsageTotal
+from processor.accounts import BucketKey, Budget, BudgetKey, BudgetPlan, TaskKey, UsageSums, UsageTotal
 from processor.audit import FirstCopies
 from processor.cli.audit import AuditReport, LedgerDifference, compare_store, read_books
 from processor.domain import Record
@@ -26,6 +26,8 @@ from processor.findings import (
     Difference,
     LedgerCheck,
     Residual,
+    TaskDifference,
+    TasksCheck,
     TotalsCheck,
 )
 from processor.invoice import Bills, DayBill
@@ -46,6 +48,10 @@ from tests.support.aggregation import (
 from tests.support.builders import a_request, a_source
 from tests.support.ledgers import EMBEDDING, ONE, THREE, TWO, audited, call, charge, receive
 
+BUDGETS = BudgetPlan(
+    named={"p0": Budget(max_tokens=9, max_cost_nanos=None, hard=True)},
+    default=Budget(max_tokens=None, max_cost_nanos=100, hard=False),
+)
 EVENTS = st.lists(
     st.builds(
         Event,
@@ -64,18 +70,23 @@ EVENTS = st.lists(
 async def test_totals_of_any_history_are_proven_wherever_the_aggregator_stands(
     coming: list[Event], crash_at: int | None, later: list[Event]
 ) -> None:
-    """While nothing has expired each published bucket equals the recomputation, cut at any moment or not."""
+    """While nothing has expired each published bucket equals the recomputation, cut at any moment or not; tasks and
+    budgets too."""
     with a_bench() as bench:
+        bench.budgets = BUDGETS
         history: History = []
         append(bench.log, history, coming)
         await bench.run(crash_at=crash_at)
-        check = (await audited(bench.log)).totals()
+        books = await audited(bench.log)
+        check = books.totals()
         assert (check.differences, check.proven) == ([], check.buckets)
+        assert [*books.tasks().differences, *books.budgets().differences] == []
         append(bench.log, history, later)
         await bench.run()
         books = await audited(bench.log)
         check = books.totals()
         assert (check.differences, check.proven, check.equal) == ([], check.buckets, check.buckets)
+        assert [*books.tasks().differences, *books.budgets().differences] == []
         assert books.usage.not_folded == 0
         assert books.usage.events == len(history)
 
@@ -83,8 +94,9 @@ async def test_totals_of_any_history_are_proven_wherever_the_aggregator_stands(
 @settings(max_examples=40, deadline=None)
 @given(coming=EVENTS, kept=st.integers(0, 14))
 async def test_no_expired_head_makes_a_difference(coming: list[Event], kept: int) -> None:
-    """Whatever retention removes of what it may, totals that were right are never called wrong."""
+    """Whatever retention removes of what it may, nothing that was right is ever called wrong."""
     with a_bench() as bench:
+        bench.budgets = BUDGETS
         history: History = []
         append(bench.log, history, coming)
         await bench.run()
@@ -92,9 +104,11 @@ async def test_no_expired_head_makes_a_difference(coming: list[Event], kept: int
             records = bench.log.after(TOPICS.usage, partition, 0)
             old = [r for r in records if r.source.append_ms < bench.log.now_ms - 2 * HORIZON_MS - 30 * DAY_MS]
             bench.log.expire(TOPICS.usage, partition, len(old[:kept]))
-        check = (await audited(bench.log)).totals()
+        books = await audited(bench.log)
+        check = books.totals()
         assert check.differences == []
         assert check.proven + check.not_provable == check.buckets
+        assert [*books.tasks().differences, *books.budgets().differences] == []
 
 
 # --- totals ------------------------------------------------------------------------------------------------
@@ -247,7 +261,7 @@ async def a_report(**found: Any) -> AuditReport:
 
 
 async def test_a_report_is_clean_until_something_is_unexplained() -> None:
-    """Differences of totals, budgets and ledgers, breaches, and an invoice outside of its interval each spoil it."""
+    """Differences of totals, budgets, tasks and ledgers, breaches, and an invoice outside of its interval spoil it."""
     assert (await a_report()).clean
     assert (await a_report(ledger_differences=[], store_note="not compared", undecodable=[a_source()])).clean
     key = BucketKey("acme", "2026-09", "all", "")
@@ -258,6 +272,7 @@ async def test_a_report_is_clean_until_something_is_unexplained() -> None:
     for found in (
         {"totals": TotalsCheck(differences=[Difference(key, 0, "requests", 1, 2)])},
         {"budgets": BudgetsCheck(differences=[BudgetDifference(BudgetKey("acme", "2026-09"), "billed_tokens", 1, 2)])},
+        {"tasks": TasksCheck(differences=[TaskDifference(TaskKey("acme", "task"), "done", 1, 2)])},
         {"ledger_differences": [LedgerDifference("attempts", 1, 2)]},
         {"ledger": unbalanced},
         {"ledger": breached},

@@ -19,7 +19,7 @@ TEN = Budget(max_tokens=10, max_cost_nanos=None, hard=True)
 PLAN = BudgetPlan(named={"acme": TEN, "globex": TEN}, default=TEN)
 
 
-async def told_of_budgets(log: MemoryLog) -> list[tuple[str, str, int, int]]:
+async def told_of_budgets(log: MemoryLog) -> list[tuple[str, str, int | str, int | str]]:
     found = (await audited(log)).budgets().differences
     return [(each.key.payer_id, each.name, each.published, each.recomputed) for each in found]
 

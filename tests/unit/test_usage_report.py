@@ -159,8 +159,8 @@ def test_what_an_audit_finds_is_said_to_people_and_to_programs() -> None:
     print_audit(found, printed)
     assert isinstance(printed.file, StringIO)
     for line in (
-        "budgets: 1 states, 1 differences; their amounts are not compared while charges wait to be folded",
-        "DIFFERENCE budget of everybody else, 2026-11: billed_tokens is 9, the totals say 7",
+        "budgets: 1 states, 1 differences; they may lag while charges wait to be folded",
+        "DIFFERENCE budget of everybody else, 2026-11: billed_tokens is 9, the log says 7",
         "no call is of opnai: the ledger names openai",
         "NOT CLEAN",
     ):
