@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import pytest
@@ -27,6 +27,7 @@ from tests.support.stack import until
 PARTITIONS = 3
 NOW = "2026-09"
 DAY_MS = 86_400_000
+PATIENCE_S = 60
 
 
 def spent(payer_id: str, *, month: str = NOW, percent: int = 100, hard: bool = True) -> BudgetState:
@@ -59,7 +60,7 @@ class Topic:
         await admin.start()
         try:
             await admin.delete_topics([self.name])
-            await until(lambda: self._is_gone(admin), within_s=20, what="the topic is gone")
+            await until(lambda: self._is_gone(admin), within_s=PATIENCE_S, what="the topic is gone")
         finally:
             await admin.close()
 
@@ -99,7 +100,15 @@ def refuses(feed: BudgetFeed, payer_id: str, at_ms: int = NOW_MS) -> bool:
 
 
 async def comes(feed: BudgetFeed, payer_id: str, refused: bool) -> None:
-    await until(lambda: refuses(feed, payer_id) is refused, within_s=30, what=f"{payer_id} is refused: {refused}")
+    await until(
+        lambda: refuses(feed, payer_id) is refused, within_s=PATIENCE_S, what=f"{payer_id} is refused: {refused}"
+    )
+
+
+async def refresh(followed: Any) -> None:
+    """Its metadata. A follower that has noticed by itself has closed this consumer, which then answers nothing."""
+    with suppress(TimeoutError):
+        await asyncio.wait_for(followed._client.force_metadata_update(), 1)
 
 
 @pytest.fixture(params=["kafka", "embedded"])
@@ -161,7 +170,7 @@ async def test_what_is_published_later_is_followed(topic: Topic) -> None:
         for message, refused in steps:
             await topic.publish(message)
             await comes(feed, "acme", refused)
-        await until(lambda: 0 <= feed.age_s < 5, within_s=10, what="the brokers have confirmed the view")
+        await until(lambda: 0 <= feed.age_s < 5, within_s=PATIENCE_S, what="the brokers have confirmed the view")
     assert feed.age_s == NO_VIEW
 
 
@@ -194,12 +203,18 @@ async def test_one_made_again_with_as_many_records_is_read_anew(kafka: Broker, u
     await topic.publish(spent("old"))
     async with topic.followed() as feed:
         followed = feed._consumer
-        followed.pause(*followed.assignment())
+        places = followed.assignment()
+        followed.pause(*places)
         await topic.delete()
-        await followed._client.force_metadata_update()
+
+        async def knows_it_gone() -> bool:
+            await refresh(followed)
+            return feed._consumer is not followed or not followed._client.cluster.partitions_for_topic(topic.name)
+
+        await until(knows_it_gone, within_s=PATIENCE_S, what="the follower knows that the topic is gone")
         await topic.make()
         await topic.publish(spent("new"))
-        followed.resume(*followed.assignment())
+        followed.resume(*places)
         await comes(feed, "new", True)
         await comes(feed, "old", False)
 
@@ -209,17 +224,24 @@ async def test_a_topic_that_has_grown_is_read_whole(kafka: Broker, unique: str) 
     topic = Topic(kafka.bootstrap_servers, unique)
     await topic.make()
     async with topic.followed() as feed:
+        followed = feed._consumer
         admin = AIOKafkaAdminClient(bootstrap_servers=topic.settings.bootstrap_servers)
         await admin.start()
         try:
             await admin.create_partitions({topic.name: NewPartitions(PARTITIONS + 1)})
+
+            async def has_grown() -> bool:
+                [told] = await admin.describe_topics([topic.name])
+                return len(told["partitions"]) == PARTITIONS + 1
+
+            await until(has_grown, within_s=PATIENCE_S, what="the broker tells of the new partition")
         finally:
             await admin.close()
         await topic.write(
             (b'["acme","2026-09"]', topic.codec.encode(Destination("budgets", spent("acme"))).value),
             partition=PARTITIONS,
         )
-        await feed._consumer._client.force_metadata_update()
+        await refresh(followed)
         await comes(feed, "acme", True)
 
 
@@ -230,9 +252,9 @@ async def test_the_last_view_stands_while_the_broker_is_away(kafka: Broker, uniq
         await topic.make()
         await topic.publish(spent("acme"))
         async with topic.followed() as feed:
-            await until(lambda: 0 <= feed.age_s < 2, within_s=10, what="the brokers have confirmed the view")
+            await until(lambda: 0 <= feed.age_s < 2, within_s=PATIENCE_S, what="the brokers have confirmed the view")
             await asyncio.to_thread(own.kill)
-            await until(lambda: feed.age_s > 3, within_s=10, what="the view grows old")
+            await until(lambda: feed.age_s > 3, within_s=PATIENCE_S, what="the view grows old")
             assert refuses(feed, "acme")
             await asyncio.to_thread(own.start)
             await topic.publish(spent("other"), BudgetKey("acme", NOW))

@@ -25,8 +25,10 @@ from processor.settings import load
 from tests.support.cohere_server import CohereServer, cohere_vector
 from tests.support.logged import assert_untold
 from tests.support.provider_server import count_tokens
+from tests.support.timers import out_of_time
 
 CANARY = "canary-7d1f the customer's own words"
+TIMEOUT_S = 60.0
 
 
 def a_function(
@@ -37,9 +39,13 @@ def a_function(
     return EmbeddingFunction(spec, spec.space(dimensions or spec.dimensions[0]), input_type, "", Truncate.ERROR)
 
 
-def a_provider(server: CohereServer, *, timeout_s: float = 5.0, key: str = "co-test") -> CohereProvider:
+def a_provider(server: CohereServer, *, key: str = "co-test") -> CohereProvider:
     return CohereProvider(
-        api_key=key, base_url=server.base_url, timeout_s=timeout_s, connect_timeout_s=1.0, read_timeout_s=timeout_s
+        api_key=key,
+        base_url=server.base_url,
+        timeout_s=TIMEOUT_S,
+        connect_timeout_s=TIMEOUT_S,
+        read_timeout_s=TIMEOUT_S,
     )
 
 
@@ -143,10 +149,11 @@ async def test_each_fault_has_its_error_and_none_quotes_the_text(
 ) -> None:
     """A status is named only if the provider itself answered; text and key stay out of errors and logs."""
     caplog.set_level(logging.DEBUG)
-    provider = a_provider(server, timeout_s=0.3 if fault == "hang" else 5.0, key="co-canary-7d1f")
+    provider = a_provider(server, key="co-canary-7d1f")
     server.script(fault)
+    call = provider.embed([CANARY], a_function(), "a")
     with pytest.raises(ProviderError) as caught:
-        await provider.embed([CANARY], a_function(), "a")
+        await out_of_time(call, timeout_s=TIMEOUT_S, silent=server.silent)
     await provider.close()
 
     assert type(caught.value) is kind
@@ -157,10 +164,11 @@ async def test_each_fault_has_its_error_and_none_quotes_the_text(
 
 async def test_a_call_of_several_texts_that_takes_too_long_is_too_large(server: CohereServer) -> None:
     """Smaller calls may be answered in time; whether this one was billed stays open."""
-    provider = a_provider(server, timeout_s=0.3)
+    provider = a_provider(server)
     server.script("hang_billed")
+    call = provider.embed(["x", "y"], a_function(), "a")
     with pytest.raises(CallTooLarge, match="timeout") as caught:
-        await provider.embed(["x", "y"], a_function(), "a")
+        await out_of_time(call, timeout_s=TIMEOUT_S, silent=server.silent)
     await provider.close()
     assert caught.value.http_status is None
 
@@ -194,9 +202,9 @@ async def test_names_of_a_deployment_are_translated_both_ways() -> None:
         provider = CohereProvider(
             api_key="co-test",
             base_url=server.base_url + "/",
-            timeout_s=5,
-            connect_timeout_s=1,
-            read_timeout_s=5,
+            timeout_s=TIMEOUT_S,
+            connect_timeout_s=TIMEOUT_S,
+            read_timeout_s=TIMEOUT_S,
             models={"ours": "embed-v4.0"},
         )
         assert "ours" in await provider.list_models()

@@ -27,6 +27,7 @@ from processor.adapters.tokens import LocalTokenCounter, WordPiece
 from processor.domain import EmbeddingFunction, InputType, ModelSpec, Truncate
 from processor.errors import CallTooLarge, InputRejected, ProviderTransient, SettingsError
 from processor.settings import load
+from tests.support.stack import until
 from tests.support.tiny_onnx import greedy, lookup, pooling_itself, write_export
 
 VOCABULARY, SIZE = 30_522, 12
@@ -299,34 +300,54 @@ async def test_a_text_has_the_same_vector_whatever_it_is_called_with(
         assert np.abs(vector - alone.vectors[0]).max() < 1e-5
 
 
-async def test_threads_are_bounded_and_the_loop_goes_on(local: LocalProvider, function: EmbeddingFunction) -> None:
+async def test_threads_are_bounded_and_the_loop_goes_on(
+    local: LocalProvider, function: EmbeddingFunction, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """However many calls there are: never more than its two threads, and none of them the loop's."""
-    turns = 0
+    run, begun, others_had_theirs = local._run, threading.Event(), threading.Event()
+    threads = set[threading.Thread]()
+
+    def watched(tokens: Any) -> Any:
+        threads.add(threading.current_thread())
+        begun.set()
+        assert threading.current_thread() is not threading.main_thread()
+        assert others_had_theirs.wait(30), "the loop stood still"
+        return run(tokens)
 
     async def others() -> None:
-        nonlocal turns
-        while True:
-            turns += 1
+        while not begun.is_set():
             await asyncio.sleep(0)
+        for _ in range(100):
+            await asyncio.sleep(0)
+        others_had_theirs.set()
 
-    beside = asyncio.create_task(others())
-    await asyncio.gather(*(local.embed(["table " * 60] * 4, function, f"a{i}") for i in range(4)))
-    beside.cancel()
-    assert turns > 100
-    assert sum(thread.name.startswith("local-model") for thread in threading.enumerate()) <= 2
+    monkeypatch.setattr(local, "_run", watched)
+    await asyncio.gather(others(), *(local.embed(["table " * 60] * 4, function, f"a{i}") for i in range(4)))
+    assert 1 <= len(threads) <= 2
 
 
-async def test_a_cancelled_call_gives_its_threads_back(local: LocalProvider, function: EmbeddingFunction) -> None:
-    """What nobody waits for any more is not computed to the end."""
+async def test_a_cancelled_call_gives_its_threads_back(
+    local: LocalProvider, function: EmbeddingFunction, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What nobody waits for any more is not computed to the end: of 500 pieces only those on its two threads are."""
+    run, begun, cancelled = local._run, list[object](), threading.Event()
+
+    def held(tokens: Any) -> Any:
+        begun.append(tokens)
+        assert cancelled.wait(30)
+        return run(tokens)
+
+    monkeypatch.setattr(local, "_run", held)
     call = asyncio.create_task(local.embed(["table " * 250] * 500, function, "attempt"))
-    async with asyncio.timeout(5):
-        while local._threads._work_queue.qsize() < 100:
-            await asyncio.sleep(0.01)
+    await until(lambda: len(begun) == 2, within_s=30, what="both threads have a piece", every_s=0.01)
     call.cancel()
     with pytest.raises(asyncio.CancelledError):
         await call
-    async with asyncio.timeout(5):
+    await asyncio.sleep(0)  # the loop tells the pool of it in its next turn
+    cancelled.set()
+    async with asyncio.timeout(30):
         await local.embed(["next"], function, "attempt")
+    assert len(begun) == 3
 
 
 async def test_a_model_of_other_size_than_listed_is_refused_at_start() -> None:
@@ -347,7 +368,7 @@ async def test_of_a_call_that_failed_nothing_more_is_begun(tmp_path: Path) -> No
             runs += 1
             if runs == 1:
                 raise MemoryError
-            told.wait(5)
+            told.wait(30)
             return run(tokens)
 
         provider._provider._run = failing_at_first

@@ -21,7 +21,7 @@ from processor.adapters import redis_cache
 from processor.adapters.memory_cache import MemoryCache
 from processor.adapters.purge_watch import AGAIN_S, EVERY_S, PurgeWatch
 from processor.adapters.redis_cache import L1_PURGED_WITHIN_S, RedisCache
-from processor.adapters.redis_client import RedisAccess
+from processor.adapters.redis_client import NODE_SHARE, RedisAccess
 from processor.adapters.redis_quota import RedisQuota
 from processor.cli.cache import purge, tags_of
 from processor.domain import Entry, Item, TokenSource
@@ -30,11 +30,15 @@ from processor.ports import Found, QuotaAsk
 from processor.settings import load
 from tests.support.redis_server import SlowProxy, own_redis
 from tests.support.redis_variants import Cluster, Guarded, guarded_server, own_cluster
+from tests.support.stack import until
 from tests.support.steps import VirtualClock
+from tests.support.timers import ENDS_WITHIN_S, settled, skip
 
 D = 4
 TTL_S = 600
 LONGEST_TRIP_S = 3
+BUDGET_S = 60.0
+"""Of a trip to Redis."""
 
 WORKER_RIGHTS = (
     "~embedding:* +ping +mget +set +get +unlink +eval +evalsha +script|load +zrange +hmget +hset +expire +time +pttl"
@@ -79,7 +83,7 @@ def no_grace(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("tag", [b"tenant-1", b"*?[]^-\\{", b"\x00\xff\r\n*\n\\*"])
 async def test_a_purge_erases_a_tenants_entries_and_nobody_elses(access: RedisAccess, tag: bytes, unique: str) -> None:
     """On all nodes, whatever bytes the tag is made of; and it says when, for the memory of workers."""
-    cache = RedisCache(access, timeout_s=5, ttl_s=TTL_S, prefix=unique.encode() + b"*:")
+    cache = RedisCache(access, timeout_s=BUDGET_S, ttl_s=TTL_S, prefix=unique.encode() + b"*:")
     others = entries(b"tenant-2", 300)
     await cache.put_many(entries(tag, 300) | others)
     assert await cache.purge(tag) == 300
@@ -95,7 +99,8 @@ async def test_a_purge_leaves_nothing_that_a_change_of_secrets_brings_back(
     redis_url: str, unique: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whoever looks a text up while its tenant is purged keeps no entry of the former secret under the present one."""
-    settings = load(_env_file=None, redis_url=redis_url, cache_secret="new", cache_secret_former="old")
+    loaded = load(_env_file=None, redis_url=redis_url, cache_secret="new", cache_secret_former="old")
+    settings = loaded.model_copy(update={"redis_timeout_ms": int(BUDGET_S * 1000)})
     new, old = (tag + b"%024d" % 1 for tag in tags_of(settings, unique))
     worker = RedisCache.from_settings(settings)
     await worker.put_many({old: Entry(np.ones(D, np.float32), 1, Item("r", 0), "a", TokenSource.PROVIDER)})
@@ -117,7 +122,7 @@ async def test_what_is_stored_while_a_tenant_is_purged_is_found_by_the_second_lo
     redis_url: str, unique: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A scan passes over what comes after it began."""
-    cache = RedisCache(RedisAccess(redis_url), timeout_s=5, ttl_s=TTL_S, prefix=unique.encode())
+    cache = RedisCache(RedisAccess(redis_url), timeout_s=BUDGET_S, ttl_s=TTL_S, prefix=unique.encode())
     await cache.put_many(entries(b"tenant-1", 3))
     erase = RedisCache._erase
 
@@ -136,7 +141,7 @@ async def test_what_is_stored_while_a_tenant_is_purged_is_found_by_the_second_lo
 @pytest.mark.usefixtures("no_grace")
 async def test_a_purge_is_noted_for_as_long_as_entries_live(redis_url: str, unique: str) -> None:
     """Not longer: what it erased has expired from every memory by then."""
-    cache = RedisCache(RedisAccess(redis_url), timeout_s=5, ttl_s=TTL_S, prefix=unique.encode())
+    cache = RedisCache(RedisAccess(redis_url), timeout_s=BUDGET_S, ttl_s=TTL_S, prefix=unique.encode())
     name = f"{unique}purges"
     with Redis.from_url(redis_url) as client:
         client.zadd(name, {"long-ago": time.time() - TTL_S - 5, "lately": time.time() - TTL_S + 60})
@@ -151,7 +156,7 @@ async def test_a_purge_reaches_the_memory_of_a_running_worker(redis_url: str, un
     """Within the time that is promised, what was on its way from Redis to it included; others keep theirs."""
     clock = VirtualClock()
     l1 = MemoryCache(max_bytes=1_000_000, ttl_s=TTL_S, monotonic=clock.monotonic)
-    cache = RedisCache(RedisAccess(redis_url), timeout_s=5, ttl_s=TTL_S, prefix=unique.encode())
+    cache = RedisCache(RedisAccess(redis_url), timeout_s=BUDGET_S, ttl_s=TTL_S, prefix=unique.encode())
     watch = PurgeWatch(cache, l1, clock)
     mine, others = entries(b"tenant-1", 50), entries(b"tenant-2", 50)
     await l1.put_many(mine | others)
@@ -194,7 +199,7 @@ async def test_a_purge_is_heard_of_once_redis_is_back(unique: str) -> None:
 @pytest.mark.usefixtures("no_grace")
 async def test_stats_tell_entries_and_sizes_over_all_nodes(access: RedisAccess, unique: str) -> None:
     """Counted by scanning, sized by a sample; the note of purges is no entry."""
-    cache = RedisCache(access, timeout_s=5, ttl_s=TTL_S, prefix=unique.encode())
+    cache = RedisCache(access, timeout_s=BUDGET_S, ttl_s=TTL_S, prefix=unique.encode())
     await cache.purge(b"tenant-0")
     assert ((await cache.stats()).entries, (await cache.stats()).entry_bytes) == (0, None)
     await cache.put_many(entries(b"tenant-1", 700) | entries(b"tenant-2", 20))
@@ -213,8 +218,8 @@ async def test_a_primary_that_became_a_replica_is_left(unique: str) -> None:
     (one, first), (other, second) = own_redis(), own_redis()
     with one, other, SlowProxy(first) as address:
         access = RedisAccess(address.url)
-        cache = RedisCache(access, timeout_s=1, ttl_s=TTL_S, prefix=unique.encode())
-        quota, ask = RedisQuota(access, timeout_s=1, pace=1.0, prefix=unique), QuotaAsk(1, 60, None)
+        cache = RedisCache(access, timeout_s=BUDGET_S, ttl_s=TTL_S, prefix=unique.encode())
+        quota, ask = RedisQuota(access, timeout_s=BUDGET_S, pace=1.0, prefix=unique), QuotaAsk(1, 60, None)
         await cache.put_many(entries(b"before", 1))
         await quota.lease("a", ask, ask, 0.0)
         with Redis.from_url(first) as admin:
@@ -249,7 +254,7 @@ async def test_a_look_up_in_a_cluster_is_one_trip_to_each_node(
         finally:
             running -= 1
 
-    cache = RedisCache(RedisAccess(cluster.url, cluster=True), timeout_s=5, ttl_s=TTL_S, prefix=unique.encode())
+    cache = RedisCache(RedisAccess(cluster.url, cluster=True), timeout_s=BUDGET_S, ttl_s=TTL_S, prefix=unique.encode())
     stored = entries(b"tenant-1", 512)
     await cache.put_many(stored)
     monkeypatch.setattr(ClusterNode, "execute_pipeline", counted)
@@ -261,7 +266,7 @@ async def test_a_look_up_in_a_cluster_is_one_trip_to_each_node(
 async def test_a_cluster_that_is_taken_for_one_server_says_so(cluster: Cluster, redis_url: str) -> None:
     """And one server that is taken for a Cluster: health and doctor would say ok, while every look-up is refused."""
     for url, in_cluster in [*((url, False) for url in cluster.urls), (redis_url, True)]:
-        cache = RedisCache(RedisAccess(url, cluster=in_cluster), timeout_s=5, ttl_s=TTL_S)
+        cache = RedisCache(RedisAccess(url, cluster=in_cluster), timeout_s=BUDGET_S, ttl_s=TTL_S)
         assert "EMBEDDING_REDIS_CLUSTER" in await cache.ping()
         with pytest.raises(CacheUnavailable, match="EMBEDDING_REDIS_CLUSTER"):
             await cache.get_many([b"a", b"b", b"c"], D)
@@ -270,20 +275,22 @@ async def test_a_cluster_that_is_taken_for_one_server_says_so(cluster: Cluster, 
 
 async def test_a_frozen_node_costs_the_budget_and_mixes_up_no_answers(cluster: Cluster, unique: str) -> None:
     """The look-up is gone without; late answers are not taken for those of the next one."""
-    cache = RedisCache(RedisAccess(cluster.url, cluster=True), timeout_s=0.3, ttl_s=TTL_S, prefix=unique.encode())
+    cache = RedisCache(RedisAccess(cluster.url, cluster=True), timeout_s=BUDGET_S, ttl_s=TTL_S, prefix=unique.encode())
     first, second = entries(b"tenant-1", 100), entries(b"tenant-2", 100)
     await cache.put_many(first | second)
     loop = asyncio.get_running_loop()
     os.kill(cluster.nodes[1].pid, signal.SIGSTOP)
     try:
         for _ in range(3):
-            began = loop.time()
+            looked_up = asyncio.create_task(cache.get_many(list(first), D))
+            for share in (NODE_SHARE, 1 - NODE_SHARE):  # then the others are asked who has its slots
+                await settled()
+                skip(share * BUDGET_S)
             with pytest.raises(CacheUnavailable):
-                await cache.get_many(list(first), D)
-            assert loop.time() - began < 1
+                await asyncio.wait_for(looked_up, ENDS_WITHIN_S)
     finally:
         os.kill(cluster.nodes[1].pid, signal.SIGCONT)
-    deadline = loop.time() + 15
+    deadline = loop.time() + 60
     while True:
         try:
             found = await cache.get_many(list(second), D)
@@ -296,7 +303,7 @@ async def test_a_frozen_node_costs_the_budget_and_mixes_up_no_answers(cluster: C
 
 async def test_a_trip_whose_connections_another_closes_ends_no_worker(cluster: Cluster, unique: str) -> None:
     """Who finds a node of a Cluster gone closes the connections of all others, whatever they are about to send."""
-    cache = RedisCache(RedisAccess(cluster.url, cluster=True), timeout_s=1, ttl_s=TTL_S, prefix=unique.encode())
+    cache = RedisCache(RedisAccess(cluster.url, cluster=True), timeout_s=BUDGET_S, ttl_s=TTL_S, prefix=unique.encode())
     client: Any = cache._redis
     ended = list[object]()
     for turns in range(15):
@@ -305,6 +312,8 @@ async def test_a_trip_whose_connections_another_closes_ends_no_worker(cluster: C
         for _ in range(turns):
             await asyncio.sleep(0)
         await client.aclose()
+        if (await asyncio.wait(trips, timeout=1))[1]:
+            skip(BUDGET_S)
         ended += await asyncio.gather(*trips, return_exceptions=True)
     await cache.close()
     assert {type(each) for each in ended} <= {dict, CacheUnavailable}
@@ -313,9 +322,13 @@ async def test_a_trip_whose_connections_another_closes_ends_no_worker(cluster: C
 async def test_a_lost_node_is_waited_for_only_until_its_slots_have_another(unique: str) -> None:
     """A node that falls silent, and whose slots are then another's, is asked no more: nobody restarts a worker."""
     with own_cluster() as nodes, ExitStack() as stack:
-        cache = RedisCache(RedisAccess(nodes.url, cluster=True), timeout_s=0.3, ttl_s=TTL_S, prefix=unique.encode())
+        patient, cache = (
+            RedisCache(RedisAccess(nodes.url, cluster=True), timeout_s=each, ttl_s=TTL_S, prefix=unique.encode())
+            for each in (BUDGET_S, 1)
+        )
         stored = entries(b"tenant-1", 100)
-        await cache.put_many(stored)
+        await patient.put_many(stored)
+        await patient.close()
         lost, *left = (stack.enter_context(Redis.from_url(nodes.urls[number])) for number in (1, 0, 2))
         port = lost.connection_pool.connection_kwargs["port"]
         slots: Any = left[0].execute_command("CLUSTER SLOTS")
@@ -327,7 +340,7 @@ async def test_a_lost_node_is_waited_for_only_until_its_slots_have_another(uniqu
         for each in left:
             each.execute_command("CLUSTER DELSLOTSRANGE", begin, end)
         left[0].execute_command("CLUSTER ADDSLOTSRANGE", begin, end)
-        found, deadline = dict[bytes, Found](), asyncio.get_running_loop().time() + 15
+        found, deadline = dict[bytes, Found](), asyncio.get_running_loop().time() + 60
         while not found:
             assert asyncio.get_running_loop().time() < deadline, "never found again"
             with suppress(CacheUnavailable):
@@ -338,7 +351,7 @@ async def test_a_lost_node_is_waited_for_only_until_its_slots_have_another(uniqu
 
 async def test_a_quota_is_shared_in_a_cluster(cluster: Cluster, unique: str) -> None:
     """Its script touches one key, so one slot."""
-    quota = RedisQuota(RedisAccess(cluster.url, cluster=True), timeout_s=5, pace=1.0, prefix=unique)
+    quota = RedisQuota(RedisAccess(cluster.url, cluster=True), timeout_s=BUDGET_S, pace=1.0, prefix=unique)
     grants = [await quota.lease("a", QuotaAsk(1, 60_000, None), QuotaAsk(0, None, None), 0.0) for _ in range(2)]
     await quota.close()
     assert [requests.per_minute for requests, _ in grants] == [60_000, 60_000]
@@ -376,7 +389,7 @@ async def test_tls_and_a_user_with_few_rights_are_enough(guarded: Guarded, tmp_p
     """Everything that workers and commands do works with the rights that the docs list."""
     (tmp_path / "password").write_text(f"{guarded.password}\n")
     access = settings_of(guarded, redis_password=None, redis_password_file=tmp_path / "password")
-    cache = RedisCache(access, timeout_s=5, ttl_s=TTL_S)
+    cache = RedisCache(access, timeout_s=BUDGET_S, ttl_s=TTL_S)
     stored = entries(b"tenant-1", 10)
     await cache.put_many(stored)
     assert set(await cache.get_many(list(stored), D)) == set(stored)
@@ -389,7 +402,7 @@ async def test_tls_and_a_user_with_few_rights_are_enough(guarded: Guarded, tmp_p
     assert set(await cache.purged()) == {b"tenant-1", b"xtenant-"}
     assert await cache.ping() == "ok"
     await cache.close()
-    quota = RedisQuota(access, timeout_s=5, pace=1.0)
+    quota = RedisQuota(access, timeout_s=BUDGET_S, pace=1.0)
     await quota.lease("a", QuotaAsk(1, 60, None), QuotaAsk(1, 60, None), 0.0)
     await quota.close()
 
@@ -416,13 +429,13 @@ async def test_what_redis_refuses_names_the_setting(
 ) -> None:
     """Health says which variable to look at, and quotes no secret."""
     open_before = open_sockets()
-    cache = RedisCache(settings_of(guarded, **wrong, redis_cluster=cluster), timeout_s=5, ttl_s=TTL_S)
+    cache = RedisCache(settings_of(guarded, **wrong, redis_cluster=cluster), timeout_s=BUDGET_S, ttl_s=TTL_S)
     said = await cache.ping()
     with pytest.raises(CacheUnavailable, match=named) as refused:
         await cache.get_many([b"k"], D)
     await cache.close()
-    while open_sockets() > open_before:  # the client does not wait for TLS to end
-        await asyncio.sleep(0.01)
+    what = "the client does not wait for TLS to end"
+    await until(lambda: open_sockets() <= open_before, within_s=30, what=what, every_s=0.01)
     assert re.search(named, said)
     assert "canary" not in f"{said}{refused.value!r}"
 

@@ -18,6 +18,7 @@ from processor.ports import Span, TopicReader
 from processor.settings import Settings
 from tests.support.aggregation import MemoryLog
 from tests.support.brokers import Broker
+from tests.support.stack import until
 
 VALUES: dict[int, list[bytes | None]] = {0: [b"a", None, b"c"], 1: [b"d"], 2: []}
 """What is written to each partition of the topic under test; the first record of partition 0 is deleted after."""
@@ -136,9 +137,13 @@ async def test_a_compacted_tail_ends(kafka: Broker, unique: str) -> None:
     async with on_kafka(unique, kafka) as arranged, AIOKafkaProducer(**servers, transactional_id=unique) as producer:
         async with producer.transaction():
             await producer.send_and_wait(unique, b"e", partition=2)
-        async with asyncio.timeout(20):
+
+        async def marked() -> bool:
+            return (await arranged.reader.spans(unique))[2].end > 1
+
+        await until(marked, within_s=60, what="the end of the transaction is in the log, which is no record")
+        async with asyncio.timeout(60):
             assert (2, 0, b"e") in places(await all_of(arranged.reader, arranged.topic))
-        assert (await arranged.reader.spans(unique))[2].end > 1
 
 
 async def test_the_last_batch_of_the_embedded_broker_counts(embedded_broker: Broker, unique: str) -> None:

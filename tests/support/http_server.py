@@ -45,6 +45,8 @@ class HTTPServer(ABC):
         self._port = port
         self._max_body_bytes = max_body_bytes
         self._closing = asyncio.Event()
+        self.silent = asyncio.Event()
+        """Set once a client waits for what never comes."""
 
     @abstractmethod
     def routes(self) -> Iterable[web.RouteDef]:
@@ -80,6 +82,7 @@ class HTTPServer(ABC):
 
     async def hang(self, request: web.Request) -> web.StreamResponse:
         """Until the client gives up or the server closes."""
+        self.silent.set()
         while not (self._closing.is_set() or request.transport is None or request.transport.is_closing()):
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._closing.wait(), 0.05)

@@ -27,7 +27,7 @@ import random
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from types import TracebackType
 from typing import Any, Self
@@ -92,12 +92,14 @@ class Options:
 
 
 class ProviderServer(HTTPServer):
-    """The server in this event loop; `base_url` once it is entered, `ledger` what it billed."""
+    """The server in this event loop; `base_url` once it is entered, `ledger` what it billed. `clock`: of its limits."""
 
-    def __init__(self, options: Options | None = None, *, port: int = 0) -> None:
+    def __init__(
+        self, options: Options | None = None, *, port: int = 0, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self.options = options or Options()
         super().__init__(port=port, max_body_bytes=self.options.max_body_bytes)
-        self._account = Account(self.options.limits)
+        self._account = Account(self.options.limits, clock)
         self._dialect = DIALECTS[self.options.dialect]
         self._turns = asyncio.Semaphore(self.options.max_concurrent or sys.maxsize)
         self._in_work = 0
@@ -369,7 +371,7 @@ class ProviderProcess:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._process.communicate(timeout=10)
+        self._process.communicate(timeout=60)
 
     @property
     def root_url(self) -> str:
@@ -385,7 +387,7 @@ class ProviderProcess:
             data=None if body is None else json.dumps(body).encode(),
             headers={"Content-Type": "application/json"},
         )
-        with urllib.request.urlopen(request, timeout=10) as answer:
+        with urllib.request.urlopen(request, timeout=60) as answer:
             result: dict[str, Any] = json.load(answer)
             return result
 

@@ -13,7 +13,8 @@ from types import TracebackType
 from typing import Self
 from urllib.parse import urlsplit
 
-from processor.adapters.embedded import ChildServer, EmbeddedCache, answers_redis, free_port, redis_command
+from processor.adapters.embedded import ChildServer, EmbeddedCache, answers_redis, redis_command
+from tests.support.stack import free_port
 
 
 def own_redis() -> tuple[ChildServer, str]:
@@ -26,7 +27,7 @@ def own_redis() -> tuple[ChildServer, str]:
         "redis-server",
         redis_command(program, port=port),
         answers=lambda: answers_redis("127.0.0.1", port),
-        start_timeout_s=15,
+        start_timeout_s=60,
     )
     return server, f"redis://127.0.0.1:{port}/0"
 
@@ -60,13 +61,13 @@ class SlowProxy:
     def __enter__(self) -> Self:
         self._thread.start()
         serving = asyncio.start_server(self._pass_on, "127.0.0.1", self.port)
-        self._server = asyncio.run_coroutine_threadsafe(serving, self._loop).result(10)
+        self._server = asyncio.run_coroutine_threadsafe(serving, self._loop).result(60)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        asyncio.run_coroutine_threadsafe(self._end(), self._loop).result(10)
+        asyncio.run_coroutine_threadsafe(self._end(), self._loop).result(60)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
@@ -79,6 +80,7 @@ class SlowProxy:
         for task in others:
             task.cancel()
         await asyncio.gather(*others, return_exceptions=True)
+        await asyncio.sleep(0)  # what is closed lets go of its socket in the next turn
 
     async def _pass_on(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         from_redis, to_redis = await asyncio.open_connection(*self._target)
@@ -89,10 +91,12 @@ class SlowProxy:
 
     async def _copy(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter, *, late: bool) -> None:
         """Until one side is gone, and with it the other."""
-        with suppress(OSError):
-            while piece := await source.read(65_536):
-                if late:
-                    await asyncio.sleep(self.delay_s)
-                sink.write(piece)
-                await sink.drain()
-        sink.close()
+        try:
+            with suppress(OSError):
+                while piece := await source.read(65_536):
+                    if late:
+                        await asyncio.sleep(self.delay_s)
+                    sink.write(piece)
+                    await sink.drain()
+        finally:
+            sink.close()

@@ -16,7 +16,8 @@ from typing import Any
 
 from redis import Redis
 
-from processor.adapters.embedded import ChildServer, EmbeddedCache, answers_redis, free_port, redis_command
+from processor.adapters.embedded import ChildServer, EmbeddedCache, answers_redis, redis_command
+from tests.support.stack import free_port
 
 HOST = "127.0.0.1"
 SLOTS = 16384
@@ -50,7 +51,7 @@ def own_cluster() -> Iterator[Cluster]:
             command = [
                 *redis_command(program(), port=port),
                 *("--cluster-enabled", "yes", "--cluster-port", str(bus_port), "--dir", folder),
-                *("--cluster-node-timeout", "2000", "--cluster-require-full-coverage", "no"),
+                *("--cluster-node-timeout", "30000", "--cluster-require-full-coverage", "no"),
             ]
             nodes.append(stack.enter_context(_server(command, port)))
             ports.append((port, bus_port))
@@ -68,7 +69,7 @@ def _server(command: list[str], port: int) -> ChildServer:
 
 
 def _wait_until_joined(clients: list[Any]) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     for client in clients:
         while True:
             told = client.execute_command("CLUSTER INFO")
@@ -118,7 +119,7 @@ def guarded_server(folder: Path, rules: str) -> Iterator[Guarded]:
         context.load_cert_chain(cert, key)
         try:
             with (
-                socket.create_connection((HOST, port), timeout=1) as plain,
+                socket.create_connection((HOST, port), timeout=5) as plain,
                 context.wrap_socket(plain, server_hostname=HOST) as connection,
             ):
                 connection.sendall(b"PING\r\n")
