@@ -94,14 +94,9 @@ def attempts(child: Child) -> int:
 
 async def killed_mid_stream(child: Child) -> None:
     """SIGKILL once it has folded some more."""
-    before = attempts(child)
-    await until(lambda: attempts(child) > before + 50, within_s=30, what="some are folded")
+    before = int((await child.report("/ledger"))["attempts"])
+    await until(lambda: attempts(child) > before + 50, within_s=60, what="some are folded")
     child.kill()
-
-
-def attributed(child: Child) -> bool:
-    ledger = child.get("/ledger") or {}
-    return bool(ledger and ledger["billed_tokens"] == ledger["attributed_tokens"])
 
 
 async def settled(settings: Settings, child: Child) -> None:
@@ -114,9 +109,13 @@ async def settled(settings: Settings, child: Child) -> None:
         charged = sum(sums.billed_tokens for key, sums in expected.items() if is_day_of_all(key))
         return await read_totals(settings) == expected and ledger.get("billed_tokens") == charged
 
-    await until(equal, within_s=40, what=f"totals equal the recomputation\n{child.tail()}", every_s=0.5)
-    await until(lambda: attributed(child), within_s=10, what="every charge is attributed")
-    ledger = child.get("/ledger") or {}
+    async def attributed() -> bool:
+        ledger = await child.report("/ledger")
+        return bool(ledger["billed_tokens"] == ledger["attributed_tokens"])
+
+    await until(equal, within_s=60, what=f"totals equal the recomputation\n{child.tail()}", every_s=0.5)
+    await until(attributed, within_s=60, what="every charge is attributed")
+    ledger = await child.report("/ledger")
     assert ledger["billed_tokens"] == ledger["attributed_tokens"] > 0
     assert (ledger["residual_tokens"], ledger["over_attributed_tokens"], ledger["unmatched_tokens"]) == (0, 0, 0)
 
@@ -130,7 +129,7 @@ async def test_totals_equal_the_recomputation_whoever_is_killed(kafka: Broker, u
         await topics.create(settings, partitions=PARTITIONS)
         for lose in (False, False, True):
             child = stack.spawn("aggregator")
-            await until(child.ready, within_s=30, what="the aggregator is ready")
+            await until(child.ready, within_s=60, what="the aggregator is ready")
             producing = asyncio.create_task(produce(settings, some_traffic(700, dice), over_s=3))
             await killed_mid_stream(child)
             await producing
@@ -140,7 +139,7 @@ async def test_totals_equal_the_recomputation_whoever_is_killed(kafka: Broker, u
         await settled(settings, child)
 
         standby = stack.spawn("aggregator", EMBEDDING_AGGREGATOR_STORE=str(other))
-        await until(standby.ready, within_s=30, what="the standby is ready")
+        await until(standby.ready, within_s=60, what="the standby is ready")
         producing = asyncio.create_task(produce(settings, some_traffic(700, dice), over_s=3))
         await killed_mid_stream(child)
         await producing

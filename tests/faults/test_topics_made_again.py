@@ -78,7 +78,7 @@ async def test_usage_made_again_under_an_aggregator_stops_it(kafka: Broker, uniq
         totals = await read_totals(settings)
         await make_again(settings)
         await send_usage(settings, some_traffic(300, dice), over_s=0)
-        await refuses(child)
+        await refuses(stack, child)
         assert await read_totals(settings) == totals
 
 

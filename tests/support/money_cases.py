@@ -51,9 +51,9 @@ async def outcomes(folder: Path, bootstrap_servers: str) -> dict[str, str]:
         with Stack(own, prefix, bootstrap_servers, EMBEDDING_LOG_LEVEL="WARNING") as stack:
             try:
                 await case(stack)
-            except AssertionError as error:
+            except Exception as error:  # noqa: BLE001 - whatever it is, the other cases are told
                 where = traceback.extract_tb(error.__traceback__)[-1]
-                return f"{where.name}: {where.line}: {str(error)[-300:]}"
+                return f"{where.name}: {where.line}: {type(error).__name__} {str(error)[-300:]}"
         return "ok"
 
     return dict(zip(cases, await asyncio.gather(*(outcome(*case) for case in cases.items())), strict=True))
@@ -71,7 +71,7 @@ async def clock_skew(stack: Stack) -> None:
             EMBEDDING_OPENAI_BASE_URL=provider.base_url,
             EMBEDDING_OPENAI_API_KEY="tests",
         )
-        await until(worker.ready, within_s=60, what="the worker is ready")
+        await until(worker.ready, within_s=120, what="the worker is ready")
         days = {_day(time.time() * 1000)}
         async with AIOKafkaProducer(**connection(settings)) as producer:
             for off in (DAYS_OFF, -DAYS_OFF):
@@ -86,7 +86,7 @@ async def clock_skew(stack: Stack) -> None:
             months = [sums for key, sums in (await read_totals(settings)).items() if _is_month_of_all(key)]
             return sum(sums.requests for sums in months) == 2
 
-        await until(charged, within_s=60, what="both are in the totals", every_s=0.5)
+        await until(charged, within_s=120, what="both are in the totals", every_s=0.5)
         days.add(_day(time.time() * 1000))
         found = {key.bucket for key in await read_totals(settings) if len(key.bucket) == len("2026-11-21")}
         assert found <= days, f"charged on {sorted(found)}"
@@ -99,7 +99,7 @@ async def closed_month(stack: Stack) -> None:
     horizon_ms = settings.horizon_days * DAY_MS
     await topics.create(settings, partitions=PARTITIONS, replication=1)
     child = stack.spawn("aggregator")
-    await until(child.ready, within_s=60, what="the aggregator is ready")
+    await until(child.ready, within_s=120, what="the aggregator is ready")
 
     async def charge(name: str, age_ms: int) -> None:
         charged_at_ms = int(time.time() * 1000) - age_ms
@@ -112,7 +112,7 @@ async def closed_month(stack: Stack) -> None:
         child.check()
         return bool(await read_totals(settings))
 
-    await until(counted, within_s=30, what="a charge within the horizon is in its totals", every_s=0.2)
+    await until(counted, within_s=120, what="a charge within the horizon is in its totals", every_s=0.2)
     totals = await read_totals(settings)
     await charge("late", horizon_ms + DAY_MS)
 
@@ -120,14 +120,14 @@ async def closed_month(stack: Stack) -> None:
         child.check()
         return await _late(settings) == 1
 
-    await until(quarantined, within_s=30, what="the late charge lies on its topic", every_s=0.2)
+    await until(quarantined, within_s=120, what="the late charge lies on its topic", every_s=0.2)
     await charge("after it", 0)
 
     async def folded() -> bool:
         child.check()
         return len(await read_totals(settings)) > len(totals)
 
-    await until(folded, within_s=30, what="the charge after it is in the totals", every_s=0.2)
+    await until(folded, within_s=120, what="the charge after it is in the totals", every_s=0.2)
     after = await read_totals(settings)
     changed = {key for key, sums in totals.items() if after.get(key, UsageSums()) != sums}
     assert not changed, f"{len(changed)} closed totals have changed"
@@ -143,24 +143,18 @@ async def topic_grown(stack: Stack) -> None:
         await admin.create_partitions({settings.topic("token-usage"): NewPartitions(PARTITIONS + 1)})
     finally:
         await admin.close()
-    await refuses(child)
+    await refuses(stack, child)
 
 
 async def topic_recreated(stack: Stack) -> None:
-    """A usage topic made again stops the running aggregator, which names the rebuild and leaves the totals alone.
-
-    While there is no topic at all it may end for that reason; who supervises it starts it again.
-    """
+    """A usage topic made again stops the running aggregator, which names the rebuild and leaves the totals alone."""
     dice = random.Random(2)
     child = await folding(stack, dice)
     settings = stack.settings()
     totals = await read_totals(settings)
     await make_again(settings)
     await produce(settings, some_traffic(100, dice), over_s=0)
-    await until(lambda: child.process.poll() is not None, within_s=30, what="the aggregator stops")
-    if "topics create" in child.tail():
-        child = stack.spawn("aggregator")
-    await refuses(child)
+    await refuses(stack, child)
     assert await read_totals(settings) == totals, "totals have changed"
 
 
