@@ -64,7 +64,7 @@ async def against_bare(url: str, say: Say) -> dict[str, Any]:
     """Pairs of a bare pipeline and our look-up, each window in turn."""
     keys = CacheKeys(b"a secret")
     texts = [[f"{window}-{number} {'hello world ' * 50}" for number in range(WINDOW)] for window in range(WINDOWS)]
-    cache, bare = RedisCache(RedisAccess(url), timeout_s=5, ttl_s=3600), Redis.from_url(url, protocol=2)
+    cache, bare = RedisCache(RedisAccess(url), timeout_s=60, ttl_s=86_400), Redis.from_url(url, protocol=2)
     tiered = TieredCache(MemoryCache(max_bytes=0, ttl_s=3600), cache)
 
     def derive(some: Sequence[str]) -> list[bytes]:

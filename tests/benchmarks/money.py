@@ -50,6 +50,8 @@ LOOK_EVERY_S = 0.05
 ASK_EVERY_S = 0.25
 """How far it is costs the aggregator a few milliseconds."""
 PATIENCE_S = 900.0
+LEAST_S = 0.01
+"""A clock's tick: the machine may have stood still while all was folded."""
 CALL_MS, BACKLOG_TEXTS, BUDGET_TOKENS = 100, 6_000, 50_000
 EVENTS_PER_S_PER_CORE, STATE_BYTES_PER_EVENT = 10_000, 100
 
@@ -128,13 +130,17 @@ def folded(child: Child, topic: str) -> int:
     )
 
 
-async def folds_to(child: Child, log: Log, offset: int) -> None:
-    await until(
-        lambda: folded(child, log.usage) >= offset,
-        within_s=PATIENCE_S,
-        what=f"{offset} events are folded",
-        every_s=ASK_EVERY_S,
-    )
+async def folds_to(child: Child, log: Log, offset: int) -> int:
+    """Wait until it has folded so many; how many there were then."""
+    known = 0
+
+    def there() -> bool:
+        nonlocal known
+        known = folded(child, log.usage)
+        return known >= offset
+
+    await until(there, within_s=PATIENCE_S, what=f"{offset} events are folded", every_s=ASK_EVERY_S)
+    return known
 
 
 # --- money: nothing twice, nothing missed --------------------------------------------------------------------
@@ -144,12 +150,11 @@ async def killed(log: Log, say: Say) -> dict[str, Any]:
     """Fold all of it through SIGKILLs, and hold the totals against the log."""
     for kill in range(1, KILLS + 1):
         child = log.stack.spawn("aggregator")
-        await folds_to(child, log, log.events * kill // (KILLS + 1))
-        say(f"killed at {folded(child, log.usage)}")
+        say(f"killed at {await folds_to(child, log, log.events * kill // (KILLS + 1))}")
         child.kill()
     child = log.stack.spawn("aggregator")
     await folds_to(child, log, log.events)
-    await until(lambda: all_folded(child), within_s=60, what="the calls are folded")
+    await until(lambda: all_folded(child), within_s=PATIENCE_S, what="the calls are folded")
     await asyncio.to_thread(child.stop)
     recount, baseline = await read_plainly(log)
     compared = recount.compare(await read_totals(log.settings))
@@ -170,8 +175,9 @@ async def killed(log: Log, say: Say) -> dict[str, Any]:
 
 
 def all_folded(child: Child) -> bool:
-    kafka = (child.get("/health/detailed") or {}).get("kafka", {})
-    return all(each["lag"] == 0 for each in kafka.get("partitions", [{"lag": None}]))
+    child.check()
+    partitions = (child.get("/health/detailed") or {}).get("kafka", {}).get("partitions", ())
+    return bool(partitions) and all(each["lag"] == 0 for each in partitions)
 
 
 async def read_plainly(log: Log) -> tuple[Recount, float]:
@@ -203,9 +209,9 @@ async def failover(log: Log, say: Say) -> dict[str, Any]:
     other = log.store.with_name("standby.sqlite")
     shutil.copy(log.store, other)
     active = log.stack.spawn("aggregator")
-    await until(active.ready, within_s=60, what="the active aggregator is ready")
+    await until(active.ready, within_s=PATIENCE_S, what="the active aggregator is ready")
     standby = log.stack.spawn("aggregator", EMBEDDING_AGGREGATOR_STORE=str(other))
-    await until(standby.ready, within_s=60, what="the standby is ready")
+    await until(standby.ready, within_s=PATIENCE_S, what="the standby is ready")
     flow = asyncio.create_task(trickle(log))
     await asyncio.sleep(2)
     totals = log.settings.topic("token-usage-totals")
@@ -218,7 +224,7 @@ async def failover(log: Log, say: Say) -> dict[str, Any]:
     async def moved() -> bool:
         return sum((await ends_of(log.consumer, totals, PARTITIONS)).values()) > before
 
-    await until(moved, within_s=60, what=f"totals move again\n{standby.tail()}", every_s=LOOK_EVERY_S)
+    await until(moved, within_s=PATIENCE_S, what=f"totals move again\n{standby.tail()}", every_s=LOOK_EVERY_S)
     failover_s = time.monotonic() - begun
     flow.cancel()
     await asyncio.wait({flow})
@@ -269,20 +275,20 @@ async def overshoot(broker: Broker, folder: Path, say: Say) -> dict[str, Any]:
 async def undisturbed(log: Log, say: Say) -> dict[str, Any]:
     child = log.stack.spawn("aggregator")
     pid = child.process.pid
-    await folds_to(child, log, log.events // 20)
-    begun, spent_s, first = time.monotonic(), cpu_s(pid), folded(child, log.usage)
+    first = await folds_to(child, log, log.events // 20)
+    begun, spent_s = time.monotonic(), cpu_s(pid)
     await folds_to(child, log, log.events)
     wall_s, spent_s, events = time.monotonic() - begun, cpu_s(pid) - spent_s, log.events - first
     memory_mb = resident_mb(pid, peak=True)
     say(f"folded {events} in {wall_s:.1f} s, {spent_s:.1f} s of CPU")
-    await until(lambda: all_folded(child), within_s=60, what="the calls are folded")
+    await until(lambda: all_folded(child), within_s=PATIENCE_S, what="the calls are folded")
     await asyncio.to_thread(child.stop)
     with closing(sqlite3.connect(log.store)) as store:
         ((seen_keys,),) = store.execute("SELECT COUNT(*) FROM seen").fetchall()
     figures: dict[str, Any] = {
         "seen_keys": seen_keys,
-        "events_per_s_per_core": round(events / spent_s),
-        "events_per_s": round(events / wall_s),
+        "events_per_s_per_core": round(events / max(spent_s, LEAST_S)),
+        "events_per_s": round(events / max(wall_s, LEAST_S)),
         "peak_memory_mb": round(memory_mb),
         "state_bytes_per_event": round(log.store.stat().st_size / log.events, 1),
         "recovery_s_local": await recovery(log),
