@@ -26,7 +26,10 @@ from faust.types import TP, Message
 
 from processor.adapters import topics
 from processor.adapters.faust_engine import Engine
+from processor.domain import ReceivedResult
+from processor.identity import request_id
 from processor.ports import Run
+from tests.support import audit
 from tests.support.brokers import Broker, create_topic
 from tests.support.engines import Group, Handler, engine_settings, finishing, group_of, log_ends, produce, running
 from tests.support.engines import until as until_true
@@ -106,7 +109,7 @@ async def all_committed(group: Group) -> None:
         except GroupCoordinatorNotAvailableError:  # the broker has just started
             return False
 
-    await until(done, within_s=30, what="stock Faust commits it all")
+    await until(done, within_s=60, what="stock Faust commits it all")
 
 
 # --- take() --------------------------------------------------------------------------------------------------
@@ -209,7 +212,7 @@ async def test_the_record_after_a_gap_is_finished_before_it_is_committed(kafka: 
         async def committed() -> bool:
             return bool(await group.committed())
 
-        await until(committed, within_s=10, what="a commit")
+        await until(committed, within_s=60, what="a commit")
         await asyncio.sleep(3 * settings.commit_interval_s)
         assert (await group.committed())[0] <= 2
 
@@ -238,7 +241,7 @@ async def test_stock_flush_gives_up_with_sends_pending() -> None:
         buffer.put(SimpleNamespace(message=SimpleNamespace(channel=Full())))  # type: ignore[arg-type]
     await buffer.start()
     try:
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             await buffer.flush()
         assert buffer.size > 0
     finally:
@@ -274,6 +277,7 @@ async def test_a_worker_commits_nothing_while_its_results_are_not_acknowledged(
     kafka: Broker, unique: str, tmp_path: Path
 ) -> None:
     """Neither on time nor when it stops with sends pending; once the broker takes them, every record is answered."""
+    requests = list(small_requests(RECORDS))
     with ProviderProcess("--base-ms", "1", "--per-text-ms", "0") as provider:
         environment = {
             "EMBEDDING_PROVIDER": "openai",
@@ -290,13 +294,13 @@ async def test_a_worker_commits_nothing_while_its_results_are_not_acknowledged(
                 worker = stack.spawn("worker")
                 await until(worker.ready, within_s=60, what="the worker is ready")
                 await delete_topic(kafka.bootstrap_servers, settings.topic(topics.topics()["results"].name))
-                await traffic.flow(small_requests(RECORDS), per_s=1_000)
+                await traffic.flow(requests, per_s=1_000)
                 calls = settings.topic(topics.topics()["calls"].name)
 
                 async def embedded() -> bool:
                     return sum((await log_ends(kafka.bootstrap_servers, calls, 1)).values()) >= 2
 
-                await until(embedded, within_s=30, what="an intent and its receipt")
+                await until(embedded, within_s=60, what="an intent and its receipt")
                 await asyncio.sleep(1)
                 assert sum((await traffic.committed()).values()) == 0
                 assert await asyncio.to_thread(worker.stop) == 0, worker.tail()
@@ -304,7 +308,8 @@ async def test_a_worker_commits_nothing_while_its_results_are_not_acknowledged(
                 await topics.create(settings, partitions=1, replication=1)
                 successor = stack.spawn("worker")
                 await until(traffic.all_committed, within_s=60, what="all is committed")
-                assert await traffic.results() == RECORDS
+                results = [result async for _, result in audit.read_topic(settings, "results", ReceivedResult)]
+                assert {result.request_id for result in results} == {request_id(each) for each in requests}
                 assert await asyncio.to_thread(successor.stop) == 0, successor.tail()
 
 

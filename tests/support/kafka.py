@@ -14,8 +14,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 
-from processor.adapters.embedded import ChildServer, answers_kafka, free_port
+from processor.adapters.embedded import ChildServer, answers_kafka
 from processor.errors import EmbeddedUnavailable
+from tests.support.stack import free_port
 
 VERSION = "4.1.0"
 _OLDEST_JAVA = 17
