@@ -71,10 +71,10 @@ async def measure_overshoot(
         async with AIOKafkaProducer(**connection(settings)) as producer:
             await fill(producer, settings.topic("embedding-requests"), requests, partitions=PARTITIONS)
         aggregator = stack.spawn("aggregator")
-        await until(aggregator.ready, within_s=60, what="the aggregator is ready")
+        await until(aggregator.ready, within_s=300, what="the aggregator is ready")
         started = [stack.spawn("worker") for _ in range(workers)]
         for worker in started:
-            await until(worker.ready, within_s=60, what="the worker is ready")
+            await until(worker.ready, within_s=300, what="the worker is ready")
 
         async def all_charged() -> bool:
             for worker in started:
@@ -84,8 +84,8 @@ async def measure_overshoot(
         async def told() -> bool:
             return any([state.refuses async for _, state in read_topic(settings, "budgets", BudgetState)])
 
-        await until(all_charged, within_s=120, what="every request has its usage event", every_s=0.5)
-        await until(told, within_s=60, what="a state refuses the payer", every_s=0.5)
+        await until(all_charged, within_s=600, what="every request has its usage event", every_s=0.5)
+        await until(told, within_s=300, what="a state refuses the payer", every_s=0.5)
         charges = Books(usage=[pair async for pair in read_topic(settings, "usage", Usage)]).charges()
         states = [pair async for pair in read_topic(settings, "budgets", BudgetState)]
         begun_ms = {
