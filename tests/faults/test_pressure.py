@@ -42,8 +42,8 @@ FIRST_BACK_OFF_S, LONGEST_BACK_OFF_S = 10 / SCALE, 300 / SCALE
 """Those of Kubernetes."""
 TIMES = ("delivery_timeout_s", "broker_wait_s", "session_timeout_s", "heartbeat_interval_s", "lease_margin_s")
 SCALED = {name: Settings.model_fields[name].default / SCALE for name in (*TIMES, "revoke_budget_s")}
-MOST_ENDS = 1 + int(OUTAGE_S / SCALED["broker_wait_s"])
-"""One for the delivery that was under way, one for each wait of a start that fits into the outage."""
+PATIENCE_S = {"DeliveryFailed": SCALED["delivery_timeout_s"], "BrokerUnavailable": SCALED["broker_wait_s"]}
+"""How long a process waits before it ends with such an error."""
 
 DIMENSIONS = 8
 PARTITIONS = 4
@@ -183,9 +183,11 @@ async def test_ten_minutes_without_a_broker_cost_nothing(
         f"away {most // MEBIBYTE}, residuals {asdict(residuals)}"
     )
     assert {end.code for end in worker.ends} <= {1}
-    assert {end.said["error"] for end in worker.ends} <= {"DeliveryFailed", "BrokerUnavailable"}
+    assert {end.said["error"] for end in worker.ends} <= set(PATIENCE_S)
     assert all(end.said["why"] for end in worker.ends)
-    assert len(worker.ends) <= MOST_ENDS, worker.ends
+    # Each has waited its time: few fit into the outage. The first delivery that fails was under way when it began.
+    waited_s = sum(PATIENCE_S[end.said["error"]] for end in worker.ends)
+    assert waited_s <= back_at - gone_at + settled_s + PATIENCE_S["DeliveryFailed"], worker.ends
     assert most - began <= 32 * MEBIBYTE
 
 
@@ -205,7 +207,7 @@ def _growth(samples: list[tuple[float, int]], begin: float, end: float) -> tuple
 
 @pytest.mark.faults
 async def test_a_slow_provider_is_backpressure(kafka: Broker, unique: str, tmp_path: Path, tell: Tell) -> None:
-    """Read-ahead stays under its bytes for four sessions, heartbeats go on, no generation passes, and all gets done."""
+    """For three sessions its read-ahead is bounded, heartbeats go on and no generation passes; then all gets done."""
     # A record is admitted while there is room at all: the bound is passed by less than the largest one.
     requests = hard_requests(1500, chunks=CHUNKS)
     largest = 5_000 + CHUNKS * BYTES_A_TEXT
@@ -216,7 +218,7 @@ async def test_a_slow_provider_is_backpressure(kafka: Broker, unique: str, tmp_p
             tmp_path,
             unique,
             kafka.bootstrap_servers,
-            **provider_of(provider, EMBEDDING_READ_AHEAD_BYTES=str(limit_bytes), EMBEDDING_SESSION_TIMEOUT_S="6"),
+            **provider_of(provider, EMBEDDING_READ_AHEAD_BYTES=str(limit_bytes), EMBEDDING_SESSION_TIMEOUT_S="12"),
         ) as stack,
     ):
         settings = stack.settings()
@@ -227,17 +229,17 @@ async def test_a_slow_provider_is_backpressure(kafka: Broker, unique: str, tmp_p
             await traffic.send(requests)
             health: list[dict[str, Any]] = []
 
-            def full() -> bool:
-                return _held_bytes(_health(worker)) >= limit_bytes
+            async def full() -> bool:
+                return _held_bytes(await worker.report("/health/detailed")) >= limit_bytes
 
-            await until(full, within_s=30, what="the read-ahead is full")
-            watched_until = time.monotonic() + 4 * settings.session_timeout_s
+            await until(full, within_s=60, what="the read-ahead is full")
+            watched_until = time.monotonic() + 3 * settings.session_timeout_s
             while time.monotonic() < watched_until:
-                health.append(_health(worker))
+                health.append(await worker.report("/health/detailed"))
                 await asyncio.sleep(0.1)
             worker.check()
             await until(traffic.all_committed, within_s=240, what="every request is committed")
-            generation = _health(worker)["kafka"]["generation"]
+            generation = (await worker.report("/health/detailed"))["kafka"]["generation"]
             assert worker.stop() == 0, worker.tail()
         books = await audit.read_books(settings, provider.admin("ledger")["requests"])
     audit.check_outcomes(books, vector_of=expected_vector, dimensions=DIMENSIONS)
@@ -286,6 +288,8 @@ async def test_runs_in_flight_are_bounded_and_buffers_are_never_full(
         nonlocal most_runs, most_records
         consumer = engine._consumer
         assert consumer is not None
+        if len(handler.runs) == 1:
+            await until_here(lambda: bool(consumer._queued), "another run waits")
         for _ in range(10):
             await asyncio.sleep(0.002)
             most_runs = max(most_runs, 1 + len(consumer._queued))
@@ -301,12 +305,6 @@ async def test_runs_in_flight_are_bounded_and_buffers_are_never_full(
     assert 1 < most_runs <= 1 + PARTITIONS
     assert most_records <= 2 * RECORDS_PER_FETCH
     assert most_bytes <= 2 * FETCH_BYTES
-
-
-def _health(worker: Child) -> dict[str, Any]:
-    health = worker.get("/health/detailed")
-    assert health is not None, worker.tail()
-    return health
 
 
 def _held_bytes(health: dict[str, Any]) -> int:

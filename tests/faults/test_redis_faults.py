@@ -11,14 +11,13 @@ import random
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import pytest
 from redis.asyncio import Redis
 
 from processor.adapters.embedded import ChildServer
 from processor.domain import Request
-from processor.settings import Settings
 from tests.support.redis_server import SlowProxy, freeze, own_redis
 from tests.support.stack import Child, until
 from tests.support.traffic import hard_requests
@@ -28,9 +27,15 @@ CHUNKS = 5
 REQUESTS = 200
 WAVES = 4
 """Of requests while Redis is not well."""
-SLOW_S = 0.5
-TIMEOUT_S = Settings.model_fields["redis_timeout_ms"].default / 1000
-SMALL = {"EMBEDDING_L1_BYTES": "0", "EMBEDDING_WINDOW_MAX_TEXTS": "16"}
+SLOW_S = 10.0
+TIMEOUT_S = 2.5
+"""More than a window takes on a busy machine, or than it pauses; where a bucket of the histogram ends."""
+SMALL = {
+    "EMBEDDING_L1_BYTES": "0",
+    "EMBEDDING_WINDOW_MAX_TEXTS": "16",
+    "EMBEDDING_REDIS_TIMEOUT_MS": str(int(TIMEOUT_S * 1000)),
+    "EMBEDDING_SESSION_TIMEOUT_S": "30",
+}
 
 Tell = Callable[[str], None]
 
@@ -102,7 +107,7 @@ async def test_a_redis_that_is_not_well_is_gone_without(fault: Fault, begin: Beg
             for wave in range(WAVES):
                 await _carried(world, hard_requests(REQUESTS, chunks=CHUNKS, seed=2 + wave))
             during = {name: value - before[name] for name, value in _figures(worker).items()}
-            health = _health(worker)["cache"]
+            health = (await worker.report("/health/detailed"))["cache"]
             if fault is killed:
                 await world.a_worker()  # starts without Redis as well
         await _used(world, worker)
@@ -118,7 +123,7 @@ async def test_a_redis_that_is_not_well_is_gone_without(fault: Fault, begin: Beg
         assert during["unavailable"] > 0
         assert health["redis"] != "ok"
     # One look-up at a time tries it, once in a while: the others must not wait for the same time-out.
-    assert during["slow_windows"] < during["windows"] / 4
+    assert during["slow_windows"] < during["windows"] / 2
     assert residuals.total == residuals.rework
 
 
@@ -141,7 +146,7 @@ async def test_values_that_are_broken_or_anothers_are_never_delivered(begin: Beg
     assert broken > REQUESTS
     assert newly_met >= broken, "a broken value passed for a good one"
     # Texts that come twice may find what was made anew for the first one, but only those.
-    assert met["hits"] - before["hits"] < broken / 10, "there was none left that is good"
+    assert met["misses"] - before["misses"] >= broken, "there was none left that is good"
     assert after["corrupt"] == met["corrupt"], "what was broken was not replaced"
     assert after["hits"] > met["hits"]
     assert residuals.total == residuals.rework
@@ -176,9 +181,10 @@ async def _used(world: World, worker: Child) -> None:
 
     async def found() -> bool:
         await _carried(world, hard_requests(REQUESTS // 4, chunks=CHUNKS, seed=next(seeds)))
-        return _hits(worker) > before and not any(_health(worker)["cache"]["goes_without"].values())
+        health = await worker.report("/health/detailed")
+        return _hits(worker) > before and not any(health["cache"]["goes_without"].values())
 
-    await until(found, within_s=30, what="the cache is used", every_s=0.3)
+    await until(found, within_s=60, what="the cache is used", every_s=0.3)
 
 
 async def _corrupt(redis: Redis) -> int:
@@ -202,14 +208,9 @@ def _figures(worker: Child) -> dict[str, float]:
         kind: worker.metric(f'embedding_cache_faults_total{{kind="{kind}"}}') or 0
         for kind in ("unavailable", "not_stored", "corrupt")
     }
-    return faults | {"hits": _hits(worker), "windows": windows, "slow_windows": windows - quick}
+    misses = worker.metric('embedding_cache_lookups_total{level="l2",result="miss"}') or 0
+    return faults | {"hits": _hits(worker), "misses": misses, "windows": windows, "slow_windows": windows - quick}
 
 
 def _hits(worker: Child) -> float:
     return worker.metric('embedding_cache_lookups_total{level="l2",result="hit"}') or 0
-
-
-def _health(worker: Child) -> dict[str, Any]:
-    health = worker.get("/health/detailed")
-    assert health is not None, worker.tail()
-    return health
