@@ -97,8 +97,8 @@ async def running(
 ) -> AsyncIterator[Engine]:
     """An engine of the group named like the topic."""
     engine = kind(settings, app_id=topic, topics=[topic], handler=handler, **options)
-    await engine.start()
     try:
+        await engine.start()
         yield engine
     finally:
         await engine.stop()
