@@ -10,7 +10,7 @@ import redis.asyncio
 
 from tests.support.stack import until
 from tests.support.traffic import hard_requests
-from tests.support.world import Begin
+from tests.support.world import PATIENT, Begin
 
 KILLS = 10
 CHUNKS = 5
@@ -55,7 +55,7 @@ async def test_ten_kills_lose_nothing_and_the_bill_adds_up(begin: Begin, tell: T
 
 async def test_without_kills_nothing_is_billed_to_nobody(begin: Begin, tell: Tell) -> None:
     """U7: one worker, the cache kept, no zombies: residual 0 for every receipt, and copies are byte-equal."""
-    async with begin("--base-ms", "20", "--per-text-ms", "0.2") as world:
+    async with begin("--base-ms", "20", "--per-text-ms", "0.2", **PATIENT) as world:
         await world.a_worker()
         await world.traffic.send(hard_requests(1000, chunks=CHUNKS, seed=2))
         books, residuals, _ = await world.finish_and_audit()

@@ -37,12 +37,14 @@ async def _life(broker: Broker, topic: str, done: Callable[[list[dict[str, Any]]
     )
     assert child.stdout is not None
     said: list[dict[str, Any]] = []
+    asked = False
     try:
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(120):
             async for line in child.stdout:
                 if line.startswith(b"{"):
                     said.append(json.loads(line))
-                    if done(said):
+                    if done(said) and not asked:  # it may be gone before its last lines are read
+                        asked = True
                         child.terminate()
             await child.wait()
     finally:
