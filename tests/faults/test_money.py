@@ -118,7 +118,7 @@ async def test_the_bill_adds_up_through_faults_kills_and_an_empty_cache(
         world.provider.admin("faults", {"probabilities": probabilities, "retry_after": "0.1", "seed": SEED})
         stack, traffic = world.stack, world.traffic
         first = stack.children[0]
-        await until(first.ready, within_s=30, what="the aggregator is ready")
+        await until(first.ready, within_s=60, what="the aggregator is ready")
         standby = a_standby(world, tmp_path)
         workers = [stack.spawn("worker") for _ in range(3)]
         for child in (*workers, standby):
@@ -148,15 +148,13 @@ async def test_the_bill_adds_up_through_faults_kills_and_an_empty_cache(
                 victim = dice.randrange(len(workers))
                 workers[victim].kill()
                 workers[victim] = stack.spawn("worker")
-        for child in workers:
-            await until(child.ready, within_s=60, what=f"{child.name} is ready, and can be stopped")
-        await until(traffic.all_committed, within_s=120, what="every request is committed")
+        await until(traffic.all_committed, within_s=300, what="every request is committed")
         expected, settings = progress_of(requests), stack.settings()
 
         async def folded() -> bool:
             return all([await aggregator_is_at_end(settings, name) for name in ("usage", "calls")])
 
-        await until(folded, within_s=60, what="the aggregator has folded everything", every_s=0.5)
+        await until(folded, within_s=120, what="the aggregator has folded everything", every_s=0.5)
         books, residuals, copies = await world.finish_and_audit(refused={"overlong": "text_too_long"})
         report = await run_audit(
             settings, invoice={day: DayBill(tokens=tokens) for day, tokens in invoice_of(books).items()}

@@ -16,7 +16,7 @@ from tests.support.traffic import Traffic, hard_requests
 
 DIMENSIONS = 1536
 PARTITIONS = 2
-DELIVERY_TIMEOUT_S = 20
+DELIVERY_TIMEOUT_S = 60
 
 
 @pytest.mark.faults
