@@ -16,7 +16,7 @@ import structlog
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.client import ConnectionGroup
 from aiokafka.cluster import ClusterMetadata
-from aiokafka.errors import CommitFailedError, IllegalStateError, KafkaError
+from aiokafka.errors import CommitFailedError, IllegalStateError, KafkaError, UnknownMemberIdError
 from aiokafka.protocol.commit import OffsetCommitRequest
 from aiokafka.protocol.group import HeartbeatRequest, LeaveGroupRequest, SyncGroupRequest
 from faust.transport.drivers import aiokafka as driver
@@ -204,6 +204,8 @@ def watch(session: Session, consumer: AIOKafkaConsumer, *, replaced: Callable[[]
             session.acknowledged(sent_at)
         if static and session.lasts(session.generation()) and _forgotten(request, response):
             replaced()
+            # Told so, aiokafka would join again at once, before the process has ended.
+            raise UnknownMemberIdError
         return response
 
     coordinator._send_req = send_and_note
