@@ -326,8 +326,7 @@ class Audit:
         """Every state that is published or should be, against its own limits and the charges of its month."""
         states, compared = list(self._spent.states()), self._all_folded
         check = BudgetsCheck(len(states), compared)
-        if compared:
-            states += self._spent.missing(month((self._now_ms - self._horizon_ms) // DAY_MS))
+        states += self._spent.missing(month((self._now_ms - self._horizon_ms) // DAY_MS))
         for key, state in states:
             check.differences += differences(key, state, self._right_amounts(key, state, compared=compared))
         return check

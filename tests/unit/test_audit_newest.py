@@ -218,6 +218,20 @@ async def test_a_task_that_rested_may_have_begun_anew() -> None:
         assert await told_of_tasks(log) == [(KEY, "done", 4, 3)]
 
 
+@pytest.mark.parametrize("payers", [("p0", "p6"), ("p6", "p0")], ids=str)
+async def test_a_task_rests_whichever_partition_its_charges_lie_in(payers: tuple[str, str]) -> None:
+    """The partitions are read one after the other, not in the order of time."""
+    with a_bench() as bench:
+        log = bench.log
+        for payer_id in payers:
+            charge(log, of_task(payer_id, agent_id="bot", agent_owner_id=payer_id), ("a", 0))
+            log.now_ms += 2 * HORIZON_MS + 3 * DAY_MS
+        assert len({record.source.partition for record in log.all_of(TOPICS.usage)}) == 2
+        await bench.run()
+        check = (await audited(log)).tasks()
+        assert (check.tasks, check.proven, check.differences) == (1, 0, [])
+
+
 async def test_what_has_expired_may_be_in_the_progress_and_what_is_left_must() -> None:
     """A log that has lost its head bounds the young tasks from below, and can't tell the copies of the old ones."""
     with a_bench() as bench:
@@ -321,6 +335,24 @@ async def test_who_has_spent_and_has_no_state_is_missed_where_everybody_has_a_bu
         log.now_ms -= YEAR_MS
         assert await told_of_budgets(log) != []
         log.append(Destination("budgets", BudgetKey(EVERYBODY_ELSE, "2026-09")))
+        assert await told_of_budgets(log) == []
+
+
+async def test_a_month_that_the_log_has_lost_some_of_is_held_against_the_totals() -> None:
+    """What they count beyond the log may be right; with charges that wait nobody can tell."""
+    with a_bench() as bench:
+        bench.budgets, log = PLAN, bench.log
+        log.partitions[TOPICS.usage] = 1
+        charge(log, ONE, ("a", 3))
+        charge(log, TWO, ("a", 4))
+        await bench.run()
+        log.expire(TOPICS.usage, 0, 1)
+        assert await told_of_budgets(log) == []
+        key = BudgetKey("acme", "2026-09")
+        state = replace((await log.budgets())[key], billed_tokens=9, reached_percent=80)
+        log.append(Destination("budgets", state))
+        assert await told_of_budgets(log) == [(key, "billed_tokens", 9, 7), (key, "reached_percent", 80, 50)]
+        charge(log, of_task("three"), ("a", 0))
         assert await told_of_budgets(log) == []
 
 
