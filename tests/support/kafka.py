@@ -11,12 +11,13 @@ import subprocess
 import tempfile
 import uuid
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 
 from processor.adapters.embedded import ChildServer, answers_kafka
 from processor.errors import EmbeddedUnavailable
-from tests.support.stack import free_port
+from tests.support.stack import held_port
 
 VERSION = "4.1.0"
 _OLDEST_JAVA = 17
@@ -53,7 +54,8 @@ class ApacheKafka(ChildServer):
 
     def __init__(self, properties: Mapping[str, str] | None = None) -> None:
         java, libs = _java(), _libs()
-        port, controller_port = free_port(), free_port()
+        self._held = ExitStack()  # a busy machine takes long to start it, and others look for ports meanwhile
+        port, controller_port = (self._held.enter_context(held_port()).getsockname()[1] for _ in range(2))
         self.bootstrap_servers = f"127.0.0.1:{port}"
         self._state = tempfile.TemporaryDirectory(prefix="kafka-")
         config = Path(self._state.name) / "server.properties"
@@ -96,10 +98,14 @@ class ApacheKafka(ChildServer):
             f"{libs}/*",
         ]
         cluster_id = base64.urlsafe_b64encode(uuid.uuid4().bytes).rstrip(b"=").decode()
-        _run(
-            [*run, "kafka.tools.StorageTool", "format", f"--cluster-id={cluster_id}", "-c", str(config)],
-            "formatting Kafka's log directory",
-        )
+        try:
+            _run(
+                [*run, "kafka.tools.StorageTool", "format", f"--cluster-id={cluster_id}", "-c", str(config)],
+                "formatting Kafka's log directory",
+            )
+        except EmbeddedUnavailable:
+            self._held.close()
+            raise
         super().__init__(
             f"Apache Kafka {VERSION}",
             [*run, "kafka.Kafka", str(config)],
@@ -112,6 +118,7 @@ class ApacheKafka(ChildServer):
     ) -> None:
         # Its data is thrown away, so there is no reason to wait for an orderly end.
         self.kill()
+        self._held.close()
         self._state.cleanup()
 
 

@@ -36,6 +36,21 @@ def free_port() -> int:
             return port
 
 
+def held_port() -> socket.socket:
+    """A port that is nobody else's while this is open. A server that lets its address be reused, as they do, can listen
+    there: this one does not.
+    """
+    while True:
+        held = socket.socket()
+        try:
+            held.bind(("127.0.0.1", free_port()))
+        except OSError:
+            held.close()
+            continue
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # after the bind, which must share with nobody
+        return held
+
+
 class Child:
     """One `embedding-processor` process."""
 
