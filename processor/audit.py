@@ -155,6 +155,7 @@ class Audit:
         self._old: set[Key] = set()
         """Attempts of charges so old that the intent may have expired."""
         self._open: dict[Key, Intent] = {}
+        self._usage_read_to: Mapping[int, int] = {}
         self._finished = False
         self.usage = UsageCheck()
         self.ledger = LedgerCheck()
@@ -345,7 +346,7 @@ class Audit:
 
     @property
     def _all_folded(self) -> bool:
-        return all(self._folded_to.get(partition, 0) >= log.end for partition, log in self._usage_log.items())
+        return all(self._folded_to.get(partition, 0) >= end for partition, end in self._usage_read_to.items())
 
     @property
     def has_lost_records(self) -> bool:
@@ -433,10 +434,14 @@ class Audit:
             names["unpriced_tokens"] = residual if cost is None else 0
         self.as_folded.update(names)
 
-    def finish(self) -> None:
-        """Once, when every call was taken: judge attempts without receipt and charges without intent."""
+    def finish(self, usage_read_to: Mapping[int, int]) -> None:
+        """Once, when every call was taken: judge attempts without receipt and charges without intent.
+
+        `usage_read_to`: usage partition -> the offset after the last record read, which no extent tells: records come
+        after it was asked for, and markers of others' transactions are none.
+        """
         assert not self._finished
-        self._finished = True
+        self._finished, self._usage_read_to = True, usage_read_to
         for key, intent in self._open.items():
             named = self._named.pop(key, NONE)
             attributed = tokens_of(named)

@@ -213,7 +213,7 @@ async def read_books(
             audit.take_quarantined(usage)
         async for source, call in _messages(reader, decoder, topics.calls, ProviderCall, unread, ends):
             audit.take_call(source, call)
-        audit.finish()
+        audit.finish({partition: end for (topic, partition), end in ends.items() if topic == topics.usage})
         if not [topic for topic, log in logs.items() if await _has_expired(reader, topic, log)]:
             return audit, unread, ends
     raise TopicsError(f"{topics.usage} or {topics.calls} loses records while it is read: raise its retention")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sqlite3
-from contextlib import closing
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing, closing
 from dataclasses import replace
 from io import StringIO
 from typing import Any
@@ -17,7 +18,7 @@ from processor.adapters.avro import key_of
 from processor.adapters.murmur2 import partition_of
 from processor.adapters.schemas import current
 from processor.cli.audit import AuditReport, audit_lines, print_audit
-from processor.domain import Amounts, Part, Request
+from processor.domain import Amounts, Part, Record, Request
 from processor.ports import Destination
 from tests.support.aggregation import DAY_MS, HORIZON_MS, TOPICS, Bench, MemoryLog, a_bench
 from tests.support.avro_data import encode, total_fields
@@ -178,6 +179,52 @@ async def test_progress_may_lag_while_charges_wait_but_never_run_ahead() -> None
         assert await told_of_tasks(log) == []
         log.append(Destination("progress", replace(task, done=4, total=9)))
         assert await told_of_tasks(log) == [(KEY, "done", 4, 3)]
+
+
+class Busy(MemoryLog):
+    """A charge comes just before the log of usage is read: how far it went and what is published are known by then."""
+
+    coming: Request | None = None
+
+    async def read(self, topic: str, begin: Mapping[int, int] | None = None) -> AsyncGenerator[Sequence[Record], None]:
+        if topic == TOPICS.usage and self.coming is not None:
+            charge(self, self.coming, ("a", 3))
+            self.coming = None
+        async with aclosing(super().read(topic, begin)) as fetched:
+            async for records in fetched:
+                yield records
+
+
+async def test_a_charge_that_comes_while_the_audit_reads_is_one_that_waits() -> None:
+    """It is in the log and was in nothing that is published when that was read."""
+    with a_bench(log := Busy()) as bench:
+        await folded_log(bench)
+        log.coming = of_task("three")
+        books = await audited(log)
+        assert (books.usage.not_folded, books.budgets().compared) == (1, False)
+        assert [*books.totals().differences, *books.tasks().differences, *books.budgets().differences] == []
+
+
+async def test_everything_is_folded_where_a_log_ends_with_no_record() -> None:
+    """Others write in transactions, whose markers take offsets: nobody ever commits past them."""
+    with a_bench() as bench:
+        log = await folded_log(bench)
+        for partition in range(log.partitions[TOPICS.usage]):
+            log.ends[TOPICS.usage, partition] += 1
+        log.append(Destination("progress", replace((await log.progress())[KEY], done=1)))
+        books = await audited(log)
+        assert books.budgets().compared
+        assert [tuple(each) for each in books.tasks().differences] == [(KEY, "done", 1, 2)]
+
+
+async def test_any_record_that_waits_leaves_progress_and_budgets_behind() -> None:
+    """While one partition has a backlog, of whatever records, what is folded of the others is not published."""
+    with a_bench() as bench:
+        log = await folded_log(bench)
+        log.append(Destination("progress", replace((await log.progress())[KEY], done=1)))
+        assert await told_of_tasks(log) == [(KEY, "done", 1, 2)]
+        charge(log, of_task("four"), ("a", 4), token_type="input")
+        assert await told_of_tasks(log) == []
 
 
 async def test_progress_is_of_first_copies_late_ones_too_and_of_embedding_alone() -> None:
