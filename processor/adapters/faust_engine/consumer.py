@@ -244,6 +244,9 @@ class Consumer(driver.Consumer):
         first = None
         if offset > expected and lease.sought_to == expected:
             first = await self._thread.run(self._thread.first_offset(partition))
+            if first is None:
+                log.warning("the broker does not say where the log begins: asking again", **numbers)
+                await self._idle(RETRY_S)
         if lease.sought_to != expected or (offset > expected and first is None):
             lease.sought_to = expected
             await self._thread.run(self._thread.seek_all(lease.generation, {partition: expected}))

@@ -195,14 +195,17 @@ def watch(session: Session, consumer: AIOKafkaConsumer, *, replaced: Callable[[]
     coordinator, static = consumer._coordinator, consumer._group_instance_id is not None
     session.generation = lambda: int(coordinator.generation)
     send = coordinator._send_req
+    is_replaced = False
 
     async def send_and_note(request: Any) -> Any:
+        nonlocal is_replaced
         sent_at = time.monotonic()
         response = await send(request)
         renews = {0, CODE_OF_REBALANCE} if isinstance(request, HeartbeatRequest) else {0}
         if isinstance(request, HeartbeatRequest | SyncGroupRequest) and response.error_code in renews:
             session.acknowledged(sent_at)
-        if static and session.lasts(session.generation()) and _forgotten(request, response):
+        if static and (is_replaced or session.lasts(session.generation())) and _forgotten(request, response):
+            is_replaced = True
             replaced()
             # Told so, aiokafka would join again at once, before the process has ended.
             raise UnknownMemberIdError
