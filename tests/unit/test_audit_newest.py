@@ -17,6 +17,7 @@ from processor.accounts import EVERYBODY_ELSE, Budget, BudgetKey, BudgetPlan, Ta
 from processor.adapters.avro import key_of
 from processor.adapters.murmur2 import partition_of
 from processor.adapters.schemas import current
+from processor.audit import period_begins_ms
 from processor.cli.audit import AuditReport, audit_lines, print_audit
 from processor.domain import Amounts, Part, Record, Request
 from processor.ports import Destination
@@ -383,6 +384,18 @@ async def test_who_has_spent_and_has_no_state_is_missed_where_everybody_has_a_bu
         assert await told_of_budgets(log) != []
         log.append(Destination("budgets", BudgetKey(EVERYBODY_ELSE, "2026-09")))
         assert await told_of_budgets(log) == []
+
+
+async def test_a_month_that_ends_while_the_audit_reads_may_be_taken_back() -> None:
+    """The aggregator is hours ahead of an audit that has begun anew; of a month with days to go nothing is missing."""
+    with a_bench() as bench:
+        log = await folded_log(bench)
+        key = BudgetKey("acme", "2026-09")
+        log.append(Destination("budgets", key))
+        over_ms = period_begins_ms("2026-10") + HORIZON_MS
+        for hours, found in ((0, False), (1, False), (24, False), (25, True)):
+            books = await audited(log, now_ms=over_ms - hours * 3_600_000)
+            assert any(each.key == key for each in books.budgets().differences) == found
 
 
 async def test_a_month_that_the_log_has_lost_some_of_is_held_against_the_totals() -> None:
