@@ -14,7 +14,6 @@ from aiokafka.admin import AIOKafkaAdminClient, NewPartitions
 from processor.accounts import EVERYBODY_ELSE, Budget, BudgetKey, BudgetState
 from processor.adapters.avro import Codec
 from processor.adapters.budget_feed import NO_VIEW, BudgetFeed
-from processor.adapters.embedded import free_port
 from processor.adapters.murmur2 import partition_of
 from processor.errors import BrokerUnavailable, TopicsError
 from processor.ports import Destination
@@ -22,12 +21,11 @@ from processor.settings import Settings
 from tests.support.brokers import Broker, Servers, create_topic
 from tests.support.builders import NOW_MS
 from tests.support.kafka import ApacheKafka
-from tests.support.stack import until
+from tests.support.stack import PATIENCE_S, until
 
 PARTITIONS = 3
 NOW = "2026-09"
 DAY_MS = 86_400_000
-PATIENCE_S = 60
 
 
 def spent(payer_id: str, *, month: str = NOW, percent: int = 100, hard: bool = True) -> BudgetState:
@@ -178,7 +176,7 @@ async def test_without_the_topic_or_its_broker_it_does_not_start(kafka: Broker, 
     """The message says what to run or to check."""
     with pytest.raises(TopicsError, match="topics create"):
         await BudgetFeed(Topic(kafka.bootstrap_servers, unique).settings, Codec()).start()
-    nowhere = Topic(f"127.0.0.1:{free_port()}", unique, broker_wait_s=0)
+    nowhere = Topic("127.0.0.1:1", unique, broker_wait_s=0)
     with pytest.raises(BrokerUnavailable):
         await BudgetFeed(nowhere.settings, Codec()).start()
 

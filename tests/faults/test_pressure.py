@@ -42,7 +42,7 @@ FIRST_BACK_OFF_S, LONGEST_BACK_OFF_S = 10 / SCALE, 300 / SCALE
 """Those of Kubernetes."""
 TIMES = ("delivery_timeout_s", "broker_wait_s", "session_timeout_s", "heartbeat_interval_s", "lease_margin_s")
 SCALED = {name: Settings.model_fields[name].default / SCALE for name in (*TIMES, "revoke_budget_s")}
-PATIENCE_S = {"DeliveryFailed": SCALED["delivery_timeout_s"], "BrokerUnavailable": SCALED["broker_wait_s"]}
+ENDS_AFTER_S = {"DeliveryFailed": SCALED["delivery_timeout_s"], "BrokerUnavailable": SCALED["broker_wait_s"]}
 """How long a process waits before it ends with such an error."""
 
 DIMENSIONS = 8
@@ -183,11 +183,11 @@ async def test_ten_minutes_without_a_broker_cost_nothing(
         f"away {most // MEBIBYTE}, residuals {asdict(residuals)}"
     )
     assert {end.code for end in worker.ends} <= {1}
-    assert {end.said["error"] for end in worker.ends} <= set(PATIENCE_S)
+    assert {end.said["error"] for end in worker.ends} <= set(ENDS_AFTER_S)
     assert all(end.said["why"] for end in worker.ends)
     # Each has waited its time: few fit into the outage. The first delivery that fails was under way when it began.
-    waited_s = sum(PATIENCE_S[end.said["error"]] for end in worker.ends)
-    assert waited_s <= back_at - gone_at + settled_s + PATIENCE_S["DeliveryFailed"], worker.ends
+    waited_s = sum(ENDS_AFTER_S[end.said["error"]] for end in worker.ends)
+    assert waited_s <= back_at - gone_at + settled_s + ENDS_AFTER_S["DeliveryFailed"], worker.ends
     assert most - began <= 32 * MEBIBYTE
 
 

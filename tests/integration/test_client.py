@@ -27,12 +27,11 @@ from processor.errors import BrokerUnavailable, DeliveryFailed, RequestRefused, 
 from processor.settings import Settings
 from tests.support.brokers import Broker
 from tests.support.provider_server import ProviderProcess, expected_vector
-from tests.support.stack import Stack, until
+from tests.support.stack import PATIENCE_S, Stack, until
 from tests.support.world import PATIENT
 
 DIMENSIONS = 8
 NOWHERE = "127.0.0.1:1"
-PATIENCE_S = 60.0
 SPACE = f"text-embedding-3-small@1/{DIMENSIONS}/l2"
 
 
@@ -282,7 +281,7 @@ async def test_a_missing_topic_and_a_missing_broker_are_named(kafka: Broker, uni
         with pytest.raises(TopicsError, match="topics create"):
             await client.submit(["a"], tenant_id="acme")
     with pytest.raises(BrokerUnavailable, match="EMBEDDING_BOOTSTRAP_SERVERS"):
-        async with Client(bootstrap_servers="127.0.0.1:1"):
+        async with Client(bootstrap_servers=NOWHERE):
             pass
 
 

@@ -16,7 +16,6 @@ import pytest
 from tests.support.brokers import Broker
 from tests.support.engines import (
     ENGINES,
-    PATIENCE_S,
     Handler,
     create_topic,
     engine_settings,
@@ -25,6 +24,7 @@ from tests.support.engines import (
     running,
     until,
 )
+from tests.support.stack import PATIENCE_S
 
 
 class Process:

@@ -28,8 +28,8 @@ from processor.ports import Destination
 from processor.settings import Settings
 from tests.support.brokers import Broker, create_topic
 from tests.support.builders import a_call, a_record, a_request, a_result
-from tests.support.engines import PATIENCE_S, Handler, engine_settings
-from tests.support.stack import until
+from tests.support.engines import Handler, engine_settings
+from tests.support.stack import PATIENCE_S, until
 
 PARTITIONS = 3
 

@@ -23,9 +23,6 @@ ENGINES: Mapping[str, type[Engine]] = {"faust": Engine, "plain": PlainEngine}
 Place = tuple[int, int]
 """(partition, offset)"""
 
-PATIENCE_S = 60.0
-"""A guard against hanging, no more: whatever is waited for comes as soon as the machine lets it."""
-
 
 def engine_settings(bootstrap_servers: str, /, **overrides: Any) -> Settings:
     """Quick to notice, quick to commit; the session outlives a machine that stands still for seconds."""
@@ -120,7 +117,7 @@ async def steal(engine: Engine) -> Mapping[TopicPartition, Sequence[Any]]:
     return await member._thread.run(member._thread.fetch(member.leases))
 
 
-async def until(condition: Callable[[], bool], what: str, *, within_s: float = PATIENCE_S) -> None:
+async def until(condition: Callable[[], bool], what: str, *, within_s: float = stack.PATIENCE_S) -> None:
     """Wait for a condition; fails with what was waited for."""
     await stack.until(condition, within_s=within_s, what=what, every_s=0.01)
 
@@ -179,7 +176,7 @@ class Group:
         async def stands() -> bool:
             return await self.committed() == offsets
 
-        await stack.until(stands, within_s=PATIENCE_S, what=f"{offsets} committed", every_s=0.05)
+        await stack.until(stands, within_s=stack.PATIENCE_S, what=f"{offsets} committed", every_s=0.05)
 
 
 @asynccontextmanager

@@ -23,6 +23,8 @@ from processor.settings import Settings, load
 
 PORTS = (20_000, 32_000)
 ROOT = Path(__file__).resolve().parents[2]
+PATIENCE_S = 60.0
+"""A guard against hanging, no more: whatever is waited for comes as soon as the machine lets it."""
 
 
 def free_port() -> int:
