@@ -74,7 +74,7 @@ class BudgetBook:
 
     def due(self, totals: Iterable[UsageTotal], now_ms: int) -> list[BudgetState | BudgetKey]:
         """What to publish with these totals, which are about to be saved: states that changed, keys of those to take
-        back. The first time, and some days before a new month, every state is compared."""
+        back, in this order. The first time, and some days before a new month, every state is compared."""
         sums = {
             BudgetKey(total.key.payer_id, total.key.bucket): total_of(total.partitions)
             for total in totals
@@ -94,7 +94,7 @@ class BudgetBook:
                     due.append(state)
             elif known is not None:
                 due.append(key)
-        return due
+        return sorted(due, key=_turn)
 
     def rises(self, due: Iterable[BudgetState | BudgetKey]) -> list[tuple[BudgetState, int]]:
         """The states that have reached more than what is published of them, and that."""
@@ -151,6 +151,14 @@ async def read_budgets(topic: str, reader: TopicReader, decoder: RecordReader) -
                     if not isinstance(state, Undecodable):
                         states[key] = state
     return states
+
+
+def _turn(due: BudgetState | BudgetKey) -> int:
+    """What everybody else has comes after the states of those who have spent, and goes before them: a process that ends
+    in between leaves nobody who has spent to be taken for everybody else."""
+    if isinstance(due, BudgetState):
+        return 2 if due.key.payer_id == EVERYBODY_ELSE else 1
+    return 0 if due.payer_id == EVERYBODY_ELSE else 1
 
 
 def _is_month(bucket: str) -> bool:

@@ -386,6 +386,23 @@ async def test_who_has_spent_and_has_no_state_is_missed_where_everybody_has_a_bu
         assert await told_of_budgets(log) == []
 
 
+@pytest.mark.parametrize("plans", [(BudgetPlan(), PLAN), (PLAN, BudgetPlan())], ids=["added", "taken out"])
+async def test_a_default_budget_comes_after_the_states_of_who_has_spent_and_goes_before_them(
+    plans: tuple[BudgetPlan, BudgetPlan],
+) -> None:
+    """Wherever the aggregator is killed meanwhile, nobody who has spent is taken for one who has not."""
+    for crash_at in range(12):
+        with a_bench() as bench:
+            log = bench.log
+            for payer_id in ("p0", "p1", "p2"):
+                charge(log, of_task(payer_id, tenant_id=payer_id), ("a", 3))
+            bench.budgets, after = plans
+            await bench.run()
+            bench.budgets = after
+            await bench.run(crash_at=crash_at)
+            assert await told_of_budgets(log) == []
+
+
 async def test_a_month_that_ends_while_the_audit_reads_may_be_taken_back() -> None:
     """The aggregator is hours ahead of an audit that has begun anew; of a month with days to go nothing is missing."""
     with a_bench() as bench:
