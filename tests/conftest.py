@@ -7,13 +7,12 @@ import gc
 import inspect
 import logging
 import uuid
-from collections.abc import AsyncIterator, Callable, Generator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 
 import pytest
 from hypothesis import HealthCheck, settings
 
 from tests.support.brokers import Broker, Servers
-from tests.support.hangs import ended_if_it_hangs
 
 SERVERS = pytest.StashKey[Servers]()
 FIGURES = pytest.StashKey[list[str]]()
@@ -47,27 +46,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("kafka")
         if inspect.iscoroutinefunction(item.function):
             item.fixturenames.insert(0, "no_leaked_tasks")
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_setup() -> Generator[None]:
-    """A server may hang at its start."""
-    with ended_if_it_hangs():
-        yield
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_call() -> Generator[None]:
-    """And a test in its middle."""
-    with ended_if_it_hangs():
-        yield
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_teardown() -> Generator[None]:
-    """Or what it has begun at its end."""
-    with ended_if_it_hangs():
-        yield
 
 
 def pytest_collection_finish() -> None:
