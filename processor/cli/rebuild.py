@@ -1,4 +1,4 @@
-"""`usage rebuild`: the aggregator's store is set aside, and totals of a log that is no more are forgotten."""
+"""`usage rebuild`: the aggregator's store is set aside; totals and tasks of a log that is no more are forgotten."""
 
 from __future__ import annotations
 
@@ -22,10 +22,11 @@ from processor.totals import FORGET_TOTALS, FoldedTopics, merge_totals
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What a rebuild does. `buckets`: keys of published totals to delete -> their partition."""
+    """What a rebuild does. `buckets`, `tasks`: keys of published totals and progress to delete -> their partition."""
 
     store: Path | None
     buckets: Mapping[bytes, int]
+    tasks: Mapping[bytes, int]
     offsets: Mapping[tuple[str, int], int]
     losses: Sequence[str]
 
@@ -37,6 +38,8 @@ class Plan:
             yield f"set {self.store} aside"
         if self.buckets:
             yield f"delete {len(self.buckets)} published totals"
+        if self.tasks:
+            yield f"delete the progress of {len(self.tasks)} tasks"
         if self.offsets:
             yield f"put the aggregator's committed offset back in {len(self.offsets)} partitions"
         yield from self.losses
@@ -66,14 +69,16 @@ async def plan(settings: Settings, *, forget_totals: bool) -> Plan:
                 offsets[topic, partition] = span.begin
     if forget_totals:
         losses += [
-            f"LOST: {topics.usage} partition {partition} begins at offset {span.begin}: charges that have expired, "
-            "and others older than 30 days that may have had an expired first copy, will be in no total"
+            f"LOST: {topics.usage} partition {partition} begins at offset {span.begin}: charges that have expired "
+            "will be in no total and no task, and others older than 30 days that may have had an expired first copy in "
+            "no total"
             for partition, span in sorted(spans[topics.usage].items())
             if span.begin > 0
         ]
     return Plan(
         store=settings.aggregator_store if settings.aggregator_store.exists() else None,
         buckets=await _live_keys(reader, topics.totals) if forget_totals else {},
+        tasks=await _live_keys(reader, topics.progress) if forget_totals else {},
         offsets=offsets,
         losses=losses,
     )
@@ -83,7 +88,9 @@ async def carry_out(settings: Settings, planned: Plan) -> Path | None:
     """Do it; done again after a failure it ends the same. Returns where the store lies now."""
     await rebuild.refuse_while_active(settings)
     aside = None if planned.store is None else _set_aside(planned.store)
-    await rebuild.delete_keys(settings, folded_topics(settings).totals, planned.buckets)
+    topics = folded_topics(settings)
+    await rebuild.delete_keys(settings, topics.totals, planned.buckets)
+    await rebuild.delete_keys(settings, topics.progress, planned.tasks)
     await rebuild.commit_offsets(settings, planned.offsets)
     return aside
 

@@ -141,7 +141,8 @@ def rebuild(
     forget_totals: Annotated[
         bool,
         typer.Option(
-            "--forget-totals", help="Delete the published totals too: token-usage was made again, they are of no log."
+            "--forget-totals",
+            help="Delete the published totals and tasks too: token-usage was made again, they are of no log.",
         ),
     ] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Don't ask.")] = False,

@@ -30,7 +30,7 @@ TOKENS = 3
 
 
 def some_traffic(count: int, dice: random.Random) -> list[Destination]:
-    """Charges of a dozen payers, each after the bill of its attempt; every fourth is a copy of an earlier one."""
+    """Charges of a dozen tasks, each after the bill of its attempt; every fourth is a copy of an earlier one."""
     now_ms = int(time.time() * 1000)
     messages: list[Destination] = []
     sent: list[Destination] = []
@@ -41,7 +41,7 @@ def some_traffic(count: int, dice: random.Random) -> list[Destination]:
         attempt = f"attempt-{number}-{dice.random()}"
         receipt = a_call(CallKind.RECEIPT, attempt_id=attempt, outcome=CallOutcome.OK, billed_tokens=TOKENS)
         messages += [Destination("calls", a_call(attempt_id=attempt)), Destination("calls", receipt)]
-        request = a_request(tenant_id=f"p{dice.randrange(12)}", correlation_id=attempt)
+        request = a_request(tenant_id=f"p{dice.randrange(12)}", correlation_id=attempt, task_id="task")
         usage = a_usage(request, charged_at_ms=now_ms, parts=(Part(attempt, TOKENS),), billed=Amounts(1, TOKENS, 5, 60))
         messages.append(Destination("usage", usage))
         sent.append(messages[-1])

@@ -9,8 +9,11 @@ from pathlib import Path
 
 from aiokafka.admin import AIOKafkaAdminClient
 
+from processor.accounts import TaskKey, TaskProgress
 from processor.adapters import topics
+from processor.adapters.avro import Codec
 from processor.adapters.reader import KafkaReader
+from processor.cli.audit import read_progress
 from processor.cli.totals import read_totals
 from processor.settings import Settings
 from tests.faults.test_aggregator_kills import PARTITIONS, history_of, produce, settled, some_traffic
@@ -57,6 +60,12 @@ async def totals_are_those_of_the_log(settings: Settings) -> bool:
     return await read_totals(settings) == recomputed(charges(await history_of(settings)))
 
 
+async def tasks_of(settings: Settings) -> dict[TaskKey, TaskProgress]:
+    """What is published of each."""
+    reader = KafkaReader(settings, group_id=settings.aggregator_group_id)
+    return await read_progress(settings.topic("task-progress"), reader, Codec())
+
+
 async def folding(stack: Stack, dice: random.Random) -> Child:
     """An aggregator on new topics that has folded some usage."""
     settings = stack.settings()
@@ -84,7 +93,7 @@ async def refuses(stack: Stack, child: Child) -> None:
 async def test_totals_begin_anew_when_the_usage_topic_was_made_again(
     kafka: Broker, unique: str, tmp_path: Path
 ) -> None:
-    """The aggregator refuses and names the command, which refuses while one runs; then totals are those of the log."""
+    """The aggregator refuses and names the command, which refuses while one runs; then all is told by the log."""
     dice = random.Random(5)
     with Stack(tmp_path, unique, kafka.bootstrap_servers) as stack:
         settings = stack.settings()
@@ -92,6 +101,7 @@ async def test_totals_begin_anew_when_the_usage_topic_was_made_again(
         refused = rebuild(stack, "--yes")
         assert (refused.returncode, "stop the aggregator" in refused.stderr) == (1, True), refused.stderr
         assert child.stop() == 0, child.tail()
+        assert await tasks_of(settings)
 
         await make_again(settings)
         await produce(settings, some_traffic(300, dice), over_s=0)
@@ -105,7 +115,7 @@ async def test_totals_begin_anew_when_the_usage_topic_was_made_again(
         assert done.returncode == 0, done.stderr
         assert "NOT NEEDED" not in done.stdout
         assert "LOST" not in done.stdout
-        assert await read_totals(settings) == {}
+        assert (await read_totals(settings), await tasks_of(settings)) == ({}, {})
         reader = KafkaReader(settings, group_id=settings.aggregator_group_id)
         committed = await reader.committed(settings.topic("token-usage"))
         assert set(committed.values()) <= {0}
