@@ -47,7 +47,7 @@ from processor.findings import (
     UsageCheck,
 )
 from processor.invoice import Bills
-from processor.newest import AMOUNTS, Spent, Tasks, differences, month
+from processor.recount import AMOUNTS, Spent, Tasks, differences, month
 from processor.shares import Intent, Key, beside_shares, debtor, intent_of, packed, shares_of, tokens_of, unpacked
 from processor.usage import cost_nanos
 

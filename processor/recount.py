@@ -1,6 +1,6 @@
-"""The audit of topics whose newest record of a key counts: task progress and budget states, worked out anew.
+"""Task progress and budget states once more, plainly from the charges, and what is published of them beside that.
 
-Plainly from the charges: nothing here is what the aggregator makes these records with.
+Nothing here is what the aggregator makes these records with.
 """
 
 from __future__ import annotations
