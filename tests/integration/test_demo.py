@@ -74,7 +74,6 @@ async def test_the_demos_figures_are_as_they_must_be(tmp_path: Path) -> None:
     assert figures["usage_tokens"] == figures["ledger_tokens"] > 0
     hit, asked = figures["questions_hit"].split("/")
     assert hit == asked
-    assert figures["seconds"] > 0
     assert b"datetime.datetime.strptime" in err
     assert out.count(b"\n") == 1
     assert files(tmp_path) == []
