@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import NamedTuple
 
@@ -27,20 +28,53 @@ class Amount(NamedTuple):
 NOTHING = Amount(0, 0)
 
 
-class Told(NamedTuple):
-    """What finished requests may have been charged since this is their payer's state."""
+class Charge(NamedTuple):
+    """What a usage event bills, and until when it counts at most."""
 
-    amount: Amount
-    state: BudgetState
+    tokens: int
+    cost_nanos: int
     until_s: float
+
+
+@dataclass(slots=True)
+class Untold:
+    """The charges of a payer's month that its state has not risen by yet, in their order, and their sum.
+
+    `risen_tokens`: by how much more than those before it has risen since; charges of others among them.
+    """
+
+    state_tokens: int
+    risen_tokens: int = 0
+    tokens: int = 0
+    cost_nanos: int = 0
+    charges: deque[Charge] = field(default_factory=deque)
+
+    def append(self, charge: Charge) -> None:
+        self.charges.append(charge)
+        self.tokens += charge.tokens
+        self.cost_nanos += charge.cost_nanos
+
+    def told(self, state_tokens: int, now_s: float) -> None:
+        """Forget those that are in the state, each of them whole, and those that have waited for it long enough."""
+        self.risen_tokens += max(0, state_tokens - self.state_tokens)
+        self.state_tokens = state_tokens
+        while self.charges:
+            first = self.charges[0]
+            if first.tokens <= self.risen_tokens:
+                self.risen_tokens -= first.tokens
+            elif first.until_s > now_s:
+                break
+            self.charges.popleft()
+            self.tokens -= first.tokens
+            self.cost_nanos -= first.cost_nanos
 
 
 class Spending:
     """The texts that were allowed and that no state tells of yet, by who pays for them.
 
-    They are counted by the requests in work, each from its first text that was allowed until it is finished; then
-    until the payer's next state, `LAG_S` at most. So nothing drifts. A request that was allowed once stays so, with its
-    copies.
+    They are counted by the requests in work, each from its first text that was allowed until its usage event goes out;
+    then what that bills counts, until the payer's state has risen by it, `LAG_S` at most. So nothing drifts. A request
+    that was allowed once stays so, with its copies, until it is finished.
     """
 
     def __init__(self, budgets: Budgets, clock: Clock) -> None:
@@ -50,7 +84,7 @@ class Spending:
         self._jobs: dict[Job, list[Fold]] = {}
         self._requests: Counter[str] = Counter()
         self._sums: dict[BudgetKey, Amount] = {}
-        self._told: dict[BudgetKey, Told] = {}
+        self._untold: dict[BudgetKey, Untold] = {}
 
     def over(self, job: Job) -> Fault | None:
         """Why no text of the request is paid for; None: they are, or were allowed before."""
@@ -60,8 +94,8 @@ class Spending:
         if state is None or not state.budget.hard:
             return None
         tokens, cost_nanos = self._sums.get(_key(job), NOTHING)
-        told = self._awaited(_key(job), state)
-        tokens, cost_nanos = tokens + told.tokens, cost_nanos + told.cost_nanos
+        untold = self._awaited(_key(job), state)
+        tokens, cost_nanos = tokens + untold.tokens, cost_nanos + untold.cost_nanos
         max_tokens, max_cost_nanos = state.budget.max_tokens, state.budget.max_cost_nanos
         if (max_tokens is not None and state.billed_tokens + tokens >= max_tokens) or (
             max_cost_nanos is not None and state.billed_cost_nanos + cost_nanos >= max_cost_nanos
@@ -87,19 +121,24 @@ class Spending:
                 self._jobs[job].append(missing)
                 self._add(job, missing, 1)
 
-    def finished(self, jobs: Iterable[Job]) -> None:
-        """Their usage events are out: the aggregator has yet to tell."""
-        for job in jobs:
-            if job not in self._jobs:
-                continue
-            key, state = _key(job), self._budgets.state(job.request.payer_id, job.source.append_ms)
-            amount = self._forget(job)
-            if state is not None:
-                told = self._awaited(key, state)
-                amount = Amount(amount.tokens + told.tokens, amount.cost_nanos + told.cost_nanos)
-                self._told.pop(key, None)  # the last to pass comes last
-                self._told[key] = Told(amount, state, self._clock.monotonic() + LAG_S)
+    def charged(self, job: Job, billed: Amount) -> None:
+        """Its usage event goes out now: not later, or the state that tells of it would count beside it."""
+        if job not in self._jobs:
+            return
+        self._settle(job)
+        key, state = _key(job), self._budgets.state(job.request.payer_id, job.source.append_ms)
+        if state is not None and billed.tokens:
+            self._awaited(key, state)
+            untold = self._untold.pop(key, None) or Untold(state.billed_tokens)  # the last to pass comes last
+            untold.append(Charge(*billed, self._clock.monotonic() + LAG_S))
+            self._untold[key] = untold
         self._drop_passed()
+
+    def finished(self, jobs: Iterable[Job]) -> None:
+        """All is acknowledged: their copies are others' from now on."""
+        for job in jobs:
+            if job in self._jobs:
+                self._forget(job)
 
     def let_go(self) -> None:
         """Forget the requests that were dropped: others do them again."""
@@ -107,31 +146,34 @@ class Spending:
             self._forget(job)
 
     def _awaited(self, key: BudgetKey, state: BudgetState) -> Amount:
-        """What was finished while this was the state, the last of it a moment ago."""
-        told = self._told.get(key)
-        if told is None:
+        """What was charged and is not in this state yet."""
+        untold = self._untold.get(key)
+        if untold is None:
             return NOTHING
-        if told.state is state and self._clock.monotonic() < told.until_s:
-            return told.amount
-        del self._told[key]
-        return NOTHING
+        untold.told(state.billed_tokens, self._clock.monotonic())
+        if not untold.charges:
+            del self._untold[key]
+        return Amount(untold.tokens, untold.cost_nanos)
 
     def _drop_passed(self) -> None:
         """Payers may be any number, and months too: most are never asked for again."""
         now = self._clock.monotonic()
-        for key in [*itertools.takewhile(lambda key: self._told[key].until_s <= now, self._told)]:
-            del self._told[key]
+        for key in [*itertools.takewhile(lambda key: self._untold[key].charges[-1].until_s <= now, self._untold)]:
+            del self._untold[key]
 
-    def _forget(self, job: Job) -> Amount:
-        before = self._sums.get(_key(job), NOTHING)
-        for fold in self._jobs.pop(job):
+    def _settle(self, job: Job) -> None:
+        """What it was thought to cost counts no more."""
+        for fold in self._jobs[job]:
             del self._allowed[fold]
             self._add(job, fold, -1)
+        self._jobs[job] = []
+
+    def _forget(self, job: Job) -> None:
+        self._settle(job)
+        del self._jobs[job]
         self._requests[job.request_id] -= 1
         if not self._requests[job.request_id]:
             del self._requests[job.request_id]
-        after = self._sums.get(_key(job), NOTHING)
-        return Amount(before.tokens - after.tokens, before.cost_nanos - after.cost_nanos)
 
     def _add(self, job: Job, fold: Fold, sign: int) -> None:
         tokens, cost_nanos = self._sums.pop(_key(job), NOTHING)

@@ -18,7 +18,7 @@ from processor.domain import CacheLevel, ErrorCode, ModelSpec, Request, Status
 from processor.errors import CallTooLarge, InputRejected, ProviderError, ProviderTransient
 from processor.packing import Packer
 from processor.ports import Found, TokenCounts
-from processor.spending import LAG_S, Spending, exceeded
+from processor.spending import LAG_S, Amount, Spending, exceeded
 from processor.work import Fold, Policy
 from tests.support.builders import NOW_MS, a_request
 from tests.support.folds import a_fold, tenants
@@ -344,7 +344,7 @@ async def test_what_was_charged_counts_until_the_view_tells_of_it() -> None:
     async with Bench(budgets=view) as bench:
         await bench.handle(of("payer", ["two words"], "charged"))
         await bench.handle(of("payer", ["before"], "before"))
-        view.states["payer"] = a_state(1, 2)  # told, and less than was thought
+        view.states["payer"] = a_state(2, 3)
         await bench.handle(of("payer", ["after"], "after"))
         await bench.handle(of("payer", ["again"], "again"))
         bench.clock.now_s += LAG_S  # nobody told anything: it was charged before
@@ -356,6 +356,51 @@ async def test_what_was_charged_counts_until_the_view_tells_of_it() -> None:
             "again": ["budget_exceeded"],
             "later": ["ok"],
         }
+
+
+async def test_a_charge_that_the_view_tells_of_at_once_counts_once() -> None:
+    """However long the worker waits for the rest of its acknowledgements: what is left of the budget is not refused."""
+    view = View(payer=a_state(0, 4))
+    async with Bench(budgets=view) as bench:
+        bench.provider.gate = asyncio.Event()
+        await bench.publish(of("payer", ["two words"], "first"))
+        await bench.step()
+        acknowledged = bench.outbox.posts_acknowledged = asyncio.Event()  # of its receipt
+        bench.provider.gate.set()
+        while not bench.outbox.usage:
+            await bench.step()
+        view.states["payer"] = a_state(2, 4)
+        await bench.publish(of("payer", ["more"], "second"))
+        await bench.step()
+        acknowledged.set()
+        await bench.run_until_idle()
+        assert outcomes(bench) == {"first": ["ok"], "second": ["ok"]}
+
+
+@pytest.mark.parametrize(
+    "told, counts",
+    [([0], 7), ([2], 7), ([3], 4), ([6], 4), ([7], 0), ([4], 4), ([4, 7], 0), ([2, 5], 4), ([3, 0, 4], 0)],
+)
+def test_a_state_tells_of_charges_one_after_the_other(told: list[int], counts: int) -> None:
+    """First 3 tokens, then 4, each whole: what the state has not risen by counts still, in whatever steps it rises."""
+    view = View(acme=a_state(0, 100))
+    spending = Spending(view, VirtualClock())
+    for tokens in (3, 4):
+        fold = a_fold("text", 9)
+        job = fold.works[0].job
+        job.works.append(fold.works[0])
+        spending.allow(fold)
+        spending.charged(job, Amount(tokens, tokens))
+        spending.finished([job])
+
+    def is_over(billed: int, left: int) -> bool:
+        view.states["acme"] = a_state(billed, billed + left)
+        return spending.over(a_fold("another", 1).works[0].job) is not None
+
+    for billed in told:
+        is_over(billed, 100)
+    assert is_over(told[-1], counts)
+    assert not is_over(told[-1], counts + 1)
 
 
 async def test_what_was_in_work_leaves_no_trace() -> None:
@@ -381,7 +426,7 @@ async def test_what_was_in_work_leaves_no_trace() -> None:
         assert (spending._allowed, spending._jobs, spending._sums) == ({}, {}, {})
         bench.clock.now_s += LAG_S
         await bench.handle(of("payer", ["x"], "last"))
-        assert [told.amount.tokens for told in spending._told.values()] == [1]
+        assert [untold.tokens for untold in spending._untold.values()] == [1]
 
 
 async def test_payers_that_never_come_back_are_forgotten() -> None:
@@ -393,7 +438,7 @@ async def test_payers_that_never_come_back_are_forgotten() -> None:
             bench.clock.now_s += LAG_S
         spending = bench.worker.pipeline.spending
         assert spending is not None
-        assert {key.payer_id for key in spending._told} == {"p4"}
+        assert {key.payer_id for key in spending._untold} == {"p4"}
 
 
 async def test_soft_budgets_and_payers_without_one_are_never_refused() -> None:
