@@ -50,7 +50,7 @@ from processor.ports import (
     VectorCache,
 )
 from processor.results import Tombstones, chunk_result, messages, plain_result, request_result, settle
-from processor.spending import Amount, Spending
+from processor.spending import Spending
 from processor.usage import charge, cost_of
 from processor.work import Call, Fold, Instant, Job, Known, Outcome, Parcel, Plan, Policy, Ticket, Window, Work
 
@@ -407,7 +407,7 @@ class Pipeline:
             if ticket.unsent == 0 and isinstance(ticket, Job) and counts_as_usage(ticket.request):
                 usage = charge(ticket, provider, now)
                 if self.spending is not None:
-                    self.spending.charged(ticket, Amount(usage.billed.tokens, usage.billed.cost_nanos or 0))
+                    self.spending.charged(ticket, usage.billed)
                 sent.append(Destination("usage", usage))
             written.append(sent)
         return written

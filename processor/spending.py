@@ -10,7 +10,7 @@ from decimal import Decimal
 from typing import NamedTuple
 
 from processor.accounts import Budget, BudgetKey, BudgetState, month_of
-from processor.domain import ErrorCode, Fault
+from processor.domain import Amounts, ErrorCode, Fault
 from processor.ports import Budgets, Clock
 from processor.usage import cost_of
 from processor.work import Fold, Job
@@ -121,7 +121,7 @@ class Spending:
                 self._jobs[job].append(missing)
                 self._add(job, missing, 1)
 
-    def charged(self, job: Job, billed: Amount) -> None:
+    def charged(self, job: Job, billed: Amounts) -> None:
         """Its usage event goes out now: not later, or the state that tells of it would count beside it."""
         if job not in self._jobs:
             return
@@ -130,7 +130,7 @@ class Spending:
         if state is not None and billed.tokens:
             self._awaited(key, state)
             untold = self._untold.pop(key, None) or Untold(state.billed_tokens)  # the last to pass comes last
-            untold.append(Charge(*billed, self._clock.monotonic() + LAG_S))
+            untold.append(Charge(billed.tokens, billed.cost_nanos or 0, self._clock.monotonic() + LAG_S))
             self._untold[key] = untold
         self._drop_passed()
 

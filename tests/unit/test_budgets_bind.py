@@ -14,11 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from processor.accounts import Budget, BudgetKey, BudgetState
-from processor.domain import CacheLevel, ErrorCode, ModelSpec, Request, Status
+from processor.domain import Amounts, CacheLevel, ErrorCode, ModelSpec, Request, Status
 from processor.errors import CallTooLarge, InputRejected, ProviderError, ProviderTransient
 from processor.packing import Packer
 from processor.ports import Found, TokenCounts
-from processor.spending import LAG_S, Amount, Spending, exceeded
+from processor.spending import LAG_S, Spending, exceeded
 from processor.work import Fold, Policy
 from tests.support.builders import NOW_MS, a_request
 from tests.support.folds import a_fold, tenants
@@ -390,7 +390,7 @@ def test_a_state_tells_of_charges_one_after_the_other(told: list[int], counts: i
         job = fold.works[0].job
         job.works.append(fold.works[0])
         spending.allow(fold)
-        spending.charged(job, Amount(tokens, tokens))
+        spending.charged(job, Amounts(tokens=tokens, cost_nanos=tokens))
         spending.finished([job])
 
     def is_over(billed: int, left: int) -> bool:

@@ -241,26 +241,30 @@ class Consumer(driver.Consumer):
                 log.error("a jump was ours and is healed: please report it", **numbers)
                 lease.sought_to = None
             return True
-        first = None
-        if offset > expected and lease.sought_to == expected:
-            first = await self._thread.run(self._thread.first_offset(partition))
-            if first is None:
-                log.warning("the broker does not say where the log begins: asking again", **numbers)
-                await self._idle(RETRY_S)
-        if lease.sought_to != expected or (offset > expected and first is None):
-            lease.sought_to = expected
-            await self._thread.run(self._thread.seek_all(lease.generation, {partition: expected}))
+        if lease.sought_to != expected:
+            return await self._read_again(lease, partition, expected)
+        if offset < expected:
+            lease.sought_to = None
+            log.error("log became shorter: taking the partitions over again", **numbers)
+            await self._thread.run(self._thread.rejoin())
+            await self._idle(IDLE_S)
             return False
+        first = await self._thread.run(self._thread.first_offset(partition))
+        if first is None:
+            log.warning("the broker does not say where the log begins: asking again", **numbers)
+            await self._idle(RETRY_S)
+            return await self._read_again(lease, partition, expected)
         lease.sought_to = None
-        if first is not None:
-            if first > expected:
-                log.error("records were deleted unread: retention is too short", **numbers)
-            else:
-                log.info("offsets are not in the log: passed over", **numbers)
-            return self.leases is not None and self.leases.get(partition) is lease
-        log.error("log became shorter: taking the partitions over again", **numbers)
-        await self._thread.run(self._thread.rejoin())
-        await self._idle(IDLE_S)
+        if first > expected:
+            log.error("records were deleted unread: retention is too short", **numbers)
+        else:
+            log.info("offsets are not in the log: passed over", **numbers)
+        return self.leases is not None and self.leases.get(partition) is lease
+
+    async def _read_again(self, lease: PartitionLease, partition: TopicPartition, expected: int) -> bool:
+        """Seek back to where the run should have begun: this one does not continue what was read."""
+        lease.sought_to = expected
+        await self._thread.run(self._thread.seek_all(lease.generation, {partition: expected}))
         return False
 
     async def _queue(self, lease: PartitionLease, fetched: Sequence[Any], *, lethal: bool = False) -> None:
